@@ -1,0 +1,1 @@
+"""Bytes under keys. Knows no tensors, no models, no engine."""

@@ -1,0 +1,138 @@
+"""The ChunkStore contract: spans of chunks, put whole, read in pieces, verified on every read.
+
+All methods may be called from any thread. Buffers are C-contiguous and belong to the caller; a store has copied or
+written them when a call returns, and keeps no reference.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.identity import SpanId
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanRecord:
+    """What a span is, apart from its bytes."""
+
+    span_id: SpanId
+    parent_id: SpanId | None
+    """The span before it on the chain; None for a first span."""
+    span_idx: int
+    """Position on the chain: the span holds tokens `[64 * span_idx, 64 * (span_idx + 1))`."""
+    kind: ChunkKind
+    token_ids: bytes
+    """The span's token ids, packed (`core.identity.pack_tokens`); compared on every hit."""
+    first_layer: int
+    """Layer of chunk 0; chunk `i` belongs to layer `first_layer + i`."""
+    num_chunks: int
+    chunk_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload bytes of all chunks."""
+        return self.num_chunks * self.chunk_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkRead:
+    """One chunk to read into the caller's buffer."""
+
+    span_id: SpanId
+    layer_idx: int
+    out: memoryview
+    """Writable, C-contiguous, format `B`, exactly `chunk_bytes` long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOutcome:
+    """How far a batch of reads got."""
+
+    num_ok: int
+    """Leading reads whose bytes arrived and were verified. Buffers of later reads hold anything."""
+    reason: str | None = None
+    """Why read `num_ok` failed: `missing` (deleted, evicted, stale slot) or `corrupt`; None when all arrived."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStats:
+    """A store at one moment. Counters count since the store was opened."""
+
+    num_spans: int
+    num_bytes: int
+    """Payload bytes held."""
+    capacity_bytes: int
+    put_bytes: int
+    read_bytes: int
+    evicted_spans: int
+    dropped_spans: int
+    """Puts refused for want of room or because of an I/O error."""
+    corrupt_chunks: int
+
+
+class ChunkStore(ABC):
+    """Spans under their ids. Bounded; least recently used spans go first, deeper ones before their parents."""
+
+    name: str
+    """What `restored_from` says: `memory`, `file`, ..."""
+
+    @abstractmethod
+    def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        """Accept a span. True: it can be found and read from now on (also if another writer was first: the first one
+        stays, these bytes are dropped). False: no room could be made or the device failed; counted, never raised.
+
+        `chunks[i]`: `chunk_bytes` bytes of layer `first_layer + i`. May block on I/O.
+        """
+
+    @abstractmethod
+    def find(self, span_id: SpanId) -> SpanRecord | None:
+        """The record of a span that can be read, else None. Does not block on I/O, does not count as use."""
+
+    @abstractmethod
+    def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
+        """Read chunks, in order of importance: the outcome says how many leading ones arrived verified.
+
+        A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew.
+        """
+
+    @abstractmethod
+    def touch(self, span_ids: Iterable[SpanId]) -> None:
+        """Mark as just used; unknown ids are ignored."""
+
+    @abstractmethod
+    def pin(self, span_ids: Iterable[SpanId]) -> None:
+        """Keep from eviction until `unpin`; counted, unknown ids are ignored. Deletion overrides pins safely: a read
+        of a deleted span is `missing`, never another span's bytes."""
+
+    @abstractmethod
+    def unpin(self, span_ids: Iterable[SpanId]) -> None:
+        """Undo one `pin` of each id."""
+
+    @contextmanager
+    def pinned(self, span_ids: Sequence[SpanId]) -> Iterator[None]:
+        """`pin` for the time of a `with` block."""
+        self.pin(span_ids)
+        try:
+            yield
+        finally:
+            self.unpin(span_ids)
+
+    @abstractmethod
+    def delete(self, span_ids: Iterable[SpanId]) -> int:
+        """Forget spans; how many were there."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Return when everything accepted before the call survives a crash (no-op for stores that never do)."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """A consistent snapshot of sizes and counters."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush, then release files and threads. Idempotent."""
