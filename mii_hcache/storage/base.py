@@ -92,6 +92,15 @@ class ChunkStore(ABC):
     def find(self, span_id: SpanId) -> SpanRecord | None:
         """The record of a span that can be read, else None. Does not block on I/O, does not count as use."""
 
+    def tier_of(self, span_id: SpanId) -> str | None:
+        """Name of the tier that would serve the span now (what `restored_from` reports), None when unknown."""
+        return self.name if self.find(span_id) is not None else None
+
+    def why_missing(self, span_id: SpanId) -> str:
+        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, or `not_saved` when never seen (or
+        forgotten: a bounded number of reasons is remembered, for as long as the process lives)."""
+        return "not_saved"
+
     @abstractmethod
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
         """Read chunks, in order of importance: the outcome says how many leading ones arrived verified.

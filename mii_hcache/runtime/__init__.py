@@ -1,0 +1,1 @@
+"""Threads, streams, pinned memory. Knows no DeepSpeed: engines stand behind `ports`."""
