@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole suite: formatting, lint, types, then every test. With arguments only pytest runs, with these arguments:
+#
+#   scripts/test.sh
+#   scripts/test.sh tests/storage -k catalog
+#
+# Needs no GPU, no compiler and, after the first use, no network.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+"$root/scripts/bootstrap.sh" test
+venv="${MII_HCACHE_VENV:-$root/.venv}"
+case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
+
+# models in tests are tiny and made on the spot: nothing may ask a hub, and one thread computes them fastest
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+if [ $# -gt 0 ]; then
+    exec "$venv/bin/python" -m pytest "$@"
+fi
+
+cd "$root"
+status=0
+SECONDS=0
+"$root/scripts/check.sh" || status=$?
+check_s=$SECONDS
+"$venv/bin/python" -m pytest || status=$?
+printf 'checks %d s, tests %d s: ' "$check_s" $((SECONDS - check_s))
+if [ "$status" -eq 0 ]; then echo "all passed"; else echo "FAILED (exit status $status)"; fi
+exit "$status"
