@@ -21,6 +21,7 @@ pytorch_cpu_index="https://download.pytorch.org/whl/cpu"
 profile="${1:-serve}"
 num_steps=5
 step_idx=0
+advice=""   # set by a step that knows better than its log what to do
 
 say() { printf 'mii_hcache: %s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
@@ -64,6 +65,7 @@ step() {  # step "what it does" command...
     printf '\n==== %s\n' "$what" >>"$log"
     if ! "$@" >>"$log" 2>&1; then
         printf 'failed after %d s\n' $((SECONDS - start_s)) >&2
+        if [ -n "$advice" ]; then die "$advice"; fi
         # an index address may hold a password: leave addresses out
         tail -n 15 "$log" | sed -E 's#[a-z]+://[^ ]*#<address>#g; s/^/    /' >&2
         die "stopped; the whole story is in $log. Running the same command again starts over."
@@ -106,12 +108,13 @@ find_python() {
 }
 get_pip() {
     # pip's own installer, for a Python that came with neither ensurepip nor pip
-    "$venv_python" - <<'PY'
-import sys, urllib.request
-with urllib.request.urlopen("https://bootstrap.pypa.io/get-pip.py", timeout=10) as answer:
-    source = answer.read()
-sys.argv = ["get-pip.py", "--quiet"]
-exec(compile(source, "get-pip.py", "exec"), {"__name__": "__main__"})
+    "$venv_python" - "$venv/get-pip.py" <<'PY' && "$venv_python" "$venv/get-pip.py"
+import shutil, sys, urllib.request
+try:
+    with urllib.request.urlopen("https://bootstrap.pypa.io/get-pip.py", timeout=10) as answer, open(sys.argv[1], "wb") as file:
+        shutil.copyfileobj(answer, file)
+except OSError as error:
+    sys.exit(f"pip's installer could not be fetched: {error}")
 PY
 }
 make_venv() {
@@ -130,9 +133,9 @@ make_venv() {
             "$("$venv_python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip && return 0
     fi
     get_pip && return 0
-    echo "This Python has neither ensurepip, pip nor virtualenv, and pip's installer could not be fetched."
-    echo "On Debian or Ubuntu an administrator runs:  apt install python3-venv"
-    echo "Without one: PYTHON=/path/to/another/python3 (conda, pyenv and uv make some without root)."
+    advice="$base_python has neither ensurepip, pip nor virtualenv, and pip's own installer did not answer.
+On Debian or Ubuntu an administrator runs:  apt install python3-venv
+Without one: PYTHON=/path/to/another/python3 (conda, pyenv and uv bring some without root)."
     return 1
 }
 see_system_torch() {
@@ -200,7 +203,7 @@ install() {
     elif [ -d "$venv" ] && [ ! -f "$ours" ] && [ -n "$(ls -A "$venv")" ]; then
         die "$venv was not made by this script. Move it away, or set MII_HCACHE_VENV to another folder."
     fi
-    say "first use, or something changed: setting up $venv"
+    if [ "$keep" = yes ]; then say "something changed: bringing $venv up to date"; else say "first use: setting up $venv"; fi
     find_python
     if [ "$keep" = no ]; then rm -rf "$venv"; fi
     mkdir -p "$venv"
