@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: `python -m mii_hcache.serve`."""
