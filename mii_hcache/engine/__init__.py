@@ -1,0 +1,1 @@
+"""The engines behind the runtime's ports. The only room that imports deepspeed, mii or transformers."""

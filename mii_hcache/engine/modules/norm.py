@@ -1,0 +1,86 @@
+"""Pre-norms that add into the residual and reuse one output buffer, as DeepSpeed's CUDA modules do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.inference.v2.inference_parameter import InferenceParameter
+from deepspeed.inference.v2.modules.interfaces import DSPreNormBase
+
+from mii_hcache.engine.modules import torch_dtype
+
+
+def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last axis: statistics in float32, scaled in `x.dtype` (as Hugging Face's Llama does)."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return gamma * wide.to(x.dtype)
+
+
+class _PreNorm(DSPreNormBase):  # type: ignore[misc]
+    """`residual += hidden_states; return residual, norm(residual)`.
+
+    The returned hidden states lie in one buffer per module and are overwritten by the next call: whoever keeps them
+    must copy first. This is what the CUDA modules do, so that a copy made too late is caught on CPU as well.
+    """
+
+    reuse_output: bool = True
+    """False returns fresh tensors (one smoke test runs so)."""
+
+    def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
+        super().__init__(config, implementation_config)
+        self._output: torch.Tensor | None = None
+
+    @staticmethod
+    def supports_config(config: Any) -> bool:
+        return True
+
+    def transform_param(self, param: torch.Tensor) -> InferenceParameter:
+        return InferenceParameter.initialize(param.to(torch_dtype(self._config.output_dtype)))
+
+    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        residual: torch.Tensor,
+        hidden_states: torch.Tensor | None,
+        gamma: torch.Tensor,
+        beta: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if hidden_states is not None:
+            residual.add_(hidden_states)
+        normed = self.normalize(residual, gamma, beta)
+        if not self.reuse_output:
+            return residual, normed
+        if self._output is None:
+            self._output = torch.empty(
+                self._config.max_tokens, self._config.channels, dtype=normed.dtype, device=normed.device
+            )
+        output = self._output[: normed.shape[0]]
+        output.copy_(normed)
+        return residual, output
+
+
+class PreRMSNorm(_PreNorm):
+    """RMSNorm with the epsilon of the model's config."""
+
+    @staticmethod
+    def name() -> str:
+        return "cuda_pre_rms"
+
+    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        return rms_norm(x, gamma, self._config.eps)
+
+
+class PreLayerNorm(_PreNorm):
+    """LayerNorm with the epsilon of the model's config."""
+
+    @staticmethod
+    def name() -> str:
+        return "cuda_pre_ln"
+
+    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], gamma, beta, self._config.eps)

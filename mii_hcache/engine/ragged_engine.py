@@ -1,0 +1,299 @@
+"""HCacheEngine: DeepSpeed's ragged engine, with sequences that can be evicted, truncated and restored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.inference.v2.config_v2 import RaggedInferenceEngineConfig
+from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
+from deepspeed.inference.v2.scheduling_utils import SchedulingResult
+
+from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.engine.modules.attention import PagedAttention
+from mii_hcache.engine.modules.batch_plan import token_slots
+from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+
+_log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_POOL_BYTES = 2 << 30
+"""Most that the block pool takes on a CPU unless told otherwise."""
+GPU_POOL_SHARE = 0.85
+"""Share of the GPU memory left after loading the model that the block pool takes unless told otherwise."""
+
+
+class SequenceBlocks:
+    """The blocks of one sequence by absolute position (`runtime.ports.KVTarget`)."""
+
+    def __init__(self, engine: HCacheEngine, uid: int) -> None:
+        self._engine = engine
+        self._model = engine.model()
+        sequence = engine.sequence(uid)
+        self._sequence = sequence
+        num_blocks = sequence.cur_allocated_blocks
+        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, :num_blocks].to(torch.int64).to(engine.device)
+
+    def _slots(self, start: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = torch.arange(start, start + num_tokens, device=self._block_ids.device)
+        return positions, token_slots(self._block_ids, positions, self._engine.block_size)
+
+    def _rows(self, layer_idx: int) -> torch.Tensor:
+        cache = self._engine.kv_cache(layer_idx)
+        return cache.view(-1, *cache.shape[2:])
+
+    @torch.inference_mode()
+    def recompute_first_layer(self, start: int, token_ids: torch.Tensor) -> None:
+        positions, slots = self._slots(start, token_ids.numel())
+        hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
+        self._rows(0)[slots] = self._model.project_kv(0, hidden, positions)
+
+    @torch.inference_mode()
+    def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
+        positions, slots = self._slots(start, hidden.shape[0])
+        self._rows(layer_idx)[slots] = self._model.project_kv(layer_idx, hidden, positions)
+
+    @torch.inference_mode()
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+        _, slots = self._slots(start, kv.shape[0])
+        self._rows(layer_idx)[slots] = kv
+
+    @torch.inference_mode()
+    def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
+        _, slots = self._slots(start, out.shape[0])
+        out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
+
+    def commit(self, num_tokens: int) -> None:
+        if self._sequence.seen_tokens != 0:
+            raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
+        self._sequence.pre_forward(num_tokens)
+        self._sequence.post_forward()
+
+
+class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
+    """One model with its block pool. Engine thread only. Implements `runtime.ports.EngineAdapter`."""
+
+    def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig) -> None:
+        super().__init__(policy, engine_config)
+        self.dtype: torch.dtype = self._model.activation_dtype.value
+        self.device: torch.device = self.kv_cache(0).device
+        self.block_size: int = self._model.attn.kv_block_size
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        return self._model.geometry  # type: ignore[no-any-return]
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Directory of the weights."""
+        return str(self._policy._checkpoint_engine._local_checkpoint_dir)
+
+    @property
+    def allocator(self) -> Any:
+        """The pool's free list (`engine.blocks.BlockAllocator`)."""
+        return self._state_manager._kv_cache._allocators[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return int(self.kv_cache(0).shape[0])
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds."""
+        return int(self.allocator.free_blocks)
+
+    @property
+    def num_tracked(self) -> int:
+        """Sequences that hold a tracking slot."""
+        return int(self._state_manager.n_tracked_sequences)
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of one ragged batch."""
+        return int(self._config.state_manager.max_ragged_batch_size)
+
+    @property
+    def max_tracked(self) -> int:
+        """Most sequences that can hold a tracking slot."""
+        return int(self._config.state_manager.max_tracked_sequences)
+
+    def kv_cache(self, layer_idx: int) -> torch.Tensor:
+        """`[num_blocks, block_size, 2, num_kv_heads, head_size]` of one layer."""
+        return self._state_manager.get_cache(layer_idx)
+
+    def sequence(self, uid: int) -> Any:
+        """The host's descriptor of a live sequence."""
+        sequence = self._state_manager.get_sequence(uid)
+        if sequence is None:
+            raise HCacheError(f"sequence {uid} is not live")
+        return sequence
+
+    def seen_tokens(self, uid: int) -> int:
+        """Tokens whose K and V are in the sequence's blocks."""
+        return int(self.sequence(uid).seen_tokens)
+
+    def blocks_of(self, uid: int) -> int:
+        """Blocks that the sequence holds; 0 when it is not live."""
+        sequence = self._state_manager.get_sequence(uid)
+        return 0 if sequence is None else int(sequence.cur_allocated_blocks)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def reserve(self, uid: int, num_tokens: int) -> None:
+        """Make a sequence live with blocks for its first `num_tokens` tokens. Raises HCacheError, and changes nothing,
+        when the pool is short (the host's own allocation would silently give fewer)."""
+        missing = self.blocks_for(num_tokens) - self.blocks_of(uid)
+        if missing > self.num_free_blocks:
+            raise HCacheError(f"{missing} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
+        sequence = self._state_manager.get_or_create_sequence(uid)
+        if missing > 0:
+            sequence.extend_kv_cache(self._state_manager.allocate_blocks(missing))
+
+    def truncate(self, uid: int, num_tokens: int) -> None:
+        """Forget a sequence's tokens from `num_tokens` on; its blocks stay. The host has no such call, hence the
+        write to its private field."""
+        sequence = self.sequence(uid)
+        if not 0 <= num_tokens <= sequence.seen_tokens:
+            raise HCacheError(f"cannot truncate {sequence.seen_tokens} tokens to {num_tokens}")
+        sequence._seen_tokens = num_tokens
+
+    def evict(self, uid: int) -> None:
+        """Free a sequence's blocks; unknown uids are ignored."""
+        if self._state_manager.get_sequence(uid) is not None:
+            self.flush(uid)
+
+    def target(self, uid: int) -> SequenceBlocks:
+        """The sequence's blocks as they are now."""
+        return SequenceBlocks(self, uid)
+
+    @torch.inference_mode()
+    def put(
+        self, batch_uids: Iterable[int], batch_tokens: Iterable[torch.Tensor], do_checks: bool = True
+    ) -> torch.Tensor:
+        """One forward over a ragged batch. Returns logits of each sequence's last token, `[num_sequences, vocab]`.
+
+        Always checks first that the batch fits (the host's own check is broken, and without one it gives a sequence
+        fewer blocks than it needs). Raises HCacheError, and runs nothing, when it does not.
+        """
+        uids, tokens = list(batch_uids), list(batch_tokens)
+        result = self.can_schedule(uids, [token_ids.numel() for token_ids in tokens])
+        if result is not SchedulingResult.Success:
+            raise HCacheError(f"a ragged batch of {len(uids)} sequences cannot run: {result.name}")
+        return super().put(uids, tokens, do_checks=False)
+
+    def can_schedule(self, uids: Iterable[int], lengths: Iterable[int]) -> SchedulingResult:
+        limits = self._config.state_manager
+        batch = list(zip(uids, lengths, strict=True))
+        wanted_blocks = 0
+        num_new = 0
+        for uid, num_tokens in batch:
+            sequence = self._state_manager.get_sequence(uid)
+            num_seen = 0 if sequence is None else sequence.seen_tokens
+            num_new += sequence is None
+            wanted_blocks += max(0, self.blocks_for(num_seen + num_tokens) - self.blocks_of(uid))
+        if len(batch) > limits.max_ragged_sequence_count:
+            return SchedulingResult.BatchSequenceLimitExceeded
+        if wanted_blocks > self.num_free_blocks:
+            return SchedulingResult.KVCacheLimitExceeded
+        if self.num_tracked + num_new > limits.max_tracked_sequences:
+            return SchedulingResult.EngineSequenceLimitExceeded
+        if sum(num_tokens for _, num_tokens in batch) > limits.max_ragged_batch_size:
+            return SchedulingResult.BatchTokenLimitExceeded
+        return SchedulingResult.Success
+
+
+def build_engine(
+    model_path: str,
+    *,
+    dtype: str = "auto",
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    max_batch_tokens: int = 768,
+    max_sequences: int = 256,
+    max_context_tokens: int | None = None,
+) -> HCacheEngine:
+    """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine.
+
+    Raises UnsupportedModelError when the model cannot be served right, ConfigError for settings that do not fit it.
+    """
+    from mii_hcache.engine import compat
+
+    compat.install()
+    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
+
+    from mii_hcache.engine.families import policy_for
+
+    try:
+        checkpoint = HuggingFaceCheckpointEngine(model_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
+    config = checkpoint.model_config
+    config.dtype = _pick_dtype(dtype, getattr(config, "dtype", None))
+    model_tokens = int(config.max_position_embeddings)
+    if max_context_tokens is not None and max_context_tokens > model_tokens:
+        raise ConfigError(f"max_context_tokens is {max_context_tokens}, the model's limit is {model_tokens}")
+    max_context_tokens = max_context_tokens or model_tokens
+    config.max_seq_length = max_context_tokens
+    policy = policy_for(config, checkpoint)
+    PagedAttention.block_size = block_size
+    if num_blocks is None:
+        num_blocks = _default_num_blocks(config, block_size, max_context_tokens)
+    engine_config = RaggedInferenceEngineConfig(
+        state_manager={
+            "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
+            "max_ragged_batch_size": max_batch_tokens,
+            "max_ragged_sequence_count": min(max_sequences, max_batch_tokens),
+            "max_context": max_context_tokens,
+            "memory_config": {"mode": "allocate", "size": num_blocks},
+        }
+    )
+    try:
+        return HCacheEngine(policy, engine_config)
+    except (ValueError, AttributeError, AssertionError) as error:
+        raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
+
+
+def _pick_dtype(name: str, configured: Any) -> torch.dtype:
+    if name != "auto":
+        if name not in DTYPES:
+            raise ConfigError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
+        return DTYPES[name]
+    return configured if configured in DTYPES.values() else torch.float32
+
+
+def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -> int:
+    """As many blocks as the memory set aside holds."""
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    block_bytes = config.num_hidden_layers * block_size * 2 * num_kv_heads * head_size * config.dtype.itemsize
+    if torch.cuda.is_available():
+        free_bytes, _ = torch.cuda.mem_get_info()
+        weights_bytes = _weights_bytes(config)
+        budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
+        # int32 offsets inside one layer of the pool must not overflow (the host's kernels index so).
+        most = (2**31 - 1) // (block_size * 2 * num_kv_heads * head_size)
+    else:
+        budget_bytes = DEFAULT_POOL_BYTES
+        most = -(-64 * max_context_tokens // block_size)
+    num_blocks = min(budget_bytes // block_bytes, most)
+    if num_blocks < 1:
+        raise ConfigError(f"no memory for KV blocks: {budget_bytes} bytes left, a block takes {block_bytes}")
+    return int(num_blocks)
+
+
+def _weights_bytes(config: Any) -> int:
+    per_layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * getattr(
+        config, "intermediate_size", getattr(config, "ffn_dim", 4 * config.hidden_size)
+    )
+    elements = config.num_hidden_layers * per_layer + 2 * config.vocab_size * config.hidden_size
+    return int(elements * config.dtype.itemsize)
+
+
+def token_tensors(batch: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Token ids as the engine takes them: int64 on the host."""
+    return [torch.tensor(token_ids, dtype=torch.int64) for token_ids in batch]

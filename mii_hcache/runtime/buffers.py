@@ -1,0 +1,134 @@
+"""Host memory that state passes through: a ring of token rows, and a pool of span buffers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+
+def host_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised host memory, pinned where there is a GPU to copy from."""
+    return torch.empty(*shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A C-contiguous host tensor as writable bytes; shares memory, keeps the tensor alive."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not contiguous")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@dataclass(eq=False, kw_only=True)
+class RowLease:
+    """Rows `[start, start + num_rows)` of a ring, for every layer."""
+
+    rows: torch.Tensor
+    """`[num_layers, num_rows, row_elements]`; each layer's part is contiguous."""
+    start: int
+    num_rows: int
+    _end: int = field(default=0)
+    _done: bool = field(default=False)
+
+
+class RowRing:
+    """Stage 1 of saving: a bounded ring of host rows `[num_layers, capacity_rows, row_elements]`.
+
+    One thread acquires, any thread releases, in any order; space comes back in the order it was taken.
+    """
+
+    def __init__(self, *, num_layers: int, capacity_rows: int, row_elements: int, dtype: torch.dtype) -> None:
+        self._rows = host_empty(num_layers, capacity_rows, row_elements, dtype=dtype)
+        self._capacity = capacity_rows
+        self._head = 0  # next row to hand out; == tail only when nothing is leased
+        self._leases: deque[RowLease] = deque()
+        self._freed = threading.Condition()
+
+    @property
+    def capacity_rows(self) -> int:
+        """Rows that fit when nothing is leased."""
+        return self._capacity
+
+    def acquire(self, num_rows: int, wait_s: float = 0.0) -> RowLease | None:
+        """Rows that lie together, or None when there are none within `wait_s`."""
+        if num_rows > self._capacity:
+            raise ValueError(f"{num_rows} rows wanted from a ring of {self._capacity}")
+        deadline = time.monotonic() + wait_s
+        with self._freed:
+            while (start := self._place(num_rows)) is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._freed.wait(left):
+                    start = self._place(num_rows)
+                    if start is None:
+                        return None
+                    break
+            lease = RowLease(rows=self._rows[:, start : start + num_rows], start=start, num_rows=num_rows)
+            lease._end = start + num_rows
+            self._head = lease._end
+            self._leases.append(lease)
+            return lease
+
+    def _place(self, num_rows: int) -> int | None:
+        if not self._leases:
+            return 0
+        tail = self._leases[0].start
+        if self._head > tail:
+            if self._capacity - self._head >= num_rows:
+                return self._head
+            return 0 if tail >= num_rows else None
+        return self._head if tail - self._head >= num_rows else None
+
+    def release(self, lease: RowLease) -> None:
+        """Give rows back. The rows must not be touched afterwards."""
+        with self._freed:
+            lease._done = True
+            while self._leases and self._leases[0]._done:
+                self._leases.popleft()
+            self._freed.notify_all()
+
+    @property
+    def leased_rows(self) -> int:
+        """Rows handed out and not yet back."""
+        with self._freed:
+            return sum(lease.num_rows for lease in self._leases)
+
+
+class SpanBuffers:
+    """A bounded pool of equal host buffers; made on first use, reused afterwards."""
+
+    def __init__(self, *, shape: tuple[int, ...], dtype: torch.dtype, max_buffers: int) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._max = max_buffers
+        self._made = 0
+        self._free: list[torch.Tensor] = []
+        self._returned = threading.Condition()
+
+    def acquire(self, wait_s: float = 0.0) -> torch.Tensor | None:
+        """A buffer with anything in it, or None when all are in use for `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        with self._returned:
+            while not self._free and self._made >= self._max:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                self._returned.wait(left)
+            if self._free:
+                return self._free.pop()
+            self._made += 1
+        return host_empty(*self._shape, dtype=self._dtype)
+
+    def release(self, buffer: torch.Tensor) -> None:
+        """Give a buffer back. It must not be touched afterwards."""
+        with self._returned:
+            self._free.append(buffer)
+            self._returned.notify()
+
+    @property
+    def num_in_use(self) -> int:
+        """Buffers handed out and not yet back."""
+        with self._returned:
+            return self._made - len(self._free)

@@ -1,0 +1,56 @@
+"""All that the runtime asks of an engine. Engines implement these; the runtime imports none of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from mii_hcache.core.geometry import ModelGeometry
+
+
+class KVTarget(Protocol):
+    """The blocks of one sequence, addressed by absolute token position.
+
+    Engine thread and the engine's compute stream only. Blocks for every position used must have been reserved.
+    Ranges are half-open.
+    """
+
+    def recompute_first_layer(self, start: int, token_ids: torch.Tensor) -> None:
+        """Write layer 0's K and V of tokens `[start, start + len(token_ids))` from their ids (`[num_tokens]`, int64,
+        host): the embedding is its QKV input but for the norm."""
+        ...
+
+    def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
+        """Project and write K and V from `hidden`: `[num_tokens, hidden_size]`, the engine's dtype and device."""
+        ...
+
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+        """Write `kv`: `[num_tokens, 2, num_kv_heads, head_size]`, keys rotated, the engine's dtype and device."""
+        ...
+
+    def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
+        """Copy K and V of `[start, start + len(out))` into `out`: `[num_tokens, 2, num_kv_heads, head_size]`, host
+        memory (pinned when the engine has a GPU; then the copy is stream-ordered)."""
+        ...
+
+    def commit(self, num_tokens: int) -> None:
+        """Declare tokens `[0, num_tokens)` present: the one place where `seen_tokens` is set on a restore."""
+        ...
+
+
+class EngineAdapter(Protocol):
+    """An engine that holds sequences in blocks."""
+
+    @property
+    def geometry(self) -> ModelGeometry: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def target(self, uid: int) -> KVTarget:
+        """The blocks of a live sequence as they are now; ask again after its blocks changed."""
+        ...

@@ -1,0 +1,299 @@
+"""Two-stage saving (paper section 4.2): a snapshot in the step that produces state, a flush behind its back.
+
+Stage 1, engine thread: rows of the whole ragged batch go into a ring of host memory (`tap`, once per layer). Stage 2,
+background threads (`flusher`): rows are gathered into spans, whole spans are put into the store. Decode never waits; a
+step that prefills may wait for room, bounded. What found no room is dropped and counted, and healed later: read from
+the sequence's blocks as `kv` before they are freed, so that a drop never cuts off what follows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.core.identity import SpanId
+from mii_hcache.runtime.buffers import RowRing, SpanBuffers
+from mii_hcache.runtime.capture import StepCapture, make_capture
+from mii_hcache.runtime.flusher import Flusher, RowCopy, Snapshot, SpanPut
+from mii_hcache.runtime.ports import EngineAdapter, KVTarget
+from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.track import OpenSpan, SequenceTrack
+from mii_hcache.storage.base import ChunkStore, SpanRecord
+
+HEAL_WAIT_S = 2.0
+"""Longest that healing one span waits for a buffer."""
+_FIRST_PREFILL_S = 0.5
+"""Assumed length of a full prefill step before one was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSegment:
+    """One sequence's part of a step, in the order of the batch."""
+
+    uid: int
+    token_ids: Sequence[int]
+
+
+class Saver:
+    """Saves the state of live sequences. Engine thread only, except `is_pending`, `drain` and `num_pending`."""
+
+    def __init__(
+        self,
+        *,
+        adapter: EngineAdapter,
+        store: ChunkStore,
+        kind: ChunkKind | None,
+        max_batch_tokens: int,
+        counters: Counters,
+        save_wait: float = 0.1,
+        num_threads: int = 2,
+        ring_batches: int = 2,
+    ) -> None:
+        """`kind` None saves nothing. `save_wait`: share of a prefill step that it may wait for room. The ring holds
+        `ring_batches` (>= 2) full ragged batches."""
+        geometry = adapter.geometry
+        self._adapter = adapter
+        self._store = store
+        self._kind = kind
+        self._counters = counters
+        self._save_wait = save_wait
+        self._tracks: dict[int, SequenceTrack] = {}
+        self._flusher = Flusher(store=store, counters=counters, num_threads=num_threads)
+        self._prefill_s_per_token = _FIRST_PREFILL_S / max_batch_tokens
+        self._segments: list[StepSegment] = []
+        self._step_started_s = 0.0
+        self._capture: StepCapture | None = None
+        ring_rows = ring_batches * max_batch_tokens
+        if kind is ChunkKind.HIDDEN:
+            num_layers = len(geometry.saved_layers(kind))
+            row_elements = geometry.row_elements(kind)
+            self._capture = make_capture(
+                ring=RowRing(
+                    num_layers=num_layers, capacity_rows=ring_rows, row_elements=row_elements, dtype=adapter.dtype
+                ),
+                device=adapter.device,
+                num_layers=num_layers,
+                max_rows=max_batch_tokens,
+                row_elements=row_elements,
+                dtype=adapter.dtype,
+            )
+            self._open_buffers = SpanBuffers(
+                shape=(num_layers, SPAN_TOKENS, row_elements),
+                dtype=adapter.dtype,
+                max_buffers=1 << 20,  # one a live sequence, and what waits for the store: bounded elsewhere
+            )
+        self._kv_buffers = SpanBuffers(
+            shape=(geometry.num_layers, SPAN_TOKENS, 2, geometry.num_kv_heads, geometry.head_size),
+            dtype=adapter.dtype,
+            max_buffers=max(4, ring_rows // SPAN_TOKENS) if kind is ChunkKind.KV else 4,
+        )
+
+    @property
+    def kind(self) -> ChunkKind | None:
+        """Kind of chunk that is saved while serving; None when nothing is."""
+        return self._kind
+
+    # --- sequences ----------------------------------------------------------------------------------------------
+
+    def open(self, uid: int, *, seed: bytes, token_ids: Sequence[int]) -> None:
+        """A sequence starts with `token_ids` in its blocks."""
+        if self._kind is not None:
+            self._tracks[uid] = SequenceTrack(seed=seed, token_ids=token_ids)
+
+    def truncate(self, uid: int, num_tokens: int) -> None:
+        """The sequence goes back to its first `num_tokens` tokens."""
+        track = self._tracks.get(uid)
+        if track is not None:
+            self._discard(track.truncate(num_tokens))
+
+    def heal(self, uid: int) -> None:
+        """Save whole spans that the store lacks (dropped, evicted, damaged), read from the blocks as `kv`. Call before
+        the blocks are freed."""
+        track = self._tracks.get(uid)
+        if track is None:
+            return
+        target: KVTarget | None = None
+        for span_idx in range(track.num_spans):
+            if self._is_saved(track, span_idx):
+                continue
+            target = target or self._adapter.target(uid)
+            if self._snapshot_kv(track, target, span_idx, HEAL_WAIT_S):
+                self._counters.add("healed_spans_total")
+            else:
+                self._counters.add("unhealed_spans_total")
+
+    def close(self, uid: int) -> None:
+        """The sequence leaves the engine. What was accepted stays; call `heal` first to lose nothing."""
+        track = self._tracks.pop(uid, None)
+        if track is not None:
+            self._discard(track.close_open_span())
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def begin_step(self, segments: Sequence[StepSegment]) -> None:
+        """A ragged batch is about to run: take room for its rows."""
+        self._segments = list(segments)
+        num_tokens = sum(len(segment.token_ids) for segment in segments)
+        if self._capture is not None:
+            started_s = time.perf_counter()
+            is_prefill = num_tokens > len(self._segments)
+            wait_s = self._save_wait * self._prefill_s_per_token * num_tokens if is_prefill else 0.0
+            if not self._capture.begin(num_tokens, wait_s):
+                self._counters.add("dropped_rows_total", num_tokens)
+            self._counters.add("save_wait_seconds_total", time.perf_counter() - started_s)
+        self._step_started_s = time.perf_counter()
+
+    def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
+        """A layer's QKV input, `[num_tokens, hidden_size]`, in the order of the batch; copied in stream order."""
+        if self._capture is not None and layer_idx > 0:
+            self._capture.copy(layer_idx - 1, hidden)
+
+    def end_step(self) -> None:
+        """The batch ran: hand what it left to the background threads."""
+        segments, self._segments = self._segments, []
+        num_tokens = sum(len(segment.token_ids) for segment in segments)
+        if num_tokens > len(segments):
+            measured_s = (time.perf_counter() - self._step_started_s) / num_tokens
+            self._prefill_s_per_token += 0.3 * (measured_s - self._prefill_s_per_token)
+        if self._kind is ChunkKind.HIDDEN:
+            self._end_hidden_step(segments)
+        elif self._kind is ChunkKind.KV:
+            self._end_kv_step(segments)
+
+    def abort_step(self) -> None:
+        """The batch failed: its rows are garbage, its sequences must be closed."""
+        if self._capture is not None:
+            self._capture.abort()
+        self._segments = []
+
+    def _end_hidden_step(self, segments: list[StepSegment]) -> None:
+        assert self._capture is not None
+        lease, ready = self._capture.end()
+        release = partial(self._capture.ring.release, lease) if lease is not None else None
+        snapshot = Snapshot(ready=ready, release=release)
+        first_row = 0
+        for segment in segments:
+            num_rows = len(segment.token_ids)
+            track = self._tracks.get(segment.uid)
+            if track is not None:
+                rows = lease.rows[:, first_row : first_row + num_rows] if lease is not None else None
+                self._cut(snapshot, track, segment.token_ids, rows)
+            first_row += num_rows
+        self._flusher.submit(snapshot)
+
+    def _cut(
+        self, snapshot: Snapshot, track: SequenceTrack, token_ids: Sequence[int], rows: torch.Tensor | None
+    ) -> None:
+        """Cut one sequence's rows of a step at span boundaries. `rows` None: they were dropped."""
+        start = len(track.token_ids)
+        track.extend(token_ids)
+        stop = len(track.token_ids)
+        at = start
+        while at < stop:
+            span_idx, span_row = divmod(at, SPAN_TOKENS)
+            num_rows = min(SPAN_TOKENS - span_row, stop - at)
+            if rows is None:
+                self._discard(track.close_open_span())
+            else:
+                self._take(snapshot, track, span_idx, span_row, rows[:, at - start : at - start + num_rows])
+            at += num_rows
+
+    def _take(self, snapshot: Snapshot, track: SequenceTrack, span_idx: int, span_row: int, rows: torch.Tensor) -> None:
+        """Rows of one span: put it at once if it is whole here, else copy them to the open span."""
+        if rows.shape[1] == SPAN_TOKENS:
+            if not self._is_saved(track, span_idx):
+                snapshot.whole.append(SpanPut(record=self._record(track, span_idx, ChunkKind.HIDDEN), rows=rows))
+            return
+        if span_row == 0:
+            self._discard(track.close_open_span())
+            buffer = self._open_buffers.acquire()
+            assert buffer is not None
+            track.open_span = OpenSpan(span_idx=span_idx, rows=buffer)
+        open_span = track.open_span
+        if open_span is None or open_span.span_idx != span_idx:
+            return  # an earlier row of this span was dropped or lies in a saved span: healed from the blocks
+        completes = None
+        if span_row + rows.shape[1] == SPAN_TOKENS:
+            track.close_open_span()
+            release = partial(self._open_buffers.release, open_span.rows)
+            if not self._is_saved(track, span_idx):
+                record = self._record(track, span_idx, ChunkKind.HIDDEN)
+                completes = SpanPut(record=record, rows=open_span.rows, release=release)
+            else:
+                snapshot.discard.append(release)
+        snapshot.copies.append(RowCopy(source=rows, target=open_span.rows, span_row=span_row, completes=completes))
+
+    def _end_kv_step(self, segments: list[StepSegment]) -> None:
+        is_prefill = any(len(segment.token_ids) > 1 for segment in segments)
+        wait_s = self._save_wait * self._prefill_s_per_token * SPAN_TOKENS if is_prefill else 0.0
+        for segment in segments:
+            track = self._tracks.get(segment.uid)
+            if track is None:
+                continue
+            num_spans = track.num_spans
+            track.extend(segment.token_ids)
+            if track.num_spans == num_spans:
+                continue
+            target = self._adapter.target(segment.uid)
+            for span_idx in range(num_spans, track.num_spans):
+                if not self._is_saved(track, span_idx) and not self._snapshot_kv(track, target, span_idx, wait_s):
+                    self._counters.add("dropped_rows_total", SPAN_TOKENS)
+
+    def _snapshot_kv(self, track: SequenceTrack, target: KVTarget, span_idx: int, wait_s: float) -> bool:
+        buffer = self._kv_buffers.acquire(wait_s)
+        if buffer is None:
+            return False
+        for layer_idx in self._adapter.geometry.saved_layers(ChunkKind.KV):
+            target.read_kv(layer_idx, span_idx * SPAN_TOKENS, buffer[layer_idx])
+        ready = None
+        if self._adapter.device.type == "cuda":
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        put = SpanPut(record=self._record(track, span_idx, ChunkKind.KV), rows=buffer)
+        self._flusher.submit(Snapshot(ready=ready, whole=[put], release=partial(self._kv_buffers.release, buffer)))
+        return True
+
+    def _is_saved(self, track: SequenceTrack, span_idx: int) -> bool:
+        span_id = track.span_ids[span_idx]
+        return self._store.find(span_id) is not None or self._flusher.is_pending((span_id,))
+
+    def _record(self, track: SequenceTrack, span_idx: int, kind: ChunkKind) -> SpanRecord:
+        layers = self._adapter.geometry.saved_layers(kind)
+        return SpanRecord(
+            span_id=track.span_ids[span_idx],
+            parent_id=track.parent_id(span_idx),
+            span_idx=span_idx,
+            kind=kind,
+            token_ids=track.packed_tokens(span_idx),
+            first_layer=layers.start,
+            num_chunks=len(layers),
+            chunk_bytes=self._adapter.geometry.chunk_bytes(kind),
+        )
+
+    def _discard(self, open_span: OpenSpan | None) -> None:
+        if open_span is not None:
+            self._flusher.submit(Snapshot(discard=[partial(self._open_buffers.release, open_span.rows)]))
+
+    # --- waiting ------------------------------------------------------------------------------------------------
+
+    def is_pending(self, span_ids: Iterable[SpanId]) -> bool:
+        """Whether any of these was accepted and has not reached the store yet."""
+        return self._flusher.is_pending(span_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Spans accepted that have not reached the store yet."""
+        return self._flusher.num_pending
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything accepted has reached the store; False when `timeout_s` ran out."""
+        return self._flusher.drain(timeout_s)
+
+    def stop(self) -> None:
+        """Drain and end the background threads."""
+        self._flusher.stop()

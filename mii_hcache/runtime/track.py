@@ -1,0 +1,77 @@
+"""What the saver knows of one live sequence: its tokens, its chain of spans, and the span that is filling up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mii_hcache.core.geometry import SPAN_TOKENS
+from mii_hcache.core.identity import SpanId, next_span_id, pack_tokens
+
+
+@dataclass(eq=False, kw_only=True)
+class OpenSpan:
+    """Hidden rows of a span that is not whole yet; one background thread copies them in, in the order of the steps."""
+
+    span_idx: int
+    rows: torch.Tensor
+    """`[num_layers, SPAN_TOKENS, row_elements]`, host."""
+
+
+class SequenceTrack:
+    """Tokens and span ids of one live sequence. Engine thread only."""
+
+    def __init__(self, *, seed: bytes, token_ids: Sequence[int]) -> None:
+        self._seed = seed
+        self.token_ids: list[int] = list(token_ids)
+        """Tokens whose K and V are in the blocks (the last generated token is not, until it is fed back)."""
+        self.span_ids: list[SpanId] = []
+        self._packed: list[bytes] = []
+        self.open_span: OpenSpan | None = None
+        self._name_spans()
+
+    @property
+    def num_spans(self) -> int:
+        """Whole spans of the tokens so far."""
+        return len(self.span_ids)
+
+    def packed_tokens(self, span_idx: int) -> bytes:
+        """A whole span's token ids, packed."""
+        return self._packed[span_idx]
+
+    def parent_id(self, span_idx: int) -> SpanId | None:
+        """Id of the span before, None for the first."""
+        return self.span_ids[span_idx - 1] if span_idx else None
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Tokens that a step is about to run."""
+        self.token_ids.extend(token_ids)
+        self._name_spans()
+
+    def truncate(self, num_tokens: int) -> OpenSpan | None:
+        """Forget tokens from `num_tokens` on. Returns the open span if it is of no use any more.
+
+        An open span that the cut goes through stays: rows before the cut are right, later ones will be overwritten.
+        """
+        del self.token_ids[num_tokens:]
+        num_spans = num_tokens // SPAN_TOKENS
+        del self.span_ids[num_spans:]
+        del self._packed[num_spans:]
+        if self.open_span is not None and self.open_span.span_idx != num_spans:
+            return self.close_open_span()
+        return None
+
+    def close_open_span(self) -> OpenSpan | None:
+        """Detach the open span."""
+        open_span, self.open_span = self.open_span, None
+        return open_span
+
+    def _name_spans(self) -> None:
+        for span_idx in range(len(self.span_ids), len(self.token_ids) // SPAN_TOKENS):
+            start = span_idx * SPAN_TOKENS
+            packed = pack_tokens(self.token_ids[start : start + SPAN_TOKENS])
+            parent = self.span_ids[-1] if self.span_ids else self._seed
+            self._packed.append(packed)
+            self.span_ids.append(next_span_id(parent, packed))
