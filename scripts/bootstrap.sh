@@ -82,9 +82,10 @@ pip() {
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
 has_cuda_torch() {
     "$1" - >/dev/null 2>&1 <<'PY'
-import re, torch
-major, minor = map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups())
-assert (major, minor) >= (2, 11) and torch.version.cuda
+import importlib.metadata, re, torch
+major, minor, rest = re.match(r"(\d+)\.(\d+)([^+]*)", importlib.metadata.version("torch")).groups()
+is_preview = re.search("[a-z]", rest) is not None   # 2.11.0a0 comes before 2.11
+assert (int(major), int(minor)) >= (2, 11 + is_preview) and torch.version.cuda
 PY
 }
 find_python() {
@@ -153,7 +154,7 @@ prepare_python() {
         see_system_torch || return 1
         # the torch that is here, and the setuptools that it wants, instead of ours
         sed -i '/^torch==/d; /^setuptools==/d' "$venv/constraints.txt"
-        "$venv_python" -c 'import torch; print("torch==" + torch.__version__)' >>"$venv/constraints.txt"
+        "$venv_python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >>"$venv/constraints.txt"
     fi
 }
 
@@ -182,7 +183,7 @@ install_torch() {
         say "no CPU-only build of torch $torch_version answered; the default build comes with CUDA libraries."
         say "To avoid it: interrupt, and point PIP_FIND_LINKS to a folder with the file torch-$torch_version+cpu-*.whl"
     fi
-    step "installing torch $torch_version with CUDA (downloads about 3 GB, takes about 6 GB of disk)" \
+    step "installing torch $torch_version with CUDA (downloads about 3 GB, takes about 5 GB of disk)" \
         pip install -q -c "$constraints" "torch==$torch_version"
 }
 
