@@ -7,7 +7,7 @@ A model that cannot be served right is refused at start: a wrong answer is worse
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from deepspeed.inference.v2.model_implementations.common_parameters import (
     EmbeddingParameter,
@@ -30,7 +30,7 @@ class TiedEnds(LayerContainer):  # type: ignore[misc]
     word_unembed: UnembedParameter
     final_norm: NormParameter
 
-    PARAM_MAPPING: ClassVar[dict[str, Any]] = {
+    PARAM_MAPPING = {  # noqa: RUF012  (an annotation would make it a parameter)
         "model.embed_tokens.weight": ["word_emb.params", "word_unembed.params"],
         "model.norm.weight": "final_norm.params",
     }
