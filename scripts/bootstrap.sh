@@ -193,20 +193,28 @@ check_imports() {
     "$venv_python" -c 'import mii_hcache, mii, deepspeed, torch, transformers'
 }
 install() {
-    local extras="" start_s=$SECONDS keep=no
+    local extras="" start_s=$SECONDS keep=no base="" inputs
     system_torch=no
+    inputs="$(inputs_hash)"
     is_complete && return 0   # another run finished while this one waited for the lock
     if [ -f "$stamp" ]; then
         [ "$(stamp_field profile)" = test ] && profile=test
         # another device, place or interpreter: from nothing; other versions: on top of what is there
         [ "$(stamp_field device) $(stamp_field venv)" = "$device $venv" ] && has_same_python && keep=yes
+        base="$(stamp_field base)" system_torch="$(stamp_field system_torch)"
         rm -f "$stamp"
     elif [ -d "$venv" ] && [ ! -f "$ours" ] && [ -n "$(ls -A "$venv")" ]; then
         die "$venv was not made by this script. Move it away, or set MII_HCACHE_VENV to another folder."
     fi
-    if [ "$keep" = yes ]; then say "something changed: bringing $venv up to date"; else say "first use: setting up $venv"; fi
-    find_python
-    if [ "$keep" = no ]; then rm -rf "$venv"; fi
+    if [ "$keep" = yes ]; then
+        say "something changed: bringing $venv up to date"
+        base_python="$base"
+    else
+        say "first use: setting up $venv"
+        system_torch=no
+        find_python
+        rm -rf "$venv"
+    fi
     mkdir -p "$venv"
     : >"$ours"
     : >"$log"
@@ -220,9 +228,10 @@ install() {
         pip install -q -c "$constraints" --no-deps deepspeed-mii
     step "checking that it imports" check_imports
     {
-        printf 'inputs=%s\n' "$(inputs_hash)"
+        printf 'inputs=%s\n' "$inputs"
         printf 'profile=%s\ndevice=%s\nvenv=%s\n' "$profile" "$device" "$venv"
         printf 'python=%s\nbase=%s\n' "$(python_minor "$venv_python")" "$base_python"
+        printf 'system_torch=%s\n' "$system_torch"
     } >"$stamp.new"
     mv "$stamp.new" "$stamp"
     say "ready after $((SECONDS - start_s)) s: $("$venv_python" -c '
