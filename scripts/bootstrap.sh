@@ -169,9 +169,19 @@ find_cpu_torch() {
     torch_args=(--index-url "$pytorch_cpu_index" "torch==$torch_version+cpu")
     PIP_DEFAULT_TIMEOUT=5 timeout 30 env PIP_USER=0 "$venv_python" -m pip "${quick[@]}" "${torch_args[@]}"
 }
+has_pinned_torch() {
+    "$venv_python" - "$torch_version" 2>/dev/null <<'PY'
+import importlib.metadata, sys
+sys.exit(importlib.metadata.version("torch").split("+")[0] != sys.argv[1])
+PY
+}
 install_torch() {
     if [ "$system_torch" = yes ]; then
         step "using the CUDA torch that is here" true
+        return
+    fi
+    if has_pinned_torch; then
+        step "keeping torch $torch_version" true
         return
     fi
     printf '\n==== looking for a CPU torch\n' >>"$log"
