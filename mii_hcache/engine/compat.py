@@ -19,6 +19,7 @@ generated tokens, asserts under pressure), MII's `LogitsProcessor`s (a global re
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
@@ -149,6 +150,8 @@ def _init_single_process_group() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    # Left to the interpreter's exit, gloo's threads end the process with `terminate called`.
+    atexit.register(torch_dist.destroy_process_group)
 
 
 _installed = False

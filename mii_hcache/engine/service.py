@@ -1,0 +1,186 @@
+"""The engine on its own thread, behind `runtime.generation.GenerationService`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+
+from mii_hcache.config import HCacheConfig
+from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.core.identity import chain_seed
+from mii_hcache.core.methods import Method
+from mii_hcache.engine.job import Job
+from mii_hcache.engine.ragged_engine import HCacheEngine
+from mii_hcache.engine.scheduler import HCacheScheduler
+from mii_hcache.errors import HCacheError, RequestError
+from mii_hcache.runtime.generation import GenerationRequest
+from mii_hcache.runtime.restorer import Restorer
+from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.stats import Counters
+from mii_hcache.storage.base import ChunkStore
+
+_log = logging.getLogger(__name__)
+
+
+class EngineService:
+    """One engine, one thread. `submit`, `cancel`, `metrics` and `close` may be called from any thread."""
+
+    def __init__(
+        self,
+        *,
+        engine: HCacheEngine,
+        store: ChunkStore,
+        method: Method,
+        fingerprint: bytes,
+        config: HCacheConfig,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._fingerprint = fingerprint
+        self._counters = Counters()
+        self._saver = Saver(
+            adapter=engine,
+            store=store,
+            kind=method.saved_kind,
+            max_batch_tokens=engine.max_batch_tokens,
+            counters=self._counters,
+            save_wait=config.save_wait,
+            num_threads=config.save_threads,
+        )
+        self._restorer = Restorer(adapter=engine, store=store, counters=self._counters)
+        self._scheduler = HCacheScheduler(
+            engine=engine,
+            store=store,
+            saver=self._saver,
+            restorer=self._restorer,
+            counters=self._counters,
+            keep="none" if config.keep == "none" else "lru",
+            restore_slice_s=config.restore_slice_s,
+            max_sequences=config.max_sequences,
+        )
+        self._changed = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._jobs: dict[str, Job] = {}
+        self._order = itertools.count()
+        self._is_closing = False
+        self._max_context_tokens = min(engine._config.state_manager.max_context, engine.num_blocks * engine.block_size)
+        self._vocab_size = int(engine.model().vocab_size)
+        self._geometry = engine.geometry
+        self._thread = threading.Thread(target=self._run, name="hcache-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        return self._geometry
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def max_context_tokens(self) -> int:
+        return self._max_context_tokens
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._check(request)
+        job = Job(
+            request=request,
+            seed=chain_seed(self._fingerprint, request.tenant_salt),
+            order=next(self._order),
+            token_ids=list(request.prompt_token_ids),
+        )
+        with self._changed:
+            if self._is_closing:
+                raise HCacheError("the server is shutting down")
+            if request.request_id in self._jobs:
+                raise RequestError(f"request id {request.request_id!r} is running already", param="request_id")
+            self._jobs[request.request_id] = job
+            self._commands.append(lambda: self._scheduler.add(job))
+            self._changed.notify_all()
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt = request.prompt_token_ids
+        limit = self._max_context_tokens
+        if not prompt:
+            raise RequestError("the prompt has no tokens", param="prompt")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise RequestError(f"token ids must be in [0, {self._vocab_size})", param="prompt")
+        if len(prompt) + request.sampling.max_new_tokens > limit:
+            raise RequestError(
+                f"the context holds {limit} tokens; {len(prompt)} in the prompt and "
+                f"{request.sampling.max_new_tokens} to generate are {len(prompt) + request.sampling.max_new_tokens}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            job = self._jobs.get(request_id)
+            if job is not None:
+                self._commands.append(lambda: self._scheduler.cancel(job))
+                self._changed.notify_all()
+
+    def metrics(self) -> dict[str, float]:
+        store = self._store.stats()
+        return {
+            **self._counters.snapshot(),
+            **self._scheduler.gauges(),
+            "store_spans": store.num_spans,
+            "store_bytes": store.num_bytes,
+            "store_capacity_bytes": store.capacity_bytes,
+            "store_put_bytes_total": store.put_bytes,
+            "store_read_bytes_total": store.read_bytes,
+            "store_evicted_spans_total": store.evicted_spans,
+            "store_dropped_spans_total": store.dropped_spans,
+            "store_corrupt_chunks_total": store.corrupt_chunks,
+        }
+
+    def drain_saves(self, timeout_s: float | None = None) -> bool:
+        """Wait until all accepted state has reached the store."""
+        return self._saver.drain(timeout_s)
+
+    def close(self, *, drain: bool = True) -> None:
+        with self._changed:
+            self._is_closing = True
+            if not drain:
+                for job in self._jobs.values():
+                    self._commands.append(lambda job=job: self._scheduler.cancel(job))  # type: ignore[misc]
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # --- engine thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                self._scheduler.iterate()
+                self._forget_finished()
+        except BaseException:
+            _log.critical("the engine thread died", exc_info=True)
+            raise
+        finally:
+            with self._changed:
+                self._is_closing = True
+            self._scheduler.close()
+            self._saver.stop()
+            self._restorer.stop()
+
+    def _take_commands(self) -> bool:
+        """Run what was asked for; wait when there is nothing to do. False when it is time to end."""
+        with self._changed:
+            while not self._commands and not self._scheduler.has_work:
+                if self._is_closing:
+                    return False
+                self._changed.wait()
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command()
+        return True
+
+    def _forget_finished(self) -> None:
+        if any(job.finish_reason is not None for job in self._jobs.values()):
+            with self._changed:
+                self._jobs = {name: job for name, job in self._jobs.items() if job.finish_reason is None}

@@ -1,0 +1,33 @@
+"""Tiny seeded models on disk, and engines whose freed blocks are poisoned.
+
+Environment first: no test may reach for a hub, and two cores are shared with the engine's own threads.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model(name)`: directory of a seeded checkpoint, made on first use. Names: see `engine_kit.TINY_CONFIGS`."""
+    from tests.engine_kit import save_tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+
+    def path_of(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            save_tiny_model(name, path)
+        return path
+
+    return path_of

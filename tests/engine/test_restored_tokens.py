@@ -1,0 +1,257 @@
+"""A restored context gives the tokens of one that never left: over methods, policies, pools, drops and tenants.
+
+Freed blocks hold NaN in every test here, and the norm reuses its output buffer.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from mii_hcache.runtime.generation import FinishReason
+from mii_hcache.storage.memory import MemoryStore
+from tests.engine_kit import (
+    VOCAB,
+    Client,
+    Conversation,
+    answers,
+    interleave,
+    open_client,
+    poisoned_engine,
+    restorable,
+)
+
+FAMILIES = ["llama", "llama-gqa", "opt"]
+
+
+@pytest.fixture(scope="module")
+def never_evicted(tiny_model):
+    """Answers of a server that saves nothing and evicts nothing: every history is prefilled."""
+    known: dict[str, list] = {}
+
+    def of(family: str) -> list:
+        if family not in known:
+            engine = poisoned_engine(tiny_model(family), num_blocks=600, max_batch_tokens=256)
+            client = open_client(engine, method="recompute", keep="none")
+            known[family] = answers(interleave(client, 4, 3))
+            client.service.close()
+        return known[family]
+
+    return of
+
+
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_turn_restores_every_whole_span(tiny_model, never_evicted, family, method):
+    client = open_client(poisoned_engine(tiny_model(family), max_batch_tokens=256), method=method, keep="none")
+    conversations = interleave(client, 4, 3)
+    client.service.close()
+    assert answers(conversations) == never_evicted(family)
+    for conversation in conversations:
+        assert conversation.turns[0].report.restored_tokens == 0
+        for before, turn in zip(conversation.turns, conversation.turns[1:], strict=False):
+            report = turn.report
+            assert report.restored_tokens == restorable(before)
+            assert report.resident_tokens == 0
+            assert report.prefill_tokens == turn.prompt_tokens - report.restored_tokens
+            if report.restored_tokens:
+                assert (report.method, report.restored_from) == (method, "memory")
+            assert report.miss_reason in (None, "not_saved", "too_short")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residents_are_continued_in_place(tiny_model, never_evicted, family):
+    client = open_client(poisoned_engine(tiny_model(family), max_batch_tokens=256), keep="lru")
+    conversations = interleave(client, 4, 3)
+    client.service.close()
+    assert answers(conversations) == never_evicted(family)
+    for conversation in conversations:
+        for before, turn in zip(conversation.turns, conversation.turns[1:], strict=False):
+            assert turn.report.resident_tokens == before.prompt_tokens + len(before.token_ids) - 1
+
+
+def _crowd(engine, **settings) -> tuple[list, Client]:
+    client = open_client(engine, **settings)
+    return answers(interleave(client, 8, 2, num_tokens=50)), client
+
+
+@pytest.fixture(scope="module")
+def crowd_in_a_large_pool(tiny_model):
+    engine = poisoned_engine(tiny_model("llama"), num_blocks=900, max_batch_tokens=64)
+    told, client = _crowd(engine, method="recompute", keep="none")
+    client.service.close()
+    return told
+
+
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+@pytest.mark.parametrize(("keep", "num_blocks"), [("none", 32), ("lru", 42), ("lru", 60)])
+def test_a_small_pool_gives_the_same_answers(tiny_model, crowd_in_a_large_pool, method, keep, num_blocks):
+    """Requests preempt each other; preempted ones come back by restoring, and no generated token is lost."""
+    engine = poisoned_engine(tiny_model("llama"), num_blocks=num_blocks, max_batch_tokens=64)
+    told, client = _crowd(engine, method=method, keep=keep)
+    assert told == crowd_in_a_large_pool
+    metrics = client.service.metrics()
+    if num_blocks <= 42:
+        assert metrics["preemptions_total"] > 0
+    client.service.close()
+    assert client.service.metrics()["blocks_free"] == num_blocks
+
+
+class SlowStore(MemoryStore):
+    """Takes its time to put."""
+
+    def put(self, record, chunks):
+        time.sleep(0.03)
+        return super().put(record, chunks)
+
+
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+def test_what_found_no_room_is_healed_from_the_blocks(tiny_model, never_evicted, method):
+    engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256)
+    store = SlowStore(1 << 30)
+    client = open_client(engine, method=method, keep="none", store=store, save_wait=0.0, save_threads=1)
+    conversations = interleave(client, 4, 3)
+    metrics = client.service.metrics()
+    client.service.close()
+    assert answers(conversations) == never_evicted("llama")
+    if method == "hidden":
+        assert metrics["dropped_rows_total"] > 0
+        assert metrics["healed_spans_total"] > 0
+    for conversation in conversations:
+        for before, turn in zip(conversation.turns, conversation.turns[1:], strict=False):
+            assert turn.report.restored_tokens == restorable(before)
+
+
+def test_a_store_too_small_for_one_context_is_only_slower(tiny_model, never_evicted):
+    client = open_client(poisoned_engine(tiny_model("llama")), keep="none", store=MemoryStore(1 << 20))
+    conversations = interleave(client, 4, 3)
+    assert (
+        client.service.metrics()["store_evicted_spans_total"] + client.service.metrics()["store_dropped_spans_total"]
+        > 0
+    )
+    client.service.close()
+    assert answers(conversations) == never_evicted("llama")
+
+
+def test_a_fork_and_an_edit_restore_what_they_share(tiny_model):
+    engine = poisoned_engine(tiny_model("llama"))
+    reference = open_client(poisoned_engine(tiny_model("llama")), method="recompute", keep="none")
+    for keep in ("none", "lru"):
+        client = open_client(poisoned_engine(tiny_model("llama")), keep=keep)
+        base = random.Random(1).choices(range(3, VOCAB), k=400)
+        forks = [base, base + [5] * 90, base[:200] + [7] * 90, base[:199] + [9] * 300, base + [5] * 90, base[:70]]
+        for prompt in forks:
+            assert client.ask(prompt, 12).token_ids == reference.ask(prompt, 12).token_ids, (keep, len(prompt))
+        assert client.ask(base + [11] * 10, 4).report.cached_tokens >= 384
+        client.service.close()
+    reference.service.close()
+    assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_tenants_share_nothing(tiny_model):
+    for keep in ("none", "lru"):
+        client = open_client(poisoned_engine(tiny_model("llama")), keep=keep)
+        prompt = random.Random(2).choices(range(3, VOCAB), k=300)
+        first = client.ask(prompt, 8, tenant_salt=b"a")
+        other = client.ask(prompt, 8, tenant_salt=b"b")
+        again = client.ask(prompt, 8, tenant_salt=b"a")
+        client.service.close()
+        assert first.token_ids == other.token_ids == again.token_ids
+        assert other.report.cached_tokens == 0
+        assert other.report.miss_reason == "not_saved"
+        assert again.report.cached_tokens >= 256
+
+
+def test_a_resident_goes_to_one_request_and_the_other_restores_its_own_copy(tiny_model):
+    client = open_client(poisoned_engine(tiny_model("llama")), keep="lru")
+    conversation = Conversation(seed=3)
+    prompt = conversation.next_prompt(300)
+    conversation.take(prompt, client.ask(prompt, 30))
+    follow_ups = [conversation.token_ids + [idx] * 20 for idx in (4, 5, 6)]
+    results = [results.get(timeout=60) for results in [client.send(prompt, 10) for prompt in follow_ups]]
+    client.service.close()
+    assert sorted(result.report.resident_tokens for result in results) == [0, 0, 329]
+    assert sorted(result.report.restored_tokens for result in results) == [0, 320, 320]
+    reference = open_client(poisoned_engine(tiny_model("llama")), method="recompute", keep="none")
+    for prompt, result in zip(follow_ups, results, strict=True):
+        assert reference.ask(prompt, 10).token_ids == result.token_ids
+    reference.service.close()
+
+
+def test_others_keep_decoding_while_a_long_context_is_restored(tiny_model):
+    client = open_client(poisoned_engine(tiny_model("llama")), keep="none", restore_slice_s=0.0005)
+    prompt = random.Random(4).choices(range(3, VOCAB), k=1500)
+    client.ask(prompt, 2)
+    order: list[str] = []
+
+    def note(name: str):
+        def on_token(token_id: int) -> bool:
+            order.append(name)
+            return False
+
+        return on_token
+
+    running = client.send([3, 4, 5], 400, on_token=note("running"))
+    while not order:
+        time.sleep(0.001)
+    restored = client.send([*prompt, 6], 2, on_token=note("restored"))
+    assert restored.get(timeout=60).report.restored_tokens == 1472
+    assert running.get(timeout=60).finish_reason is FinishReason.LENGTH
+    client.service.close()
+    # With slices of half a millisecond, the running stream gets tokens in between; without slices it would get one.
+    first = order.index("restored")
+    assert order[:first].count("running") > 3
+
+
+def test_cancelled_requests_leave_nothing_behind(tiny_model):
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="none")
+    prompt = random.Random(5).choices(range(3, VOCAB), k=600)
+    sent = []
+    for idx in range(12):
+        sent.append(client.send([*prompt, idx], 400))
+        time.sleep(0.004 * (idx % 3))
+    for name in list(client.service._jobs):
+        client.service.cancel(name)
+    reasons = {results.get(timeout=60).finish_reason for results in sent}
+    assert FinishReason.CANCELLED in reasons
+    assert client.ask([3, 4, 5], 3).finish_reason is FinishReason.LENGTH
+    client.service.close()
+    assert engine.num_free_blocks == engine.num_blocks
+    assert engine.num_tracked == 0
+
+
+def test_logits_that_are_not_finite_are_an_error_and_their_state_is_thrown_away(tiny_model, monkeypatch):
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="lru")
+    prompt = random.Random(6).choices(range(3, VOCAB), k=200)
+    forward = engine.model().forward
+    monkeypatch.setattr(engine.model(), "forward", lambda batch: forward(batch) * float("nan"))
+    result = client.send(prompt, 5).get(timeout=60)
+    assert result.finish_reason is FinishReason.ERROR
+    assert "not finite" in str(result.error)
+    monkeypatch.undo()
+    sound = client.ask(prompt, 5)
+    assert sound.report.cached_tokens == 0
+    client.service.close()
+
+
+def test_a_failing_step_fails_its_requests_and_no_other(tiny_model, monkeypatch):
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="none")
+    prompt = random.Random(7).choices(range(3, VOCAB), k=200)
+    expected = client.ask(prompt, 5).token_ids
+
+    def broken(batch):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine.model(), "forward", broken)
+    result = client.send([*prompt, 1], 5).get(timeout=60)
+    assert result.finish_reason is FinishReason.ERROR
+    assert "device lost" in str(result.error)
+    monkeypatch.undo()
+    assert client.ask(prompt, 5).token_ids == expected
+    client.service.close()
+    assert engine.num_free_blocks == engine.num_blocks

@@ -1,0 +1,212 @@
+"""What the engine's tests share: tiny models, poisoned engines, a synchronous way to talk to a service."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mii_hcache.config import HCacheConfig
+from mii_hcache.core.methods import METHODS
+from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine, token_tensors
+from mii_hcache.engine.service import EngineService
+from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, SamplingParams
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.memory import MemoryStore
+
+VOCAB = 1000
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def tiny_hf_model(name: str, **changes: Any) -> Any:
+    """A seeded Hugging Face model. The weights are scaled up, so that greedy tokens vary and near-ties are rare."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    if name == "opt":
+        model: Any = OPTForCausalLM(
+            OPTConfig(
+                vocab_size=VOCAB,
+                hidden_size=128,
+                ffn_dim=256,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                max_position_embeddings=2048,
+                word_embed_proj_dim=128,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
+    else:
+        llama: dict[str, Any] = {
+            "llama": {"num_key_value_heads": 8},
+            "llama-gqa": {"num_key_value_heads": 2},
+            "llama-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+            "llama3-rope": {"num_key_value_heads": 4, "rope_parameters": _LLAMA3_ROPE},
+        }[name]
+        model = LlamaForCausalLM(LlamaConfig(**{**_LLAMA, "tie_word_embeddings": False, **llama, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3.0)
+    return model.eval()
+
+
+def save_tiny_model(name: str, path: Path) -> None:
+    """Write `tiny_hf_model(name)` as a checkpoint."""
+    tiny_hf_model(name).save_pretrained(path)
+
+
+def poisoned_engine(model_dir: Path, *, dtype: str = "float32", num_blocks: int = 400, **kwargs: Any) -> HCacheEngine:
+    """An engine whose free blocks hold NaN: whoever reads what it did not write, or what was freed, gives nonsense."""
+    engine = build_engine(str(model_dir), dtype=dtype, num_blocks=num_blocks, **kwargs)
+    cache = engine._state_manager._kv_cache._caches[0]
+
+    def poison(blocks: list[int]) -> None:
+        cache[:, blocks] = float("nan")
+
+    engine.allocator.on_free = poison
+    poison(list(range(num_blocks)))
+    return engine
+
+
+_request_ids = itertools.count()
+
+
+@dataclass
+class Client:
+    """Talks to a service and waits for answers."""
+
+    service: EngineService
+
+    def send(self, prompt: Sequence[int], num_tokens: int, **kwargs: Any) -> queue.SimpleQueue[GenerationResult]:
+        """Submit a prompt; the result arrives in the queue."""
+        results: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
+        on_token = kwargs.pop("on_token", lambda token_id: False)
+        salt = kwargs.pop("tenant_salt", b"")
+        self.service.submit(
+            GenerationRequest(
+                request_id=str(next(_request_ids)),
+                prompt_token_ids=list(prompt),
+                sampling=SamplingParams(max_new_tokens=num_tokens, **kwargs),
+                on_finish=results.put,
+                on_token=on_token,
+                tenant_salt=salt,
+            )
+        )
+        return results
+
+    def ask(self, prompt: Sequence[int], num_tokens: int, **kwargs: Any) -> GenerationResult:
+        """Submit and wait."""
+        result = self.send(prompt, num_tokens, **kwargs).get(timeout=120)
+        assert result.error is None, result.error
+        return result
+
+
+def open_client(
+    engine: HCacheEngine, *, store: ChunkStore | None = None, method: str = "hidden", **settings: Any
+) -> Client:
+    """A service over an engine; the store is DRAM unless given."""
+    return Client(
+        EngineService(
+            engine=engine,
+            store=store or MemoryStore(1 << 30),
+            method=METHODS[method],
+            fingerprint=b"test",
+            config=HCacheConfig(method=method, **settings),
+        )
+    )
+
+
+@dataclass
+class Turn:
+    """One turn of a conversation, as it went."""
+
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    report: Any
+
+
+@dataclass
+class Conversation:
+    """Token ids that grow turn by turn."""
+
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    def next_prompt(self, num_new: int) -> list[int]:
+        """The history and a new seeded message of `num_new` tokens."""
+        chooser = random.Random(f"{self.seed}/{len(self.turns)}")
+        return self.token_ids + [chooser.randrange(3, VOCAB) for _ in range(num_new)]
+
+    def take(self, prompt: list[int], result: GenerationResult) -> None:
+        """The answer becomes history."""
+        assert result.error is None, result.error
+        self.turns.append(Turn(len(prompt), result.token_ids, result.report))
+        self.token_ids = prompt + list(result.token_ids)
+
+
+def interleave(
+    client: Client, num_conversations: int, num_turns: int, *, first_seed: int = 0, num_tokens: int = 20
+) -> list[Conversation]:
+    """Several conversations, turn by turn at the same time; lengths differ by conversation and turn."""
+    conversations = [Conversation(first_seed + idx) for idx in range(num_conversations)]
+    for turn in range(num_turns):
+        sent = []
+        for idx, conversation in enumerate(conversations):
+            prompt = conversation.next_prompt(17 + 53 * ((idx + turn) % 4))
+            sent.append((conversation, prompt, client.send(prompt, num_tokens + 7 * idx)))
+        for conversation, prompt, results in sent:
+            conversation.take(prompt, results.get(timeout=120))
+    return conversations
+
+
+def answers(conversations: list[Conversation]) -> list[list[tuple[int, ...]]]:
+    """Generated tokens of every turn."""
+    return [[turn.token_ids for turn in conversation.turns] for conversation in conversations]
+
+
+def restorable(turn: Turn) -> int:
+    """Tokens that the turn after this one must restore: the last generated token was never run."""
+    return 64 * ((turn.prompt_tokens + len(turn.token_ids) - 1) // 64)
+
+
+def greedy(
+    engine: HCacheEngine, uid: int, prompt: Sequence[int], num_tokens: int, chunk: int
+) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens by bare `put` calls of at most `chunk` tokens, and the logits `[num_tokens, vocab]` behind them."""
+    logits = torch.empty(0)
+    for start in range(0, len(prompt), chunk):
+        logits = engine.put([uid], token_tensors([prompt[start : start + chunk]]))
+    tokens, rows = [], []
+    for _ in range(num_tokens):
+        rows.append(logits[0].float())
+        tokens.append(int(logits[0].argmax()))
+        logits = engine.put([uid], token_tensors([[tokens[-1]]]))
+    return tokens, torch.stack(rows)
