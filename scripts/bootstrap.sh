@@ -67,7 +67,7 @@ step() {  # step "what it does" command...
         printf 'failed after %d s\n' $((SECONDS - start_s)) >&2
         if [ -n "$advice" ]; then die "$advice"; fi
         # an index address may hold a password: leave addresses out
-        tail -n 15 "$log" | sed -E 's#[a-z]+://[^ ]*#<address>#g; s/^/    /' >&2
+        sed -n '/^====/h; /^====/!H; ${x; s/^[^\n]*\n*//; p}' "$log" | tail -n 15 | sed -E 's#[a-z]+://[^ ]*#<address>#g; s/^/    /' >&2
         die "stopped; the whole story is in $log. Running the same command again starts over."
     fi
     printf '%d s\n' $((SECONDS - start_s)) >&2
