@@ -192,6 +192,11 @@ class AnswerText:
         piece = self._show(self._detokenizer.flush())
         return piece if self.stopped else piece + self._keep(self._matcher.flush())
 
+    def cut(self, num_chars: int) -> None:
+        """Make the text shorter, as if the answer had been stopped there: a client that left saw no more of it."""
+        self._pieces = [self.text[:num_chars]]
+        self.stopped = True
+
     def tokens_of_text(self) -> tuple[int, str]:
         """How many of the pushed tokens are the shown text, or the start of it, and the rest of the text (the part
         of a token before a stop string that starts within it)."""

@@ -6,6 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serve_kit import DictTexts
 
 from mii_hcache.serve.answer import CONTEXT_TOKENS, AnswerText
 from mii_hcache.serve.text import PromptEncoder
@@ -74,8 +75,6 @@ def _starts_with(ids, beginning):
 @given(generated=st.lists(st.integers(6, 2047), min_size=1, max_size=50))
 @settings(max_examples=60, deadline=None)
 def test_the_next_turn_starts_with_the_ids_of_the_last(tokenizer, generated):
-    from conftest import DictTexts
-
     encoder = PromptEncoder(tokenizer, DictTexts())
     first = encoder.encode_chat([_USER])
     answer = _answer(encoder, first, generated)

@@ -1,0 +1,218 @@
+"""What the OpenAI routes do: a body becomes prompts, prompts become answers, answers a reply or a stream of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from mii_hcache.engine.tokenizer import Tokenizer
+from mii_hcache.runtime.generation import GenerationService, SamplingParams
+from mii_hcache.serve.body import MAX_BODY_BYTES, read_body
+from mii_hcache.serve.errors import ApiError, ClientGoneError, api_error_of, shutting_down, unknown_model
+from mii_hcache.serve.generations import Finished, Generations, Piece
+from mii_hcache.serve.metrics import ServerMetrics
+from mii_hcache.serve.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, Prompt
+from mii_hcache.serve.replies import Replies, sse
+from mii_hcache.serve.text import EncodedPrompt, KnownTexts, PromptEncoder
+
+BodyT = TypeVar("BodyT", bound=GenerationBody)
+ResultT = TypeVar("ResultT")
+
+_DEFAULT_TEMPERATURE = 1.0
+
+
+class Answering:
+    """Answers completion and chat requests. Lives on one event loop; the service runs on a thread of its own."""
+
+    def __init__(
+        self,
+        *,
+        service: GenerationService,
+        tokenizer: Tokenizer,
+        known_texts: KnownTexts,
+        model_name: str,
+        metrics: ServerMetrics,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        self.model_name = model_name
+        self.draining = False
+        """Set when the server is told to stop: no new work, what runs goes on."""
+        self._service = service
+        self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer, known_texts)
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def max_context_tokens(self) -> int:
+        """The service's."""
+        return self._service.max_context_tokens
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        body = await self._read(request, CompletionBody)
+        tenant = _tenant(body)
+
+        def encode(prompt: Prompt) -> EncodedPrompt:
+            if isinstance(prompt, str):
+                return self._encoder.encode_text(prompt, tenant=tenant)
+            return self._encoder.take_ids(prompt, tenant=tenant)
+
+        prompts = await asyncio.to_thread(lambda: [encode(prompt) for prompt in body.prompt])
+        return await self._answer(request, body, prompts, default_tokens=DEFAULT_COMPLETION_TOKENS)
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        body = await self._read(request, ChatBody)
+        turns = [message.turn() for message in body.messages]
+        prompt = await asyncio.to_thread(self._encoder.encode_chat, turns, tenant=_tenant(body))
+        return await self._answer(request, body, [prompt], default_tokens=None)
+
+    async def wait_for_cancelled(self) -> None:
+        """Until the answers whose clients went away have ended and are remembered."""
+        if self._background:
+            await asyncio.wait(set(self._background))
+
+    async def _read(self, request: Request, model: type[BodyT]) -> BodyT:
+        if self.draining:
+            raise shutting_down()
+        body = await read_body(request, model, max_bytes=self._max_body_bytes)
+        if body.model is not None and body.model != self.model_name:
+            raise unknown_model(body.model, self.model_name)
+        return body
+
+    async def _answer(
+        self, request: Request, body: GenerationBody, prompts: Sequence[EncodedPrompt], *, default_tokens: int | None
+    ) -> Response:
+        """`default_tokens`: what an answer may have when the client does not say; None: what the context has room
+        for."""
+        replies = Replies(chat=isinstance(body, ChatBody), model=self.model_name, with_usage=body.include_usage)
+        generations = Generations(
+            request_id=replies.request_id,
+            service=self._service,
+            encoder=self._encoder,
+            tokenizer=self._tokenizer,
+            prompts=prompts,
+            sampling=[self._sampling(body, prompt, default_tokens) for prompt in prompts],
+            stops=body.stop,
+            want_pieces=bool(body.stream),
+            background=self._background,
+        )
+        generations.submit()
+        if body.stream:
+            return EventStream(self._stream(generations, replies), generations)
+        finished = await _unless_gone(request, self._collect(generations))
+        return JSONResponse(replies.whole(finished))
+
+    def _sampling(self, body: GenerationBody, prompt: EncodedPrompt, default_tokens: int | None) -> SamplingParams:
+        num_tokens = body.num_answer_tokens
+        room = self.max_context_tokens - len(prompt.token_ids)
+        if room < (num_tokens or 1):
+            raise self._too_long(body, prompt, num_tokens)
+        if num_tokens is None:
+            num_tokens = room if default_tokens is None else min(room, default_tokens)
+        stop_token_ids = frozenset(body.stop_token_ids or ())
+        return SamplingParams(
+            max_new_tokens=num_tokens,
+            temperature=_DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=max(body.top_k or 0, 0),
+            seed=body.seed,
+            stop_token_ids=stop_token_ids if body.ignore_eos else stop_token_ids | self._tokenizer.stop_token_ids,
+        )
+
+    def _too_long(self, body: GenerationBody, prompt: EncodedPrompt, num_tokens: int | None) -> ApiError:
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
+        length = len(prompt.token_ids)
+        asked = (
+            f"your {param} resulted in {length} tokens"
+            if num_tokens is None
+            else (
+                f"you requested {length + num_tokens} tokens ({length} in the {param}, {num_tokens} in the completion)"
+            )
+        )
+        return ApiError(
+            400,
+            f"This model's maximum context length is {self.max_context_tokens} tokens. However, {asked}. "
+            "Please reduce the length of either.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    async def _collect(self, generations: Generations) -> list[Finished]:
+        return [event async for event in self._counted(generations) if isinstance(event, Finished)]
+
+    async def _counted(self, generations: Generations) -> AsyncIterator[Piece | Finished]:
+        async for event in generations.events():
+            if isinstance(event, Finished):
+                self._metrics.count_answer(event.result.report, len(event.result.token_ids))
+            yield event
+
+    async def _stream(self, generations: Generations, replies: Replies) -> AsyncIterator[str]:
+        opened: set[int] = set()
+        finished: list[Finished] = []
+        try:
+            async for event in self._counted(generations):
+                if event.answer_idx not in opened:
+                    opened.add(event.answer_idx)
+                    for chunk in replies.opening_chunks(event.answer_idx):
+                        yield sse(chunk)
+                if isinstance(event, Piece):
+                    yield sse(replies.piece_chunk(event.answer_idx, event.text))
+                    continue
+                finished.append(event)
+                if event.last_piece:
+                    yield sse(replies.piece_chunk(event.answer_idx, event.last_piece))
+                for chunk in replies.closing_chunks(finished, num_answers=generations.num_answers):
+                    yield sse(chunk)
+        except Exception as error:  # the status is sent already: the error is an event
+            yield sse(api_error_of(error).to_dict())
+        yield sse("[DONE]")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of running generations, which it cancels when it ends before them, however it ends."""
+
+    def __init__(self, events: AsyncIterator[str], generations: Generations) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self._generations = generations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generations.close()
+
+
+def _tenant(body: GenerationBody) -> bytes:
+    return (body.cache_salt or "").encode()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of `work`, which is cancelled when the client closes its connection (ClientGoneError)."""
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)

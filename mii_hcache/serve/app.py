@@ -1,0 +1,110 @@
+"""The HTTP application: OpenAI's routes, health and metrics over a generation service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from mii_hcache import __version__
+from mii_hcache.engine.tokenizer import Tokenizer
+from mii_hcache.runtime.generation import GenerationService
+from mii_hcache.serve.answering import Answering
+from mii_hcache.serve.body import MAX_BODY_BYTES, openapi_body
+from mii_hcache.serve.errors import install_error_answers, unknown_model
+from mii_hcache.serve.metrics import CONTENT_TYPE, CountRequests, ServerMetrics
+from mii_hcache.serve.openai_schema import ChatBody, CompletionBody
+from mii_hcache.serve.text import KnownTexts
+
+
+def create_app(
+    service: GenerationService,
+    tokenizer: Tokenizer,
+    known_texts: KnownTexts,
+    model_name: str,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """An application for one event loop. It closes nothing of what it is given.
+
+    `app.state.answering` is the `Answering` behind the routes; set its `draining` to refuse new work.
+    """
+    metrics = ServerMetrics(service)
+    answering = Answering(
+        service=service,
+        tokenizer=tokenizer,
+        known_texts=known_texts,
+        model_name=model_name,
+        metrics=metrics,
+        max_body_bytes=max_body_bytes,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await answering.wait_for_cancelled()
+
+    app = FastAPI(
+        title="mii_hcache",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.answering = answering
+    app.add_middleware(CountRequests, metrics=metrics)
+    install_error_answers(app)
+    _add_openai_routes(app, answering)
+    _add_watching_routes(app, answering, metrics)
+    return app
+
+
+def _add_openai_routes(app: FastAPI, answering: Answering) -> None:
+    card = {
+        "id": answering.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "mii_hcache",
+        "max_model_len": answering.max_context_tokens,
+    }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        if model != answering.model_name:
+            raise unknown_model(model, answering.model_name)
+        return card
+
+    @app.post("/v1/completions", openapi_extra=openapi_body(CompletionBody))
+    async def completions(request: Request) -> Response:
+        return await answering.complete(request)
+
+    @app.post("/v1/chat/completions", openapi_extra=openapi_body(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        return await answering.chat(request)
+
+
+def _add_watching_routes(app: FastAPI, answering: Answering, metrics: ServerMetrics) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while requests are taken, 503 while the last ones finish."""
+        return JSONResponse(
+            {
+                "status": "draining" if answering.draining else "ok",
+                "model": answering.model_name,
+                "max_context_tokens": answering.max_context_tokens,
+            },
+            status_code=503 if answering.draining else 200,
+        )
+
+    @app.get("/metrics")
+    def metrics_text() -> Response:
+        """Prometheus's text format."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)

@@ -1,0 +1,97 @@
+"""Errors as OpenAI's clients expect them: `{"error": {message, type, param, code}}` under the right status."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from mii_hcache.errors import HCacheError, RequestError
+
+_log = logging.getLogger(__name__)
+
+_CLIENT_CLOSED_REQUEST = 499
+"""nginx's number for a client that went away; only logs and metrics see it."""
+
+
+class ApiError(Exception):
+    """An error with its HTTP status."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def to_dict(self) -> dict[str, Any]:
+        """The body of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+def unknown_model(name: str, served: str) -> ApiError:
+    """404."""
+    return ApiError(
+        404, f"The model `{name}` does not exist. This server serves `{served}`.", param="model", code="model_not_found"
+    )
+
+
+def shutting_down() -> ApiError:
+    """503."""
+    return ApiError(503, "The server is shutting down.", code="shutting_down")
+
+
+def api_error_of(error: Exception) -> ApiError:
+    """What a client is told about an error. Errors that are not ours are logged and stay unexplained."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        return _of_validation(error)
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
+    if isinstance(error, HCacheError):
+        _log.error("request failed: %s", error)
+        return ApiError(500, str(error))
+    _log.error("request failed", exc_info=error)
+    return ApiError(500, "Internal server error.", code="internal_error")
+
+
+def _of_validation(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body, with the name of its field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, RequestError):
+        return ApiError(400, str(cause), param=cause.param, code=cause.code)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {cause}", code="invalid_json")
+    param = ".".join(map(str, first["loc"])) or None
+    if first["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    reason = str(cause) if isinstance(cause, ValueError) else first["msg"]
+    where = f"Invalid value for '{param}'" if param else "Invalid body"
+    return ApiError(400, f"{where}: {reason}.", param=param, code="invalid_value")
+
+
+def install_error_answers(app: FastAPI) -> None:
+    """Every error that leaves `app` has OpenAI's shape: those of routing (404, 405) and of bugs (500) too."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientGoneError):
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        api_error = api_error_of(error)
+        headers = getattr(error, "headers", None)
+        return JSONResponse(api_error.to_dict(), status_code=api_error.status, headers=headers)
+
+    for kind in (ApiError, ClientGoneError, HCacheError, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
