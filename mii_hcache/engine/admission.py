@@ -1,0 +1,242 @@
+"""Everything that happens to a job before MII sees it: waiting for blocks, adopting a resident, restoring a history."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from mii_hcache.engine.job import Job
+from mii_hcache.engine.ragged_engine import HCacheEngine
+from mii_hcache.engine.residents import Residents
+from mii_hcache.runtime.generation import RestoreReport
+from mii_hcache.runtime.lookup import Lookup, look_up
+from mii_hcache.runtime.restorer import Restore, RestoreOutcome, Restorer
+from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.stats import Counters
+from mii_hcache.storage.base import ChunkStore
+
+_log = logging.getLogger(__name__)
+
+ALONE_SLICE_S = 0.1
+"""Restore slice while nothing else runs: only new requests and cancellations wait for it."""
+PENDING_WAIT_S = 5.0
+"""Longest that a request waits for its own context's last spans to reach the store."""
+
+
+class Admission:
+    """First come, first served. Engine thread only.
+
+    A job leaves through `enqueue(job, num_present)`, with its sequence live and `num_present` of its tokens in blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: HCacheEngine,
+        store: ChunkStore,
+        saver: Saver,
+        restorer: Restorer,
+        counters: Counters,
+        restore_slice_s: float,
+        max_sequences: int,
+        running: Mapping[int, Job],
+        enqueue: Callable[[Job, int], None],
+    ) -> None:
+        """`running`: jobs that MII has, by uid; only read here."""
+        self._engine = engine
+        self._store = store
+        self._saver = saver
+        self._restorer = restorer
+        self._counters = counters
+        self._restore_slice_s = restore_slice_s
+        self._max_sequences = max_sequences
+        self._running = running
+        self._enqueue = enqueue
+        self._uids = itertools.count(1)
+        self.waiting: deque[Job] = deque()
+        self.restoring: deque[tuple[Job, Restore]] = deque()
+        self.residents = Residents()
+
+    def step(self) -> None:
+        """Admit what fits, then work on the oldest restore."""
+        while self.waiting and len(self._running) + len(self.restoring) < self._max_sequences:
+            if not self._try_admit(self.waiting[0]):
+                break
+            self.waiting.popleft()
+        self._restore_slice()
+
+    def withdraw_cancelled(self) -> list[Job]:
+        """Take cancelled jobs out; the caller ends them."""
+        withdrawn = [job for job in self.waiting if job.is_cancelled]
+        for job in withdrawn:
+            self.waiting.remove(job)
+        for job, restore in [pair for pair in self.restoring if pair[0].is_cancelled]:
+            self.restoring.remove((job, restore))
+            restore.cancel()
+            withdrawn.append(job)
+        return withdrawn
+
+    def withdraw_all(self) -> list[Job]:
+        """Take every job out; the caller ends them."""
+        for _, restore in self.restoring:
+            restore.cancel()
+        withdrawn = [*(job for job, _ in self.restoring), *self.waiting]
+        self.restoring.clear()
+        self.waiting.clear()
+        return withdrawn
+
+    def suspend(self, job: Job) -> None:
+        """A job gives its blocks back and waits again, first in line. Its state is saved."""
+        assert job.uid is not None
+        self.evict(job.uid)
+        job.uid = None
+        self.waiting.appendleft(job)
+
+    def suspend_youngest_restore(self) -> bool:
+        """Give up the restore that started last; False when there is none."""
+        if not self.restoring:
+            return False
+        job, restore = self.restoring.pop()
+        restore.cancel()
+        self.suspend(job)
+        return True
+
+    # --- leaving GPU memory -------------------------------------------------------------------------------------
+
+    def evict(self, uid: int) -> None:
+        """Free a sequence's blocks, saving first what the store lacks."""
+        self._saver.heal(uid)
+        self._saver.close(uid)
+        self._engine.evict(uid)
+
+    def evict_resident(self, but: int | None = None) -> bool:
+        """Evict the least recently used resident; False when there is none (other than `but`)."""
+        uid = self.residents.oldest(but)
+        if uid is None:
+            return False
+        self.residents.take(uid)
+        self.evict(uid)
+        self._counters.add("evicted_residents_total")
+        return True
+
+    # --- admission ----------------------------------------------------------------------------------------------
+
+    def _try_admit(self, job: Job) -> bool:
+        """Give the job its blocks and its history. False: not yet."""
+        if self._saver.is_pending(job.span_ids()) and time.perf_counter() - job.submitted_s < PENDING_WAIT_S:
+            return False
+        max_reused = len(job.token_ids) - 1  # the last token must run, to give logits
+        if self._saver.kind is None:
+            lookup = Lookup(records=[], next_span=None, why_missing="recompute")
+        else:
+            lookup = look_up(self._store, job.spans(), max_tokens=max_reused)
+        found = self.residents.best(job.seed, job.token_ids, max_reused)
+        if found is not None and found[1] < lookup.num_tokens:
+            found = None
+        num_resident = found[1] if found is not None else 0
+        if not self._make_room(job, found[0].uid if found is not None else None):
+            return False
+        job.admitted_s = time.perf_counter()
+        if job.num_generated == 0:
+            job.report = RestoreReport(miss_reason=_miss_reason(job, lookup, num_resident))
+        if found is not None:
+            self._adopt(job, found[0].uid, num_resident)
+            return True
+        job.uid = next(self._uids)
+        self._engine.reserve(job.uid, lookup.num_tokens)
+        if lookup.records:
+            restore = self._restorer.start(self._engine.target(job.uid), lookup.records, job.token_ids)
+            self.restoring.append((job, restore))
+        else:
+            self._start(job, 0)
+        return True
+
+    def _make_room(self, job: Job, adopted_uid: int | None) -> bool:
+        """Free blocks and a tracking slot for the job by evicting residents; none when that would not be enough.
+
+        Blocks promised to prompts that are still being prefilled do not count as free, and every running sequence may
+        soon need one more.
+        """
+        engine = self._engine
+        held = engine.blocks_of(adopted_uid) if adopted_uid is not None else 0
+        wanted = engine.blocks_for(len(job.token_ids) + 1) - held
+        others = [*self._running.values(), *(other for other, _ in self.restoring)]
+        for other in others:
+            assert other.uid is not None
+            wanted += max(1, engine.blocks_for(len(other.token_ids) + 1) - engine.blocks_of(other.uid))
+        evictable = sum(engine.blocks_of(uid) for uid in self.residents.uids if uid != adopted_uid)
+        if others and engine.num_free_blocks + evictable < wanted:
+            return False
+        while engine.num_free_blocks < wanted or engine.num_tracked >= engine.max_tracked:
+            if not self.evict_resident(but=adopted_uid):
+                return False
+        return True
+
+    def _adopt(self, job: Job, uid: int, num_tokens: int) -> None:
+        """Hand a resident to the job, truncated to what they share."""
+        self.residents.take(uid)
+        if self._engine.seen_tokens(uid) > num_tokens:
+            self._saver.heal(uid)
+            self._saver.truncate(uid, num_tokens)
+            self._engine.truncate(uid, num_tokens)
+        job.uid = uid
+        if job.num_generated == 0:
+            job.report.resident_tokens = num_tokens
+        self._counters.add("resident_tokens_total", num_tokens)
+        self._enqueue(job, num_tokens)
+
+    def _start(self, job: Job, num_present: int) -> None:
+        """The job's sequence holds its first `num_present` tokens: the rest is an ordinary prefill."""
+        assert job.uid is not None
+        self._saver.open(job.uid, seed=job.seed, token_ids=job.token_ids[:num_present])
+        self._enqueue(job, num_present)
+
+    # --- restoring ----------------------------------------------------------------------------------------------
+
+    def _restore_slice(self) -> None:
+        """Work on the oldest restore; longer when nothing else could run meanwhile."""
+        if not self.restoring:
+            return
+        job, restore = self.restoring[0]
+        is_alone = not self._running
+        try:
+            outcome = restore.step(ALONE_SLICE_S if is_alone else self._restore_slice_s, wait=is_alone)
+        except Exception:
+            _log.exception("a restore failed; the history is prefilled instead")
+            self._counters.add("restore_errors_total")
+            self.restoring.popleft()
+            job.report.miss_reason = "restore_failed"
+            self._start(job, 0)
+            return
+        if outcome is not None:
+            self.restoring.popleft()
+            self._report(job, outcome)
+            self._start(job, outcome.num_tokens)
+
+    def _report(self, job: Job, outcome: RestoreOutcome) -> None:
+        elapsed_s = time.perf_counter() - job.admitted_s
+        self._counters.add("restores_total")
+        self._counters.add("restored_tokens_total", outcome.num_tokens)
+        self._counters.add("restored_bytes_total", outcome.read_bytes)
+        self._counters.add("restore_seconds_total", elapsed_s)
+        if job.num_generated > 0:
+            return  # resumed after a preemption: the report tells how the prompt came in
+        report = job.report
+        report.restored_tokens = outcome.num_tokens
+        report.restore_ms = 1e3 * elapsed_s
+        report.miss_reason = outcome.cut_reason or report.miss_reason
+        if outcome.num_tokens:
+            report.restored_from = "+".join(outcome.tiers)
+            report.method = "+".join(outcome.kinds)
+
+
+def _miss_reason(job: Job, lookup: Lookup, num_resident: int) -> str | None:
+    if job.request.miss_hint is not None:
+        return job.request.miss_hint
+    if max(num_resident, lookup.num_tokens) == 0:
+        return lookup.why_missing or "too_short"
+    is_new = lookup.why_missing in (None, "not_saved", "recompute")
+    return None if is_new or num_resident >= lookup.num_tokens else lookup.why_missing
