@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mii_hcache.engine.tokenizer import Tokenizer
+from mii_hcache.errors import RequestError
 from mii_hcache.runtime.generation import GenerationService, SamplingParams
 from mii_hcache.serve.body import MAX_BODY_BYTES, read_body
 from mii_hcache.serve.errors import ApiError, ClientGoneError, api_error_of, shutting_down, unknown_model
@@ -62,6 +63,8 @@ class Answering:
         def encode(prompt: Prompt) -> EncodedPrompt:
             if isinstance(prompt, str):
                 return self._encoder.encode_text(prompt, tenant=tenant)
+            if not all(0 <= token_id < self._service.vocab_size for token_id in prompt):
+                raise RequestError(f"token ids must be in [0, {self._service.vocab_size})", param="prompt")
             return self._encoder.take_ids(prompt, tenant=tenant)
 
         prompts = await asyncio.to_thread(lambda: [encode(prompt) for prompt in body.prompt])

@@ -56,8 +56,8 @@ def create_app(
         redoc_url=None,
     )
     app.state.answering = answering
-    app.add_middleware(CountRequests, metrics=metrics)
     install_error_answers(app)
+    app.add_middleware(CountRequests, metrics=metrics)  # outermost: sees the status of every answer
     _add_openai_routes(app, answering)
     _add_watching_routes(app, answering, metrics)
     return app

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mii_hcache.errors import HCacheError, RequestError
 
@@ -86,12 +87,39 @@ def _of_validation(error: ValidationError) -> ApiError:
 def install_error_answers(app: FastAPI) -> None:
     """Every error that leaves `app` has OpenAI's shape: those of routing (404, 405) and of bugs (500) too."""
 
-    async def answer(request: Request, error: Exception) -> Response:
-        if isinstance(error, ClientGoneError):
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        api_error = api_error_of(error)
-        headers = getattr(error, "headers", None)
-        return JSONResponse(api_error.to_dict(), status_code=api_error.status, headers=headers)
+    async def answer(_request: Request, error: Exception) -> Response:
+        return _answer_to(error)
 
-    for kind in (ApiError, ClientGoneError, HCacheError, ValidationError, HTTPException, Exception):
+    for kind in (ApiError, ClientGoneError, HCacheError, ValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
+    app.add_middleware(_AnswerBugs)
+
+
+def _answer_to(error: Exception) -> Response:
+    if isinstance(error, ClientGoneError):
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    api_error = api_error_of(error)
+    return JSONResponse(api_error.to_dict(), status_code=api_error.status, headers=getattr(error, "headers", None))
+
+
+class _AnswerBugs:
+    """ASGI middleware: an error that nobody expected is a 500 like the others. Starlette's own way raises it once more
+    after the answer, and the server then closes a connection that the client may be using again."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_and_look(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_look)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            await _answer_to(error)(scope, receive, send)
