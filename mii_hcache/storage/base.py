@@ -37,6 +37,16 @@ class SpanRecord:
         """Payload bytes of all chunks."""
         return self.num_chunks * self.chunk_bytes
 
+    def check_chunks(self, chunks: Sequence[memoryview]) -> None:
+        """Raise ValueError unless `chunks` are what this record describes: for a store's own use in `put`."""
+        if self.num_chunks < 1 or self.chunk_bytes < 1 or self.first_layer < 0 or self.span_idx < 0:
+            raise ValueError(f"impossible span record: {self}")
+        if len(chunks) != self.num_chunks:
+            raise ValueError(f"a span of {self.num_chunks} chunks was put with {len(chunks)}")
+        for chunk_idx, chunk in enumerate(chunks):
+            if chunk.nbytes != self.chunk_bytes or not chunk.c_contiguous:
+                raise ValueError(f"chunk {chunk_idx}: {chunk.nbytes} bytes, expected {self.chunk_bytes}, contiguous")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRead:
@@ -46,6 +56,15 @@ class ChunkRead:
     layer_idx: int
     out: memoryview
     """Writable, C-contiguous, format `B`, exactly `chunk_bytes` long."""
+    kind: ChunkKind | None = None
+    """Kind that the reader expects, None for any. A span may be deleted and saved anew in another kind between `find`
+    and the read, and both kinds' chunks may be equally long: then the read is `missing`."""
+
+    def chunk_of(self, record: SpanRecord) -> int | None:
+        """Index of the chunk to read, None when the span is not the one that the reader planned for."""
+        chunk_idx = self.layer_idx - record.first_layer
+        fits = 0 <= chunk_idx < record.num_chunks and self.out.nbytes == record.chunk_bytes
+        return chunk_idx if fits and self.kind in (None, record.kind) else None
 
 
 @dataclass(frozen=True, kw_only=True)
