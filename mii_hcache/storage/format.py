@@ -1,0 +1,161 @@
+"""The on-disk format of saved chunks, version 1. This text is the specification.
+
+A store's bytes lie in *segment files*, cut into *slots* of one size. All integers are little-endian; all blocks are
+4096 bytes, so that headers and payloads may be read and written with O_DIRECT.
+
+    segment file  =  segment header (1 block)  +  num_slots slots, slot i at 4096 + i * slot_bytes
+    slot          =  slot header (1 block)  +  payload, zero-padded to whole blocks
+    slot_bytes    =  4096 + round_up(chunk_bytes, 4096)
+
+    segment header:  8s magic "HCACHESG" | I version | 16s store uuid | Q slot_bytes | Q num_slots | zeros | I crc
+    slot header:     8s magic "HCACHESL" | I version | 16s store uuid | 32s span id | I layer | B kind | 3x
+                     | Q generation | Q payload bytes | I payload crc | zeros | I crc
+
+`crc` is the last field of a block: CRC32C of the 4092 bytes before it. The payload's CRC32C covers the payload without
+its padding. Kinds: 1 hidden, 2 kv. A segment file may be shorter than its slots; what is missing was never written.
+
+What makes a chunk readable is a row of the catalog, not a slot: the row says where each chunk of a span lies, its CRC
+and the span's generation. A reader accepts a payload only if the slot's header is, byte for byte, the one that the row
+implies, and the payload's CRC is the row's. A valid header of something else means that the slot was reused: a miss.
+
+Order of writing (each step is done before the next one starts):
+
+    put      slots that no committed row names → header and payload → the span is readable in this process
+    flush    fdatasync of the segments → one catalog transaction with the rows of all waiting spans
+    forget   delete the row, commit → wait for readers → the slots may be written again, or given back to the disk
+
+Forbidden, and why:
+
+* to trust a slot without a row: its span may be half written, deleted, or of another tenant's forgotten history;
+* to write a slot while a committed row names it: a crash would leave that row over foreign bytes;
+* to use a generation twice in one store, also after the catalog was lost: a stale row must never fit a newer slot;
+* to change a payload in place: rows, memory copies and readers in flight rely on its CRC;
+* to touch files whose header names another store uuid: they are not ours to reuse or to delete;
+* to add a field without a new version: readers refuse every version but their own, and nothing is lost but a cache.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from crc32c import crc32c
+
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.identity import SpanId
+from mii_hcache.errors import CorruptChunkError
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 4096
+UUID_BYTES = 16
+
+_SEGMENT_MAGIC = b"HCACHESG"
+_SLOT_MAGIC = b"HCACHESL"
+_SEGMENT = struct.Struct("<8sI16sQQ")
+_SLOT = struct.Struct("<8sI16s32sIB3xQQI")
+_CRC = struct.Struct("<I")
+_CRC_OFFSET = BLOCK_BYTES - _CRC.size
+
+KIND_CODES = {ChunkKind.HIDDEN: 1, ChunkKind.KV: 2}
+"""What stands for a kind on disk."""
+KINDS_BY_CODE = {code: kind for kind, code in KIND_CODES.items()}
+
+
+def slot_bytes(chunk_bytes: int) -> int:
+    """Bytes of the slot that holds one chunk."""
+    return BLOCK_BYTES + padded_bytes(chunk_bytes)
+
+
+def padded_bytes(num_bytes: int) -> int:
+    """`num_bytes`, rounded up to whole blocks."""
+    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentHeader:
+    """First block of a segment file."""
+
+    store_uuid: bytes
+    slot_bytes: int
+    num_slots: int
+
+    def pack(self) -> bytes:
+        """The block."""
+        fields = _SEGMENT.pack(_SEGMENT_MAGIC, FORMAT_VERSION, self.store_uuid, self.slot_bytes, self.num_slots)
+        return _seal(fields)
+
+    @staticmethod
+    def parse(block: bytes | bytearray | memoryview) -> SegmentHeader:
+        """Inverse of `pack`. Raises CorruptChunkError for anything but a sound header of this version."""
+        _check_seal(block, _SEGMENT_MAGIC, "segment header")
+        _, _, store_uuid, slot_size, num_slots = _SEGMENT.unpack_from(block)
+        if slot_size < 2 * BLOCK_BYTES or slot_size % BLOCK_BYTES or num_slots < 1:
+            raise CorruptChunkError(f"segment header: impossible sizes {slot_size} x {num_slots}")
+        return SegmentHeader(store_uuid=store_uuid, slot_bytes=slot_size, num_slots=num_slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotHeader:
+    """First block of a slot: whose bytes follow."""
+
+    store_uuid: bytes
+    span_id: SpanId
+    layer_idx: int
+    kind: ChunkKind
+    generation: int
+    """Number of the put that wrote the span; never used twice in a store."""
+    num_bytes: int
+    """Of the payload, without padding."""
+    crc: int
+    """CRC32C of the payload."""
+
+    def pack(self) -> bytes:
+        """The block."""
+        return _seal(
+            _SLOT.pack(
+                _SLOT_MAGIC,
+                FORMAT_VERSION,
+                self.store_uuid,
+                self.span_id,
+                self.layer_idx,
+                KIND_CODES[self.kind],
+                self.generation,
+                self.num_bytes,
+                self.crc,
+            )
+        )
+
+    @staticmethod
+    def parse(block: bytes | bytearray | memoryview) -> SlotHeader:
+        """Inverse of `pack`. Raises CorruptChunkError for anything but a sound header of this version."""
+        _check_seal(block, _SLOT_MAGIC, "slot header")
+        _, _, store_uuid, span_id, layer_idx, code, generation, num_bytes, crc = _SLOT.unpack_from(block)
+        if code not in KINDS_BY_CODE:
+            raise CorruptChunkError(f"slot header: unknown kind {code}")
+        return SlotHeader(
+            store_uuid=store_uuid,
+            span_id=span_id,
+            layer_idx=layer_idx,
+            kind=KINDS_BY_CODE[code],
+            generation=generation,
+            num_bytes=num_bytes,
+            crc=crc,
+        )
+
+
+def _seal(fields: bytes) -> bytes:
+    body = fields.ljust(_CRC_OFFSET, b"\0")
+    return body + _CRC.pack(crc32c(body))
+
+
+def _check_seal(block: bytes | bytearray | memoryview, magic: bytes, what: str) -> None:
+    if len(block) != BLOCK_BYTES:
+        raise CorruptChunkError(f"{what}: {len(block)} bytes instead of {BLOCK_BYTES}")
+    view = memoryview(block)
+    if view[: len(magic)] != magic:
+        raise CorruptChunkError(f"{what}: wrong magic {bytes(view[: len(magic)])!r}")
+    if crc32c(view[:_CRC_OFFSET]) != _CRC.unpack_from(block, _CRC_OFFSET)[0]:
+        raise CorruptChunkError(f"{what}: wrong checksum")
+    version = int.from_bytes(view[8:12], "little")
+    if version != FORMAT_VERSION:
+        raise CorruptChunkError(f"{what}: format version {version}, this is {FORMAT_VERSION}")
