@@ -1,0 +1,146 @@
+"""The directory that holds saved state, and who owns it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+import uuid
+from pathlib import Path
+
+from mii_hcache.errors import ConfigError, StateDirBusyError
+from mii_hcache.storage.format import UUID_BYTES
+
+_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg")
+"""What is made private on opening. Other files in the directory are none of our business."""
+
+
+class StateDir:
+    """A state directory, owned by this process until `close` or the process's death. Safe from any thread.
+
+    Conversations lie here in clear, so the directory is 0700 and its files are 0600 whatever the umask says, and files
+    that were opened wider are tightened. Raises StateDirBusyError while another process owns the directory, ConfigError
+    when it cannot be used at all. Opening does not wait.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        try:
+            _make_private_dir(self.path)
+            self._lock_fd = _lock(self.path)
+        except OSError as error:
+            raise ConfigError(f"state_dir {self.path} cannot be used ({error}); choose a directory you own") from error
+        try:
+            _make_private_dir(self.segments)
+            self._tighten()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def catalog(self) -> Path:
+        """The catalog's database."""
+        return self.path / "catalog.sqlite"
+
+    @property
+    def transcripts(self) -> Path:
+        """The transcripts' database."""
+        return self.path / "transcripts.sqlite"
+
+    @property
+    def segments(self) -> Path:
+        """Directory of segment files."""
+        return self.path / "segments"
+
+    def read_store_uuid(self) -> bytes | None:
+        """The identity of the store here, None when there is none or it cannot be read."""
+        try:
+            raw = bytes.fromhex((self.path / "store.id").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+        return raw if len(raw) == UUID_BYTES else None
+
+    def write_store_uuid(self, store_uuid: bytes) -> None:
+        """Give the store here its identity; replaces the file atomically."""
+        new = self.path / "store.id.new"
+        fd = open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            os.write(fd, store_uuid.hex().encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        new.replace(self.path / "store.id")
+        sync_dir(self.path)
+
+    def close(self) -> None:
+        """Let another process have the directory. Idempotent."""
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _tighten(self) -> None:
+        for pattern in _OUR_FILES:
+            for file in self.path.glob(pattern):
+                if stat.S_ISREG(file.lstat().st_mode):
+                    file.chmod(0o600)
+
+
+def new_store_uuid() -> bytes:
+    """An identity that no other store has."""
+    return uuid.uuid4().bytes
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Open a file of ours: mode 0600 whatever the umask, not inherited by children. Returns the descriptor."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        if flags & os.O_CREAT:
+            os.fchmod(fd, 0o600)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def sync_dir(path: Path) -> None:
+    """Make creations, renames and removals in a directory durable. Blocks on I/O."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make_private_dir(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+
+
+def _lock(path: Path) -> int:
+    fd = open_private(path / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = _owner(fd)
+        os.close(fd)
+        raise StateDirBusyError(
+            f"state directory {path} is in use by process {owner}; stop that server, or give this one a state_dir of "
+            "its own"
+        ) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    return fd
+
+
+def _owner(fd: int) -> str:
+    """The process id in a lock file. Its owner may have locked it a moment ago and not written it yet."""
+    for _ in range(20):
+        with contextlib.suppress(ValueError):
+            return str(int(os.pread(fd, 32, 0)))
+        time.sleep(0.01)
+    return "unknown"
