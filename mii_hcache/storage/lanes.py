@@ -1,0 +1,61 @@
+"""Threads that work through a batch side by side."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+class Lanes:
+    """Runs numbered jobs on a few threads, in order of their numbers, up to the first failure. Thread-safe."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        """`num_threads` work on a batch; one of them is the caller."""
+        self._num_threads = num_threads
+        self._pool = ThreadPoolExecutor(max_workers=max(1, num_threads - 1), thread_name_prefix=name)
+
+    def run(self, num_jobs: int, job: Callable[[int], str | None]) -> tuple[int, str | None]:
+        """Run `job(0)`, `job(1)`, ...: None is success, a word is why it failed. Returns the first failed job's number
+        and word, or `(num_jobs, None)`. Jobs after a failed one may or may not run; none runs after the return.
+
+        Blocks. A single job runs on the calling thread alone.
+        """
+        batch = _Batch(num_jobs, job)
+        helpers = [self._pool.submit(batch.work) for _ in range(min(self._num_threads, num_jobs) - 1)]
+        try:
+            batch.work()
+        finally:
+            for helper in helpers:
+                if not helper.cancel():
+                    helper.result()
+        return batch.stop, batch.reason
+
+    def close(self) -> None:
+        """Wait for running batches, then end the threads."""
+        self._pool.shutdown()
+
+
+class _Batch:
+    def __init__(self, num_jobs: int, job: Callable[[int], str | None]) -> None:
+        self.stop = num_jobs
+        self.reason: str | None = None
+        self._job = job
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def work(self) -> None:
+        while True:
+            with self._lock:
+                idx = self._next
+                if idx >= self.stop:
+                    return
+                self._next += 1
+            failure: str | None = "corrupt"  # if the job raises, nobody may take its bytes for good
+            try:
+                failure = self._job(idx)
+            finally:
+                if failure is not None:
+                    with self._lock:
+                        if idx < self.stop:
+                            self.stop, self.reason = idx, failure

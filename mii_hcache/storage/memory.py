@@ -1,0 +1,223 @@
+"""Spans in DRAM."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from crc32c import crc32c
+
+from mii_hcache.core.identity import SpanId
+from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.copying import copy_bytes
+from mii_hcache.storage.lanes import Lanes
+from mii_hcache.storage.reasons import Reasons
+from mii_hcache.storage.recency import Recency
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySpan:
+    """A span as it lies in DRAM. Never changed after it was put; stays valid for who holds it after an eviction."""
+
+    record: SpanRecord
+    chunks: tuple[memoryview, ...]
+    crcs: tuple[int, ...]
+    """CRC32C of the bytes that the writer gave, by chunk."""
+
+
+class MemoryStore(ChunkStore):
+    """Bounded store in DRAM; nothing survives the process. Bytes are copied in and out and verified on every read.
+
+    One short lock, never held while bytes are copied. No method blocks on I/O; `put` and `get_into` take the time of
+    their copies.
+    """
+
+    name = "memory"
+
+    def __init__(self, capacity_bytes: int, *, num_threads: int = 4) -> None:
+        """`capacity_bytes`: payload. `num_threads` copy one batch of reads."""
+        self._capacity_bytes = capacity_bytes
+        self._lock = threading.Lock()
+        self._spans: dict[SpanId, MemorySpan] = {}
+        self._recency = Recency()
+        self._reasons = Reasons()
+        self._lanes = Lanes(num_threads, "hcache-memory")
+        self._closed = False
+        self._used_bytes = 0
+        self._reserved_bytes = 0
+        self._put_bytes = self._read_bytes = 0
+        self._evicted_spans = self._dropped_spans = self._corrupt_chunks = 0
+
+    def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        record.check_chunks(chunks)
+        with self._lock:
+            if record.span_id in self._spans:
+                self._recency.use([record.span_id])
+                return True
+            if self._closed or not self._make_room(record.num_bytes):
+                self._dropped_spans += 1
+                return False
+            self._reserved_bytes += record.num_bytes
+        span: MemorySpan | None = None
+        try:
+            span = _copy_in(record, chunks)
+        except MemoryError:
+            _log.warning("no memory for a span of %d bytes; not kept", record.num_bytes)
+        finally:
+            with self._lock:
+                self._reserved_bytes -= record.num_bytes
+                kept = self._publish(span)
+        return kept
+
+    def find(self, span_id: SpanId) -> SpanRecord | None:
+        span = self._spans.get(span_id)
+        return None if span is None else span.record
+
+    def why_missing(self, span_id: SpanId) -> str:
+        with self._lock:
+            return self._reasons.of(span_id)
+
+    def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
+        found: list[tuple[MemorySpan, int]] = []
+        with self._lock:
+            for read in reads:
+                span = self._spans.get(read.span_id)
+                chunk_idx = None if span is None else read.chunk_of(span.record)
+                if span is None or chunk_idx is None:
+                    break
+                found.append((span, chunk_idx))
+            self._recency.use({span.record.span_id for span, _ in found})
+
+        def copy_out(idx: int) -> str | None:
+            span, chunk_idx = found[idx]
+            out = reads[idx].out
+            copy_bytes(out, span.chunks[chunk_idx])
+            return None if crc32c(out) == span.crcs[chunk_idx] else "corrupt"
+
+        num_ok, reason = self._lanes.run(len(found), copy_out)
+        with self._lock:
+            self._read_bytes += sum(span.record.chunk_bytes for span, _ in found[:num_ok])
+            if reason is not None:
+                self._corrupt_chunks += 1
+                self._forget_damaged(*found[num_ok])
+        if reason is None and num_ok < len(reads):
+            reason = "missing"
+        return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def touch(self, span_ids: Iterable[SpanId]) -> None:
+        with self._lock:
+            self._recency.use(span_ids)
+
+    def pin(self, span_ids: Iterable[SpanId]) -> None:
+        with self._lock:
+            self._recency.pin(span_id for span_id in span_ids if span_id in self._spans)
+
+    def unpin(self, span_ids: Iterable[SpanId]) -> None:
+        with self._lock:
+            self._recency.unpin(span_ids)
+
+    def pin_always(self, span_ids: Iterable[SpanId]) -> None:
+        """`pin` that also counts for spans that are not here yet: for a store that holds spans in several tiers."""
+        with self._lock:
+            self._recency.pin(span_ids)
+
+    def delete(self, span_ids: Iterable[SpanId]) -> int:
+        with self._lock:
+            gone = [span_id for span_id in span_ids if self._remove(span_id)]
+            self._reasons.note(gone, "deleted")
+        return len(gone)
+
+    def span(self, span_id: SpanId) -> MemorySpan | None:
+        """The span itself, without a copy and unverified: for a writer that passes its CRCs on."""
+        return self._spans.get(span_id)
+
+    def span_ids(self) -> list[SpanId]:
+        """All spans held, in no order."""
+        with self._lock:
+            return list(self._spans)
+
+    def flush(self) -> None:
+        """Nothing here survives a crash."""
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return StoreStats(
+                num_spans=len(self._spans),
+                num_bytes=self._used_bytes,
+                capacity_bytes=self._capacity_bytes,
+                put_bytes=self._put_bytes,
+                read_bytes=self._read_bytes,
+                evicted_spans=self._evicted_spans,
+                dropped_spans=self._dropped_spans,
+                corrupt_chunks=self._corrupt_chunks,
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for span_id in list(self._spans):
+                self._remove(span_id)
+        self._lanes.close()
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Evict until `num_bytes` fit; evicts nothing when that cannot be reached. Lock held."""
+        excess = self._used_bytes + self._reserved_bytes + num_bytes - self._capacity_bytes
+        victims: list[SpanId] = []
+        for span_id in self._recency.victims():
+            if excess <= 0:
+                break
+            victims.append(span_id)
+            excess -= self._spans[span_id].record.num_bytes
+        if excess > 0:
+            return False
+        for span_id in victims:
+            self._remove(span_id)
+        self._reasons.note(victims, "evicted")
+        self._evicted_spans += len(victims)
+        return True
+
+    def _publish(self, span: MemorySpan | None) -> bool:
+        """Lock held."""
+        if span is None or self._closed:
+            self._dropped_spans += 1
+            return False
+        record = span.record
+        if record.span_id not in self._spans:
+            self._spans[record.span_id] = span
+            self._recency.add(record.span_id, record.parent_id, record.span_idx)
+            self._reasons.clear(record.span_id)
+            self._used_bytes += record.num_bytes
+            self._put_bytes += record.num_bytes
+        return True
+
+    def _remove(self, span_id: SpanId) -> bool:
+        """Lock held."""
+        span = self._spans.pop(span_id, None)
+        if span is None:
+            return False
+        self._recency.remove(span_id)
+        self._used_bytes -= span.record.num_bytes
+        return True
+
+    def _forget_damaged(self, span: MemorySpan, chunk_idx: int) -> None:
+        """Lock held."""
+        span_id = span.record.span_id
+        if self._spans.get(span_id) is span:
+            self._remove(span_id)
+            self._reasons.note([span_id], "corrupt")
+            _log.warning("memory: chunk %d of span %s is damaged; span forgotten", chunk_idx, span_id.hex()[:16])
+
+
+def _copy_in(record: SpanRecord, chunks: Sequence[memoryview]) -> MemorySpan:
+    buffer = memoryview(bytearray(record.num_bytes))
+    copies = [buffer[start : start + record.chunk_bytes] for start in range(0, record.num_bytes, record.chunk_bytes)]
+    crcs = []
+    for out, chunk in zip(copies, chunks, strict=True):
+        source = chunk.cast("B") if chunk.format != "B" or chunk.ndim != 1 else chunk
+        crcs.append(crc32c(source))
+        copy_bytes(out, source)
+    return MemorySpan(record=record, chunks=tuple(copies), crcs=tuple(crcs))
