@@ -1,0 +1,189 @@
+"""What is durable in a file store: one row per span, in SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crc32c import crc32c
+
+from mii_hcache.core.identity import ID_BYTES, SpanId
+from mii_hcache.errors import CorruptChunkError
+from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.database import Database
+from mii_hcache.storage.format import FORMAT_VERSION, KIND_CODES, KINDS_BY_CODE, UUID_BYTES
+from mii_hcache.storage.slots import Place
+from mii_hcache.storage.state_dir import new_store_uuid
+
+_APPLICATION_ID = 0x48434154  # "HCAT"
+_SCHEMA = """
+CREATE TABLE store (one INTEGER PRIMARY KEY CHECK (one = 1), uuid BLOB NOT NULL, generation INTEGER NOT NULL);
+CREATE TABLE span (
+    span_id BLOB PRIMARY KEY, parent_id BLOB, span_idx INTEGER NOT NULL, kind INTEGER NOT NULL,
+    token_ids BLOB NOT NULL, first_layer INTEGER NOT NULL, num_chunks INTEGER NOT NULL, chunk_bytes INTEGER NOT NULL,
+    generation INTEGER NOT NULL, places BLOB NOT NULL, crc INTEGER NOT NULL, last_used INTEGER NOT NULL
+)
+"""
+_INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_CHUNK = struct.Struct("<III")
+_FIXED = struct.Struct("<11q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanRow:
+    """A durable span: what it is and where its chunks lie."""
+
+    record: SpanRecord
+    generation: int
+    places: Sequence[Place]
+    crcs: Sequence[int]
+    """CRC32C of each chunk's payload."""
+    last_used: int
+    """Tick of `Recency`."""
+
+
+class Catalog:
+    """The rows of a file store. Opening checks every row and blocks on I/O; a catalog that fails is set aside.
+
+    One caller at a time. `commit` blocks until its transaction is durable.
+    """
+
+    def __init__(self, path: Path, store_uuid: bytes | None) -> None:
+        """`store_uuid`: of the store that the catalog must belong to; None adopts the catalog's, or makes one."""
+        self.store_uuid = store_uuid or b""
+        self.rows: list[SpanRow] = []
+        """Rows as found at opening; the owner takes them over."""
+        self._expected_uuid = store_uuid
+        self._last_generation = 0
+        self._database = Database(
+            path, schema=_SCHEMA, application_id=_APPLICATION_ID, version=FORMAT_VERSION, load=self._load
+        )
+        self.note = self._database.note
+        """A sentence for people when a damaged catalog was set aside."""
+
+    def first_generation(self) -> int:
+        """A generation above all that this store ever used. The clock vouches for those that no row remembers (lost
+        catalog, old copy restored): puts are slower than nanoseconds."""
+        return max(self._last_generation + 1, time.time_ns())
+
+    def commit(
+        self,
+        *,
+        add: Iterable[SpanRow] = (),
+        drop: Iterable[tuple[SpanId, int]] = (),
+        used: Iterable[tuple[SpanId, int]] = (),
+        durable: bool = True,
+    ) -> None:
+        """One transaction: delete rows `(span_id, generation)`, insert rows, set `(span_id, last_used)`.
+
+        Raises sqlite3.Error, having changed nothing. `durable` False: see `Database.transact`.
+        """
+        added = list(add)
+
+        def change(connection: sqlite3.Connection) -> None:
+            connection.executemany("DELETE FROM span WHERE span_id = ? AND generation = ?", drop)
+            connection.executemany(_INSERT, [_pack(row) for row in added])
+            connection.executemany(
+                "UPDATE span SET last_used = ? WHERE span_id = ?", ((tick, span_id) for span_id, tick in used)
+            )
+            if added:
+                last = max(row.generation for row in added)
+                connection.execute("UPDATE store SET generation = max(generation, ?)", (last,))
+
+        self._database.transact(change, durable=durable)
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._database.close()
+
+    def _load(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute("SELECT uuid, generation FROM store").fetchone()
+        if found is None:
+            self.store_uuid = self._expected_uuid or new_store_uuid()
+            if connection.execute("SELECT 1 FROM span").fetchone() is not None:
+                raise CorruptChunkError("it has rows but no identity")
+            connection.execute("INSERT INTO store VALUES (1, ?, 0)", (self.store_uuid,))
+            return
+        store_uuid, generation = found
+        if not isinstance(store_uuid, bytes) or len(store_uuid) != UUID_BYTES or not isinstance(generation, int):
+            raise CorruptChunkError("its identity is malformed")
+        if self._expected_uuid not in (None, store_uuid):
+            raise CorruptChunkError("it belongs to another store")
+        rows = [_parse(values) for values in connection.execute("SELECT * FROM span")]
+        _check_places(rows)
+        self.store_uuid = store_uuid
+        self.rows = rows
+        self._last_generation = max([generation, *(row.generation for row in rows)])
+
+
+def _pack(row: SpanRow) -> tuple[object, ...]:
+    record = row.record
+    chunks = b"".join(_CHUNK.pack(*place, crc) for place, crc in zip(row.places, row.crcs, strict=True))
+    values = (
+        record.span_id,
+        record.parent_id,
+        record.span_idx,
+        KIND_CODES[record.kind],
+        record.token_ids,
+        record.first_layer,
+        record.num_chunks,
+        record.chunk_bytes,
+        row.generation,
+        chunks,
+    )
+    return (*values, _row_crc(values), row.last_used)
+
+
+def _parse(values: tuple[Any, ...]) -> SpanRow:
+    """Inverse of `_pack`. Raises CorruptChunkError."""
+    *fields, crc, last_used = values
+    try:
+        if _row_crc(fields) != crc or not isinstance(last_used, int):
+            raise CorruptChunkError("a row has a wrong checksum")
+        span_id, parent_id, span_idx, code, token_ids, first_layer, num_chunks, chunk_bytes, generation, chunks = fields
+        record = SpanRecord(
+            span_id=span_id,
+            parent_id=parent_id,
+            span_idx=span_idx,
+            kind=KINDS_BY_CODE[code],
+            token_ids=token_ids,
+            first_layer=first_layer,
+            num_chunks=num_chunks,
+            chunk_bytes=chunk_bytes,
+        )
+        triples = list(_CHUNK.iter_unpack(chunks))
+    except (TypeError, KeyError, ValueError, struct.error) as error:
+        raise CorruptChunkError(f"a row is malformed ({error})") from error
+    if len(span_id) != ID_BYTES or num_chunks != len(triples) or num_chunks < 1 or chunk_bytes < 1:
+        raise CorruptChunkError("a row has impossible sizes")
+    return SpanRow(
+        record=record,
+        generation=generation,
+        places=tuple(Place(segment, slot) for segment, slot, _ in triples),
+        crcs=tuple(crc for _, _, crc in triples),
+        last_used=last_used,
+    )
+
+
+def _row_crc(fields: Sequence[Any]) -> int:
+    """Over everything in a row but `last_used`, which changes alone."""
+    span_id, parent_id, span_idx, code, token_ids, first_layer, num_chunks, chunk_bytes, generation, chunks = fields
+    parent = b"" if parent_id is None else parent_id
+    numbers = (span_idx, code, first_layer, num_chunks, chunk_bytes, generation, parent_id is None)
+    sizes = (len(span_id), len(parent), len(token_ids), len(chunks))
+    return crc32c(b"".join((_FIXED.pack(*numbers, *sizes), span_id, parent, token_ids, chunks)))
+
+
+def _check_places(rows: Iterable[SpanRow]) -> None:
+    """No two chunks may claim one slot. Raises CorruptChunkError."""
+    claimed: set[Place] = set()
+    for row in rows:
+        num_before = len(claimed)
+        claimed.update(row.places)
+        if len(claimed) != num_before + len(row.places):
+            raise CorruptChunkError("two chunks claim the same slot")

@@ -1,0 +1,341 @@
+"""Spans in files, durable: slots in segments under a catalog. `format.py` says what lies on disk and in which order."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from crc32c import crc32c
+
+from mii_hcache.core.identity import SpanId
+from mii_hcache.errors import ConfigError, CorruptChunkError
+from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.catalog import Catalog, SpanRow
+from mii_hcache.storage.format import SlotHeader, slot_bytes
+from mii_hcache.storage.index import FileIndex, HeldSpan
+from mii_hcache.storage.lanes import Lanes
+from mii_hcache.storage.pulse import Pulse
+from mii_hcache.storage.segment import StaleSlotError
+from mii_hcache.storage.segments import Segments
+from mii_hcache.storage.slots import Place, SlotPool
+from mii_hcache.storage.state_dir import StateDir
+
+_log = logging.getLogger(__name__)
+
+_MIN_SEGMENT_BYTES = 64 << 20
+_SEGMENTS_PER_STORE = 128
+_TICKS_INTERVAL_S = 30.0
+"""How often last uses of old spans are written; a crash forgets that much of the order of eviction."""
+_FULL_DISK_PAUSE_S = 5.0
+"""After the disk said that it is full, spans only replace others for so long."""
+
+
+class FileStore(ChunkStore):
+    """Bounded, durable store in a state directory. Safe from any thread; locks are never held over I/O on chunks.
+
+    `put` blocks on writes, `get_into` on reads, `flush` and `close` on the disk's cache, `delete` on nothing. A span is
+    readable as soon as `put` returns, and durable after `flush` or at latest about `flush_interval_s` later. Bytes of
+    deleted spans leave the disk with the next commit, where the file system can punch holes.
+
+    A full or failing disk never raises: `put` evicts, else drops and counts. While the catalog cannot be written, spans
+    stay readable, and are tried again with every flush.
+    """
+
+    name = "file"
+
+    def __init__(
+        self,
+        state_dir: StateDir,
+        capacity_bytes: int,
+        *,
+        num_threads: int = 4,
+        flush_interval_s: float | None = 0.2,
+        flush_bytes: int = 64 << 20,
+        segment_bytes: int | None = None,
+    ) -> None:
+        """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
+
+        `num_threads` read one batch. Waiting spans are committed after `flush_interval_s` or `flush_bytes`; None
+        leaves it to `flush`. `segment_bytes`: size of new segment files, by default a small share of the capacity.
+        """
+        if capacity_bytes <= 0:
+            raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
+        self._capacity_bytes = capacity_bytes
+        self._flush_bytes = flush_bytes
+        self._store_uuid = state_dir.read_store_uuid()
+        self._catalog = Catalog(state_dir.catalog, self._store_uuid)
+        if self._store_uuid is None:
+            self._store_uuid = self._catalog.store_uuid
+            state_dir.write_store_uuid(self._store_uuid)
+        self._segments = Segments(state_dir.segments, self._store_uuid)
+        self.notes = [note for note in (self._catalog.note, *self._segments.notes) if note is not None]
+        """Sentences for people about what was found damaged at opening."""
+        self._commit_lock = threading.Lock()
+        self._can_punch = True
+        self._full_until_s = 0.0
+        self._ticks_due_s = 0.0
+        pool = SlotPool(capacity_bytes, segment_bytes or max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE))
+        self._index = FileIndex(pool, self._catalog.first_generation(), self._sound_rows(pool))
+        self._lanes = Lanes(num_threads, "hcache-read")
+        self._shrink()
+        self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
+
+    def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        record.check_chunks(chunks)
+        views = [chunk.cast("B") for chunk in chunks]
+        return self.put_checked(record, views, None)
+
+    def put_checked(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
+        """`put` of byte views whose CRC32Cs were taken when the bytes were made: damage since then is found."""
+        with self._index.operation() as is_open:
+            if self._index.find(record.span_id) is not None:
+                self._index.touch([record.span_id])
+                return True
+            places = self._write(record, chunks, crcs) if is_open else None
+            if not places:
+                with self._index.lock:
+                    self._index.counters.dropped_spans += 1
+                return False
+        if self._pulse is not None:
+            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
+        return True
+
+    def find(self, span_id: SpanId) -> SpanRecord | None:
+        return self._index.find(span_id)
+
+    def why_missing(self, span_id: SpanId) -> str:
+        return self._index.why_missing(span_id)
+
+    def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
+        with self._index.operation() as is_open:
+            found = self._index.begin_reads(reads) if is_open else []
+            try:
+                num_ok, reason = self._lanes.run(len(found), lambda idx: self._read(*found[idx], reads[idx].out))
+                if reason is not None:
+                    self._forget_damaged(*found[num_ok], reason)
+            finally:
+                self._index.end_reads(found)
+            with self._index.lock:
+                self._index.counters.read_bytes += sum(span.record.chunk_bytes for span, _ in found[:num_ok])
+        if reason is None and num_ok < len(reads):
+            reason = "missing"
+        return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def touch(self, span_ids: Iterable[SpanId]) -> None:
+        self._index.touch(span_ids)
+
+    def pin(self, span_ids: Iterable[SpanId]) -> None:
+        self._index.pin(span_ids, always=False)
+
+    def pin_always(self, span_ids: Iterable[SpanId]) -> None:
+        """`pin` that also counts for spans that are not here yet: for a store that holds spans in several tiers."""
+        self._index.pin(span_ids, always=True)
+
+    def unpin(self, span_ids: Iterable[SpanId]) -> None:
+        self._index.unpin(span_ids)
+
+    def delete(self, span_ids: Iterable[SpanId]) -> int:
+        num_deleted = self._index.remove(span_ids, "deleted")
+        if num_deleted and self._pulse is not None:
+            self._pulse.poke()
+        return num_deleted
+
+    def flush(self) -> None:
+        with self._index.operation() as is_open:
+            if is_open:
+                self._commit(publish=True)
+
+    def stats(self) -> StoreStats:
+        with self._index.lock:
+            counters = self._index.counters
+            return StoreStats(
+                num_spans=len(self._index),
+                num_bytes=counters.num_bytes,
+                capacity_bytes=self._capacity_bytes,
+                put_bytes=counters.put_bytes,
+                read_bytes=counters.read_bytes,
+                evicted_spans=counters.evicted_spans,
+                dropped_spans=counters.dropped_spans,
+                corrupt_chunks=counters.corrupt_chunks,
+            )
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the segment files occupy; never above the capacity."""
+        with self._index.lock:
+            return self._index.pool.disk_bytes
+
+    def close(self) -> None:
+        if not self._index.close():
+            return
+        if self._pulse is not None:
+            self._pulse.stop()
+        self._ticks_due_s = 0.0
+        self._commit(publish=True)
+        self._index.clear()
+        self._lanes.close()
+        self._segments.close()
+        self._catalog.close()
+
+    def _sound_rows(self, pool: SlotPool) -> list[SpanRow]:
+        """The catalog's rows whose places exist; the others are dropped. Tells the pool about all segments."""
+        files = self._segments.files
+        pool.reserve_number(self._segments.last_number)
+        taken: dict[int, set[int]] = {number: set() for number in files}
+        rows: list[SpanRow] = []
+        lost: list[SpanRow] = []
+        for row in self._catalog.rows:
+            size = slot_bytes(row.record.chunk_bytes)
+            pool.reserve_number(max(place.segment for place in row.places))
+            fits = all(
+                number in files and files[number].header.slot_bytes == size and slot < files[number].header.num_slots
+                for number, slot in row.places
+            )
+            (rows if fits else lost).append(row)
+        for row in rows:
+            for number, slot in row.places:
+                taken[number].add(slot)
+        for number, file in files.items():
+            pool.add_segment(number, file.header.slot_bytes, file.header.num_slots, taken[number], file.num_written)
+        if lost:
+            self.notes.append(f"{len(lost)} saved spans lie in segment files that are gone; they were forgotten")
+            _log.warning("%s", self.notes[-1])
+            self._catalog.commit(drop=[(row.record.span_id, row.generation) for row in lost])
+        self._catalog.rows = []
+        return rows
+
+    def _shrink(self) -> None:
+        """Give free bytes back to the disk, and evict until the files fit the capacity. No other thread is here."""
+        pool = self._index.pool
+        while True:
+            self._punch(pool.take_all_free())
+            excess_bytes = pool.disk_bytes - self._capacity_bytes
+            if excess_bytes <= 0 or not self._index.evict(excess_bytes) or not self._commit(publish=False):
+                break
+        self._commit(publish=False)
+
+    def _write(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
+        """Write a span and publish it. False when no room could be made or the disk failed."""
+        if crcs is None:
+            crcs = [crc32c(chunk) for chunk in chunks]
+        for _ in range(2):
+            places = self._reserve(record)
+            if places is None:
+                return False
+            span = HeldSpan(record=record, generation=self._index.next_generation(), places=places, crcs=crcs)
+            try:
+                for chunk_idx, chunk in enumerate(chunks):
+                    self._segments.write(places[chunk_idx], self._header(span, chunk_idx), chunk)
+            except OSError as error:
+                _log.warning("a span could not be written (%s)", error)
+                self._punch(places)
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    return False
+                self._full_until_s = time.monotonic() + _FULL_DISK_PAUSE_S
+                continue
+            if not self._index.publish(span):
+                with self._index.lock:
+                    self._index.pool.give(places)
+            return True
+        return False
+
+    def _reserve(self, record: SpanRecord) -> list[Place] | None:
+        """Take slots for a span, evicting as needed. None when no room can be made."""
+        size, num = slot_bytes(record.chunk_bytes), record.num_chunks
+        pool = self._index.pool
+        if not pool.fits(size, num):
+            return None
+        while True:
+            may_grow = time.monotonic() >= self._full_until_s
+            with self._index.lock:
+                places = pool.take(size, num, may_grow=may_grow)
+                if places is not None:
+                    for number in {place.segment for place in places}:
+                        self._segments.add(number, *pool.shape(number))
+                    return places
+                missing_bytes = pool.missing_bytes(size, num) if may_grow else (num - pool.num_free(size)) * size
+                spare = pool.take_spare(size, missing_bytes) if may_grow and self._can_punch else []
+            if spare:
+                self._punch(spare)
+            elif not self._index.evict(missing_bytes, None if may_grow else size) or not self._commit(publish=False):
+                return None
+
+    def _punch(self, places: list[Place]) -> None:
+        """Give taken places back: their bytes to the disk where it can, else as free slots."""
+        if places:
+            self._can_punch = self._can_punch and self._segments.punch(places)
+            with self._index.lock:
+                self._index.pool.give(places, blank=self._can_punch)
+
+    def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
+        assert self._store_uuid is not None
+        record = span.record
+        return SlotHeader(
+            store_uuid=self._store_uuid,
+            span_id=record.span_id,
+            layer_idx=record.first_layer + chunk_idx,
+            kind=record.kind,
+            generation=span.generation,
+            num_bytes=record.chunk_bytes,
+            crc=span.crcs[chunk_idx],
+        )
+
+    def _read(self, span: HeldSpan, chunk_idx: int, out: memoryview) -> str | None:
+        try:
+            self._segments.read_into(span.places[chunk_idx], self._header(span, chunk_idx), out)
+            if crc32c(out) != span.crcs[chunk_idx]:
+                raise CorruptChunkError("wrong checksum")
+        except StaleSlotError:
+            return "missing"
+        except (CorruptChunkError, OSError):
+            return "corrupt"
+        return None
+
+    def _forget_damaged(self, span: HeldSpan, chunk_idx: int, reason: str) -> None:
+        """Forget a span that a read found stale or damaged."""
+        is_corrupt = reason == "corrupt"
+        with self._index.lock:
+            self._index.counters.corrupt_chunks += is_corrupt
+        if self._index.remove_exactly(span, "corrupt" if is_corrupt else "evicted"):
+            segment, slot = span.places[chunk_idx]
+            _log.warning(
+                "file: chunk %d of span %s is %s (segment %d, slot %d); span forgotten",
+                *(chunk_idx, span.record.span_id.hex()[:16], reason, segment, slot),
+            )
+            if self._pulse is not None:
+                self._pulse.poke()
+
+    def _commit(self, *, publish: bool) -> bool:
+        """One transaction: deletions, with `publish` also waiting spans. False when the catalog refused it."""
+        with self._commit_lock:
+            now_s = time.monotonic()
+            ticks = publish and now_s >= self._ticks_due_s
+            if ticks:
+                self._ticks_due_s = now_s + _TICKS_INTERVAL_S
+            work = self._index.take_work(publish=publish, ticks=ticks)
+            failed = self._segments.sync({place.segment for span in work.add for place in span.places})
+            for span in work.add:
+                if any(place.segment in failed for place in span.places):
+                    self._index.remove_exactly(span, "evicted")
+            rows = self._index.rows_of(work)
+            drop = [(span.record.span_id, span.generation) for span in work.drop]
+            try:
+                if rows or drop or work.used:
+                    self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
+            except sqlite3.Error as error:
+                _log.warning("the catalog could not be written (%s); it will be tried again", error)
+                self._index.work_failed(work)
+                return False
+            self._index.work_done(work)
+            self._punch(self._index.take_erasable())
+            with self._index.lock:
+                empty = self._index.pool.take_empty()
+            if empty:
+                self._segments.remove(empty)
+                with self._index.lock:
+                    self._index.pool.forget_bytes()
+            return True

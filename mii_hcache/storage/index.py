@@ -1,0 +1,303 @@
+"""What a file store knows without looking at the disk: spans, slots, and what waits for the catalog."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from mii_hcache.core.identity import SpanId
+from mii_hcache.storage.base import ChunkRead, SpanRecord
+from mii_hcache.storage.catalog import SpanRow
+from mii_hcache.storage.format import slot_bytes
+from mii_hcache.storage.reasons import Reasons
+from mii_hcache.storage.recency import Recency
+from mii_hcache.storage.slots import Place, SlotPool
+
+
+@dataclass(kw_only=True, eq=False)
+class HeldSpan:
+    """A span in segment files."""
+
+    record: SpanRecord
+    generation: int
+    places: Sequence[Place]
+    crcs: Sequence[int]
+    num_readers: int = 0
+    has_row: bool = False
+    """Whether the catalog has, or may soon have, a row of it: then its slots wait for the row's deletion."""
+    alive: bool = True
+    erase: bool = False
+    """Whether its bytes are to leave the disk, not only to be overwritten some day."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of its slots."""
+        return len(self.places) * slot_bytes(self.record.chunk_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogWork:
+    """What one transaction is to do."""
+
+    add: list[HeldSpan]
+    drop: list[HeldSpan]
+    used: list[tuple[SpanId, int]]
+
+
+@dataclass(kw_only=True)
+class IndexCounters:
+    """Counted since opening; under the index's lock."""
+
+    put_bytes: int = 0
+    read_bytes: int = 0
+    evicted_spans: int = 0
+    dropped_spans: int = 0
+    corrupt_chunks: int = 0
+    num_bytes: int = 0
+    """Payload bytes held."""
+
+
+class FileIndex:
+    """The in-memory truth of a file store. Thread-safe under one short lock; no method does I/O.
+
+    Life of a span: its slots are taken → `publish` (readable, waiting) → in a `CatalogWork` (has a row) → removed
+    (evicted, deleted, damaged: unreadable at once) → its row's deletion is committed → the last reader ends → its slots
+    are free. A span that never had a row skips the wait for the commit.
+    """
+
+    def __init__(self, pool: SlotPool, first_generation: int, rows: Sequence[SpanRow] = ()) -> None:
+        """`rows` of the catalog; `pool` knows their slots as taken."""
+        self.pool = pool
+        self.lock = threading.Lock()
+        """Covers `pool`, `counters` and all that follows."""
+        self.counters = IndexCounters()
+        self._spans: dict[SpanId, HeldSpan] = {}
+        self._recency = Recency()
+        self._reasons = Reasons()
+        self._generation = first_generation
+        self._waiting: dict[SpanId, HeldSpan] = {}
+        self._dead: list[HeldSpan] = []
+        """Removed, their rows not yet deleted."""
+        self._erasable: list[Place] = []
+        """Taken slots that nobody uses, to be punched."""
+        self._closing = False
+        self._num_active = 0
+        self._idle = threading.Condition(self.lock)
+        for row in rows:
+            span = HeldSpan(
+                record=row.record, generation=row.generation, places=row.places, crcs=row.crcs, has_row=True
+            )
+            self._spans[row.record.span_id] = span
+            self.counters.num_bytes += row.record.num_bytes
+        self._recency.load(
+            (row.record.span_id, row.record.parent_id, row.record.span_idx, row.last_used) for row in rows
+        )
+
+    @contextmanager
+    def operation(self) -> Iterator[bool]:
+        """Around everything that uses files: `close` waits for it. Yields False when it came too late."""
+        with self.lock:
+            is_open = not self._closing
+            self._num_active += 1
+        try:
+            yield is_open
+        finally:
+            with self.lock:
+                self._num_active -= 1
+                self._idle.notify_all()
+
+    def close(self) -> bool:
+        """Refuse new operations, wait for those in progress. False when it was closed already."""
+        with self.lock:
+            was_open = not self._closing
+            self._closing = True
+            self._idle.wait_for(lambda: self._num_active == 0)
+        return was_open
+
+    def clear(self) -> None:
+        """Know nothing any more; the catalog has it all."""
+        with self.lock:
+            self._spans.clear()
+            self.counters.num_bytes = 0
+
+    def find(self, span_id: SpanId) -> SpanRecord | None:
+        """The record of a readable span."""
+        span = self._spans.get(span_id)
+        return None if span is None else span.record
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def next_generation(self) -> int:
+        """A number that no put had before."""
+        with self.lock:
+            self._generation += 1
+            return self._generation - 1
+
+    def publish(self, span: HeldSpan) -> bool:
+        """Make a written span readable. False when another writer was first; the slots are then still the caller's."""
+        record = span.record
+        with self.lock:
+            if record.span_id in self._spans:
+                return False
+            self._spans[record.span_id] = self._waiting[record.span_id] = span
+            self._recency.add(record.span_id, record.parent_id, record.span_idx)
+            self._reasons.clear(record.span_id)
+            self.counters.put_bytes += record.num_bytes
+            self.counters.num_bytes += record.num_bytes
+        return True
+
+    def waiting_bytes(self) -> int:
+        """Bytes of spans that no transaction has taken up yet."""
+        with self.lock:
+            return sum(span.record.num_bytes for span in self._waiting.values())
+
+    def begin_reads(self, reads: Sequence[ChunkRead]) -> list[tuple[HeldSpan, int]]:
+        """Span and chunk of the leading reads that can be served; their slots stay until `end_reads`. Counts as use."""
+        found: list[tuple[HeldSpan, int]] = []
+        with self.lock:
+            for read in reads:
+                span = self._spans.get(read.span_id)
+                chunk_idx = None if span is None else read.chunk_of(span.record)
+                if span is None or chunk_idx is None:
+                    break
+                span.num_readers += 1
+                found.append((span, chunk_idx))
+            self._recency.use({span.record.span_id for span, _ in found})
+        return found
+
+    def end_reads(self, found: Iterable[tuple[HeldSpan, int]]) -> None:
+        """Undo `begin_reads`."""
+        with self.lock:
+            for span, _ in found:
+                span.num_readers -= 1
+                self._free_when_unused(span)
+
+    def remove(self, span_ids: Iterable[SpanId], reason: str) -> int:
+        """Make spans unreadable; how many were there."""
+        with self.lock:
+            return sum(self._remove(self._spans[span_id], reason) for span_id in span_ids if span_id in self._spans)
+
+    def remove_exactly(self, span: HeldSpan, reason: str) -> bool:
+        """Make this very span unreadable, not another one that took its name since. False when it was gone."""
+        with self.lock:
+            return self._spans.get(span.record.span_id) is span and self._remove(span, reason)
+
+    def evict(self, num_bytes: int, only_slot_bytes: int | None = None) -> bool:
+        """Evict spans of at least `num_bytes` of slots in all (those being removed already count), unless that many
+        are not to be had: then evict nothing and return False. `only_slot_bytes`: of slots of this size only."""
+        with self.lock:
+            victims: list[HeldSpan] = []
+            num_bytes -= sum(self.pool.shape(number)[0] for number, _ in self._erasable) if not only_slot_bytes else 0
+            num_bytes -= sum(
+                span.disk_bytes
+                for span in self._dead
+                if only_slot_bytes in (None, slot_bytes(span.record.chunk_bytes)) and not span.num_readers
+            )
+            for span_id in self._recency.victims():
+                if num_bytes <= 0:
+                    break
+                span = self._spans[span_id]
+                if span.num_readers or only_slot_bytes not in (None, slot_bytes(span.record.chunk_bytes)):
+                    continue
+                victims.append(span)
+                num_bytes -= span.disk_bytes
+            if num_bytes > 0:
+                return False
+            for span in victims:
+                self._remove(span, "evicted")
+            self.counters.evicted_spans += len(victims)
+            return True
+
+    def take_work(self, *, publish: bool, ticks: bool) -> CatalogWork:
+        """What the next transaction is to do: deletions, new spans if `publish`, last uses if `ticks`. One taker at a
+        time, who then calls `work_done` or `work_failed`."""
+        with self.lock:
+            drop, self._dead = self._dead, []
+            add = list(self._waiting.values()) if publish else []
+            for span in add:
+                span.has_row = True
+                del self._waiting[span.record.span_id]
+            return CatalogWork(add=add, drop=drop, used=self._recency.take_moved() if ticks else [])
+
+    def rows_of(self, work: CatalogWork) -> list[SpanRow]:
+        """The rows to insert."""
+        with self.lock:
+            return [
+                SpanRow(
+                    record=span.record,
+                    generation=span.generation,
+                    places=span.places,
+                    crcs=span.crcs,
+                    last_used=self._recency.tick_of(span.record.span_id),
+                )
+                for span in work.add
+                if span.alive
+            ]
+
+    def work_done(self, work: CatalogWork) -> None:
+        """The transaction is committed: slots of deleted rows become free."""
+        with self.lock:
+            for span in work.drop:
+                span.has_row = False
+                self._free_when_unused(span)
+
+    def take_erasable(self) -> list[Place]:
+        """Slots of deleted spans: the caller punches them, then gives them to the pool."""
+        with self.lock:
+            places, self._erasable = self._erasable, []
+            return places
+
+    def work_failed(self, work: CatalogWork) -> None:
+        """The transaction changed nothing: do it with the next one."""
+        with self.lock:
+            self._dead = work.drop + self._dead
+            for span in work.add:
+                if span.alive:
+                    self._waiting[span.record.span_id] = span
+
+    def touch(self, span_ids: Iterable[SpanId]) -> None:
+        """Count as use."""
+        with self.lock:
+            self._recency.use(span_ids)
+
+    def pin(self, span_ids: Iterable[SpanId], *, always: bool) -> None:
+        """Keep from eviction; only spans that are here unless `always`."""
+        with self.lock:
+            self._recency.pin(span_id for span_id in span_ids if always or span_id in self._spans)
+
+    def unpin(self, span_ids: Iterable[SpanId]) -> None:
+        """Undo one `pin` of each."""
+        with self.lock:
+            self._recency.unpin(span_ids)
+
+    def why_missing(self, span_id: SpanId) -> str:
+        """See `ChunkStore.why_missing`."""
+        with self.lock:
+            return self._reasons.of(span_id)
+
+    def _remove(self, span: HeldSpan, reason: str) -> bool:
+        """Lock held."""
+        span_id = span.record.span_id
+        del self._spans[span_id]
+        self._waiting.pop(span_id, None)
+        self._recency.remove(span_id)
+        self._reasons.note([span_id], reason)
+        self.counters.num_bytes -= span.record.num_bytes
+        span.alive = False
+        span.erase = reason == "deleted"
+        if span.has_row:
+            self._dead.append(span)
+        self._free_when_unused(span)
+        return True
+
+    def _free_when_unused(self, span: HeldSpan) -> None:
+        """Lock held."""
+        if not span.alive and not span.has_row and not span.num_readers and span.places:
+            if span.erase:
+                self._erasable.extend(span.places)
+            else:
+                self.pool.give(span.places)
+            span.places = ()

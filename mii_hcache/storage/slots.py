@@ -1,0 +1,181 @@
+"""Which slots of which segments are taken, and how many bytes the files occupy."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mii_hcache.storage.format import BLOCK_BYTES
+
+
+class Place(NamedTuple):
+    """Where a chunk lies."""
+
+    segment: int
+    """Number of the segment file."""
+    slot: int
+
+
+@dataclass(kw_only=True)
+class _Shelf:
+    """A segment's slots: taken, free (on disk, may be overwritten) or blank (not on disk: a hole or past the end)."""
+
+    number: int
+    slot_bytes: int
+    num_slots: int
+    num_taken: int = 0
+    free: list[int] = field(default_factory=list)
+    """Heap."""
+    blank: list[int] = field(default_factory=list)
+    """Heap of blank slots below `fresh`."""
+    fresh: int = 0
+    """First of the slots that never were used."""
+
+    @property
+    def num_blank(self) -> int:
+        return len(self.blank) + self.num_slots - self.fresh
+
+    @property
+    def disk_bytes(self) -> int:
+        return BLOCK_BYTES + (self.num_taken + len(self.free)) * self.slot_bytes
+
+    def grow(self) -> int:
+        if self.blank:
+            return heapq.heappop(self.blank)
+        self.fresh += 1
+        return self.fresh - 1
+
+
+class SlotPool:
+    """Bookkeeping of slots under a bound on disk bytes. No I/O. Not thread-safe: the owner's lock covers it.
+
+    `taken_bytes` and the bound count what files occupy: a header per segment, and every slot that is taken or free.
+    Free slots of one size serve another size only after their bytes were given back to the disk (`take_spare`, punch,
+    `give(..., blank=True)`), so that the bound holds at every moment.
+    """
+
+    def __init__(self, capacity_bytes: int, segment_bytes: int) -> None:
+        """`segment_bytes`: largest size of a new segment file (at least one slot)."""
+        self.capacity_bytes = capacity_bytes
+        self._segment_bytes = segment_bytes
+        self._shelves: dict[int, _Shelf] = {}
+        self._next_number = 1
+        self._leaving_bytes = 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the segment files occupy, at most."""
+        return self._leaving_bytes + sum(shelf.disk_bytes for shelf in self._shelves.values())
+
+    def reserve_number(self, number: int) -> None:
+        """Never use this segment number, or a smaller one, for a new segment."""
+        self._next_number = max(self._next_number, number + 1)
+
+    def add_segment(
+        self, number: int, slot_bytes: int, num_slots: int, taken: Collection[int], num_written: int
+    ) -> None:
+        """Know an existing segment: `taken` slots hold chunks, other slots below `num_written` are free."""
+        self.reserve_number(number)
+        fresh = max(num_written, max(taken, default=-1) + 1)
+        self._shelves[number] = _Shelf(
+            number=number,
+            slot_bytes=slot_bytes,
+            num_slots=num_slots,
+            num_taken=len(taken),
+            free=[slot for slot in range(fresh) if slot not in taken],
+            fresh=fresh,
+        )
+
+    def shape(self, number: int) -> tuple[int, int]:
+        """`(slot_bytes, num_slots)` of a segment."""
+        shelf = self._shelves[number]
+        return shelf.slot_bytes, shelf.num_slots
+
+    def fits(self, slot_bytes: int, num: int) -> bool:
+        """Whether an empty store could hold `num` slots of this size."""
+        num_segments = -(-num // self._slots_per_segment(slot_bytes))
+        return num * slot_bytes + num_segments * BLOCK_BYTES <= self.capacity_bytes
+
+    def missing_bytes(self, slot_bytes: int, num: int) -> int:
+        """Disk bytes that must be given up before `take` can succeed; at most 0 when it can."""
+        num_grown = max(0, num - sum(len(shelf.free) for shelf in self._of_size(slot_bytes)))
+        num_new = max(0, num_grown - sum(shelf.num_blank for shelf in self._of_size(slot_bytes)))
+        headers = -(-num_new // self._slots_per_segment(slot_bytes)) * BLOCK_BYTES
+        return num_grown * slot_bytes + headers - (self.capacity_bytes - self.disk_bytes) if num_grown else 0
+
+    def num_free(self, slot_bytes: int) -> int:
+        """Slots of this size that lie on disk and may be overwritten."""
+        return sum(len(shelf.free) for shelf in self._of_size(slot_bytes))
+
+    def take(self, slot_bytes: int, num: int, *, may_grow: bool = True) -> list[Place] | None:
+        """Take `num` slots, free ones first; all or None. Without `may_grow`, free ones only."""
+        if self.missing_bytes(slot_bytes, num) > 0 or (not may_grow and self.num_free(slot_bytes) < num):
+            return None
+        places: list[Place] = []
+        for shelf in self._of_size(slot_bytes):
+            while shelf.free and len(places) < num:
+                places.append(self._place(shelf, heapq.heappop(shelf.free)))
+        for shelf in self._of_size(slot_bytes):
+            while shelf.num_blank and len(places) < num:
+                places.append(self._place(shelf, shelf.grow()))
+        while len(places) < num:
+            shelf = self._new_shelf(slot_bytes)
+            while shelf.num_blank and len(places) < num:
+                places.append(self._place(shelf, shelf.grow()))
+        return places
+
+    def take_spare(self, slot_bytes: int, num_bytes: int) -> list[Place]:
+        """Take free slots of other sizes, about `num_bytes` of them: to be punched and given back as blank."""
+        places: list[Place] = []
+        for shelf in self._shelves.values():
+            while shelf.slot_bytes != slot_bytes and shelf.free and num_bytes > 0:
+                places.append(self._place(shelf, heapq.heappop(shelf.free)))
+                num_bytes -= shelf.slot_bytes
+        return places
+
+    def take_all_free(self) -> list[Place]:
+        """Take every free slot: to be punched and given back as blank."""
+        places = []
+        for shelf in self._shelves.values():
+            while shelf.free:
+                places.append(self._place(shelf, heapq.heappop(shelf.free)))
+        return places
+
+    def give(self, places: Iterable[Place], *, blank: bool = False) -> None:
+        """Give slots back: free, or blank when the disk holds nothing there any more."""
+        for number, slot in places:
+            shelf = self._shelves[number]
+            shelf.num_taken -= 1
+            heapq.heappush(shelf.blank if blank else shelf.free, slot)
+
+    def take_empty(self) -> list[int]:
+        """Remove segments that hold nothing; their files are to be deleted, then `forget_bytes` called. Returns their
+        numbers."""
+        empty = [number for number, shelf in self._shelves.items() if shelf.num_taken == 0]
+        for number in empty:
+            self._leaving_bytes += self._shelves.pop(number).disk_bytes
+        return empty
+
+    def forget_bytes(self) -> None:
+        """The files of `take_empty` are gone."""
+        self._leaving_bytes = 0
+
+    def _of_size(self, slot_bytes: int) -> list[_Shelf]:
+        return [shelf for shelf in self._shelves.values() if shelf.slot_bytes == slot_bytes]
+
+    def _slots_per_segment(self, slot_bytes: int) -> int:
+        return max(1, (self._segment_bytes - BLOCK_BYTES) // slot_bytes)
+
+    def _new_shelf(self, slot_bytes: int) -> _Shelf:
+        number = self._next_number
+        self._next_number += 1
+        num_slots = self._slots_per_segment(slot_bytes)
+        shelf = _Shelf(number=number, slot_bytes=slot_bytes, num_slots=num_slots)
+        self._shelves[number] = shelf
+        return shelf
+
+    def _place(self, shelf: _Shelf, slot: int) -> Place:
+        shelf.num_taken += 1
+        return Place(shelf.number, slot)
