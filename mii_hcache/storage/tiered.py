@@ -1,0 +1,257 @@
+"""DRAM in front of files."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from mii_hcache.core.identity import SpanId
+from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.memory import MemoryStore
+
+_log = logging.getLogger(__name__)
+
+_MAX_PROMOTIONS = 4096
+"""Spans that may wait to be copied from files into DRAM."""
+
+
+class TieredStore(ChunkStore):
+    """A MemoryStore in front of a FileStore; owns both. Safe from any thread.
+
+    `put` copies into DRAM, where the span stays pinned until a background thread has written it to the file tier; it
+    blocks, at most `put_wait_s`, only while DRAM is full of unwritten spans. A span that finds no room in files lives
+    on in DRAM. A read is served by DRAM, else by files; damage in DRAM falls back to files. After the last chunk of a
+    span was read from files, the span is copied into DRAM in the background.
+
+    `delete` waits for background copies of its spans that are in progress, `flush` for everything accepted before.
+    """
+
+    name = "tiered"
+
+    def __init__(
+        self,
+        memory: MemoryStore,
+        file: FileStore,
+        *,
+        num_writers: int = 2,
+        put_wait_s: float = 0.25,
+        promote: bool = True,
+    ) -> None:
+        """`num_writers` background threads write spans, and promote when there is nothing to write."""
+        self._memory = memory
+        self._file = file
+        self._put_wait_s = put_wait_s
+        self._promote = promote
+        self._changed = threading.Condition()
+        """Guards what follows; notified when any of it changes."""
+        self._to_write: OrderedDict[SpanId, None] = OrderedDict()
+        self._to_promote: OrderedDict[SpanId, None] = OrderedDict()
+        self._claimed: set[SpanId] = set()
+        """Being written, promoted or deleted now, by one thread each."""
+        self._closing = False
+        self._put_bytes = self._read_bytes = self._dropped_spans = 0
+        self._writers = [
+            threading.Thread(target=self._work, name=f"hcache-write-{idx}", daemon=True) for idx in range(num_writers)
+        ]
+        for writer in self._writers:
+            writer.start()
+
+    def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        record.check_chunks(chunks)
+        span_id = record.span_id
+        if self.find(span_id) is not None:
+            self.touch([span_id])
+            return True
+        kept = not self._closing and self._accept(record, chunks)
+        with self._changed:
+            if kept:
+                self._put_bytes += record.num_bytes
+            else:
+                self._dropped_spans += 1
+        return kept
+
+    def find(self, span_id: SpanId) -> SpanRecord | None:
+        return self._memory.find(span_id) or self._file.find(span_id)
+
+    def tier_of(self, span_id: SpanId) -> str | None:
+        return self._memory.tier_of(span_id) or self._file.tier_of(span_id)
+
+    def why_missing(self, span_id: SpanId) -> str:
+        reason = self._file.why_missing(span_id)
+        return reason if reason != "not_saved" else self._memory.why_missing(span_id)
+
+    def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
+        failed: dict[SpanId, str | None] = {}
+        todo = list(range(len(reads)))
+        while True:
+            near = [idx for idx in todo if reads[idx].span_id not in failed and self._memory.find(reads[idx].span_id)]
+            if not near:
+                break
+            outcome = self._memory.get_into([reads[idx] for idx in near])
+            done = set(near[: outcome.num_ok])
+            todo = [idx for idx in todo if idx not in done]
+            if outcome.num_ok < len(near):
+                failed[reads[near[outcome.num_ok]].span_id] = outcome.reason
+        num_ok, reason = len(reads), None
+        if todo:
+            outcome = self._file.get_into([reads[idx] for idx in todo])
+            if outcome.num_ok < len(todo):
+                num_ok = todo[outcome.num_ok]
+                in_memory = failed.get(reads[num_ok].span_id)
+                reason = "corrupt" if in_memory == "corrupt" else outcome.reason
+            self._promote_later([reads[idx] for idx in todo[: outcome.num_ok]])
+        with self._changed:
+            self._read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
+        return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def touch(self, span_ids: Iterable[SpanId]) -> None:
+        span_ids = list(span_ids)
+        self._memory.touch(span_ids)
+        self._file.touch(span_ids)
+
+    def pin(self, span_ids: Iterable[SpanId]) -> None:
+        known = [span_id for span_id in span_ids if self.find(span_id) is not None]
+        self._memory.pin_always(known)
+        self._file.pin_always(known)
+
+    def unpin(self, span_ids: Iterable[SpanId]) -> None:
+        span_ids = list(span_ids)
+        self._memory.unpin(span_ids)
+        self._file.unpin(span_ids)
+
+    def delete(self, span_ids: Iterable[SpanId]) -> int:
+        doomed = set(span_ids)
+        with self._changed:
+            self._changed.wait_for(lambda: doomed.isdisjoint(self._claimed))
+            self._claimed |= doomed
+        try:
+            num_known = sum(self.find(span_id) is not None for span_id in doomed)
+            self._memory.delete(doomed)
+            self._file.delete(doomed)
+        finally:
+            with self._changed:
+                self._claimed -= doomed
+                self._changed.notify_all()
+        return num_known
+
+    def flush(self) -> None:
+        with self._changed:
+            accepted = set(self._to_write) | self._claimed
+            self._changed.wait_for(lambda: accepted.isdisjoint(self._claimed) and accepted.isdisjoint(self._to_write))
+        self._file.flush()
+
+    def stats(self) -> StoreStats:
+        tiers = self.tier_stats()
+        memory, file = tiers[self._memory.name], tiers[self._file.name]
+        only_memory = [self._memory.find(i) for i in self._memory.span_ids() if self._file.find(i) is None]
+        with self._changed:
+            return StoreStats(
+                num_spans=file.num_spans + len(only_memory),
+                num_bytes=file.num_bytes + sum(record.num_bytes for record in only_memory if record is not None),
+                capacity_bytes=memory.capacity_bytes + file.capacity_bytes,
+                put_bytes=self._put_bytes,
+                read_bytes=self._read_bytes,
+                evicted_spans=file.evicted_spans,
+                dropped_spans=self._dropped_spans + file.dropped_spans,
+                corrupt_chunks=memory.corrupt_chunks + file.corrupt_chunks,
+            )
+
+    def tier_stats(self) -> dict[str, StoreStats]:
+        """Each tier's own view, by its name."""
+        return {tier.name: tier.stats() for tier in (self._memory, self._file)}
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._to_promote.clear()
+            self._changed.notify_all()
+        for writer in self._writers:
+            writer.join()
+        self._file.close()
+        self._memory.close()
+
+    def _accept(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        """Put into DRAM and queue for the files; False when there was no room for `put_wait_s`."""
+        span_id = record.span_id
+        if record.num_bytes > self._memory.stats().capacity_bytes:
+            return self._file.put(record, chunks)
+        deadline_s = time.monotonic() + self._put_wait_s
+        self._memory.pin_always([span_id])
+        while not self._memory.put(record, chunks):
+            with self._changed:
+                is_busy = bool(self._to_write or self._claimed) and not self._closing
+                if not is_busy or not self._changed.wait(max(0.0, deadline_s - time.monotonic())):
+                    self._memory.unpin([span_id])
+                    return False
+        with self._changed:
+            if span_id in self._to_write or span_id in self._claimed or self._file.find(span_id) is not None:
+                self._memory.unpin([span_id])  # another writer's copy has a pin of its own
+            else:
+                self._to_write[span_id] = None
+                self._changed.notify_all()
+        return True
+
+    def _promote_later(self, reads: Sequence[ChunkRead]) -> None:
+        if not self._promote:
+            return
+        for read in reads:
+            record = self._file.find(read.span_id)
+            if record is not None and read.chunk_of(record) == record.num_chunks - 1:
+                with self._changed:
+                    if len(self._to_promote) < _MAX_PROMOTIONS and not self._closing:
+                        self._to_promote[read.span_id] = None
+                        self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next() is not None or (self._closing and not self._to_write))
+                claim = self._next()
+                if claim is None:
+                    return
+                queue, span_id = claim
+                del queue[span_id]
+                self._claimed.add(span_id)
+            try:
+                if queue is self._to_write:
+                    self._write(span_id)
+                else:
+                    self._copy_up(span_id)
+            except Exception:
+                _log.exception("a background copy of span %s failed", span_id.hex()[:16])
+            finally:
+                if queue is self._to_write:
+                    self._memory.unpin([span_id])
+                with self._changed:
+                    self._claimed.discard(span_id)
+                    self._changed.notify_all()
+
+    def _next(self) -> tuple[OrderedDict[SpanId, None], SpanId] | None:
+        """What to do next: writes before promotions, in order, but not what another thread works on. Lock held."""
+        for queue in (self._to_write, self._to_promote):
+            for span_id in queue:
+                if span_id not in self._claimed:
+                    return queue, span_id
+        return None
+
+    def _write(self, span_id: SpanId) -> None:
+        span = self._memory.span(span_id)
+        if span is not None:
+            self._file.put_checked(span.record, span.chunks, span.crcs)
+
+    def _copy_up(self, span_id: SpanId) -> None:
+        record = self._file.find(span_id)
+        if record is None or self._memory.find(span_id) is not None:
+            return
+        chunks = [memoryview(bytearray(record.chunk_bytes)) for _ in range(record.num_chunks)]
+        layers = range(record.first_layer, record.first_layer + record.num_chunks)
+        reads = [
+            ChunkRead(span_id=span_id, layer_idx=layer_idx, out=out, kind=record.kind)
+            for layer_idx, out in zip(layers, chunks, strict=True)
+        ]
+        if self._file.get_into(reads).num_ok == len(reads):
+            self._memory.put(record, chunks)
