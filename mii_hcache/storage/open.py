@@ -1,0 +1,55 @@
+"""Opening everything that is saved, in one call."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.tiered import TieredStore
+from mii_hcache.storage.transcripts import Transcripts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenState:
+    """Saved state, open. Its parts are for any thread; `close` is for the one that ends it."""
+
+    store: ChunkStore
+    transcripts: Transcripts
+    state_dir: StateDir | None
+    """None when nothing outlives the process."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for people about what was found damaged; empty when all is well."""
+
+    def close(self) -> None:
+        """Flush and release all. Blocks on I/O. Idempotent."""
+        with ExitStack() as stack:  # later ones are closed even if an earlier one raises
+            if self.state_dir is not None:
+                stack.callback(self.state_dir.close)
+            stack.callback(self.transcripts.close)
+            stack.callback(self.store.close)
+
+
+def open_state(directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int) -> OpenState:
+    """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
+    for none). Without a directory all lives in DRAM and ends with the process.
+
+    Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
+    """
+    if directory is None:
+        return OpenState(store=MemoryStore(dram_capacity_bytes), transcripts=Transcripts(None), state_dir=None)
+    with ExitStack() as undo:
+        state_dir = StateDir(directory)
+        undo.callback(state_dir.close)
+        file = FileStore(state_dir, capacity_bytes)
+        undo.callback(file.close)
+        transcripts = Transcripts(state_dir.transcripts)
+        undo.callback(transcripts.close)
+        store = TieredStore(MemoryStore(dram_capacity_bytes), file) if dram_capacity_bytes else file
+        undo.pop_all()
+    notes = [*file.notes, *([transcripts.note] if transcripts.note else [])]
+    return OpenState(store=store, transcripts=transcripts, state_dir=state_dir, notes=notes)
