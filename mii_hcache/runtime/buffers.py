@@ -30,7 +30,6 @@ class RowLease:
     """`[num_layers, num_rows, row_elements]`; each layer's part is contiguous."""
     start: int
     num_rows: int
-    _end: int = field(default=0)
     _done: bool = field(default=False)
 
 
@@ -60,14 +59,11 @@ class RowRing:
         with self._freed:
             while (start := self._place(num_rows)) is None:
                 left = deadline - time.monotonic()
-                if left <= 0 or not self._freed.wait(left):
-                    start = self._place(num_rows)
-                    if start is None:
-                        return None
-                    break
+                if left <= 0:
+                    return None
+                self._freed.wait(left)
             lease = RowLease(rows=self._rows[:, start : start + num_rows], start=start, num_rows=num_rows)
-            lease._end = start + num_rows
-            self._head = lease._end
+            self._head = start + num_rows
             self._leases.append(lease)
             return lease
 
@@ -91,7 +87,7 @@ class RowRing:
 
     @property
     def leased_rows(self) -> int:
-        """Rows handed out and not yet back."""
+        """Rows that cannot be handed out: leased, or back but behind older ones that are not."""
         with self._freed:
             return sum(lease.num_rows for lease in self._leases)
 
@@ -119,7 +115,13 @@ class SpanBuffers:
             if self._free:
                 return self._free.pop()
             self._made += 1
-        return host_empty(*self._shape, dtype=self._dtype)
+        try:
+            return host_empty(*self._shape, dtype=self._dtype)
+        except BaseException:
+            with self._returned:
+                self._made -= 1
+                self._returned.notify()
+            raise
 
     def release(self, buffer: torch.Tensor) -> None:
         """Give a buffer back. It must not be touched afterwards."""
