@@ -15,7 +15,7 @@ from mii_hcache.storage.transcripts import Transcripts
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenState:
+class OpenedState:
     """Saved state, open. Its parts are for any thread; `close` is for the one that ends it."""
 
     store: ChunkStore
@@ -34,14 +34,14 @@ class OpenState:
             stack.callback(self.store.close)
 
 
-def open_state(directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int) -> OpenState:
+def open_state(directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
     for none). Without a directory all lives in DRAM and ends with the process.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
     if directory is None:
-        return OpenState(store=MemoryStore(dram_capacity_bytes), transcripts=Transcripts(None), state_dir=None)
+        return OpenedState(store=MemoryStore(dram_capacity_bytes), transcripts=Transcripts(None), state_dir=None)
     with ExitStack() as undo:
         state_dir = StateDir(directory)
         undo.callback(state_dir.close)
@@ -52,4 +52,4 @@ def open_state(directory: str | os.PathLike[str] | None, capacity_bytes: int, dr
         store = TieredStore(MemoryStore(dram_capacity_bytes), file) if dram_capacity_bytes else file
         undo.pop_all()
     notes = [*file.notes, *([transcripts.note] if transcripts.note else [])]
-    return OpenState(store=store, transcripts=transcripts, state_dir=state_dir, notes=notes)
+    return OpenedState(store=store, transcripts=transcripts, state_dir=state_dir, notes=notes)
