@@ -42,38 +42,79 @@ _LLAMA3_ROPE = {
 }
 
 
-def tiny_hf_model(name: str, **changes: Any) -> Any:
-    """A seeded Hugging Face model. The weights are scaled up, so that greedy tokens vary and near-ties are rare."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+def _tiny_config(name: str) -> Any:
+    """Odd shapes on purpose: heads that do not add up to the hidden size, 2 kv heads, tied heads, small windows."""
+    import transformers as hf
+
+    if name == "opt":
+        return hf.OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=128,
+            ffn_dim=256,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            max_position_embeddings=2048,
+            word_embed_proj_dim=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    kind, changes = {
+        "llama": (hf.LlamaConfig, {"num_key_value_heads": 8}),
+        "llama-gqa": (hf.LlamaConfig, {"num_key_value_heads": 2}),
+        "llama-tied": (hf.LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 24}),
+        "llama3-rope": (hf.LlamaConfig, {"num_key_value_heads": 4, "rope_parameters": _LLAMA3_ROPE}),
+        "mistral": (hf.MistralConfig, {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 32}),
+        "mistral-window": (hf.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 40, "head_dim": 16}),
+        "mixtral": (
+            hf.MixtralConfig,
+            {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+        ),
+        "qwen2": (hf.Qwen2Config, {"num_key_value_heads": 2}),
+        "qwen2-window": (
+            hf.Qwen2Config,
+            {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
+        ),
+        "qwen3": (hf.Qwen3Config, {"num_key_value_heads": 4, "head_dim": 40, "tie_word_embeddings": True}),
+        "phi3": (hf.Phi3Config, {"num_key_value_heads": 4, "pad_token_id": 0, "sliding_window": 50}),
+        "gemma": (
+            hf.GemmaConfig,
+            {"num_key_value_heads": 8, "head_dim": 32, "tie_word_embeddings": True, "pad_token_id": 0},
+        ),
+    }[name]
+    return kind(**{**_LLAMA, "tie_word_embeddings": False, **changes})
+
+
+ALL_MODELS = (
+    "llama",
+    "llama-gqa",
+    "llama-tied",
+    "llama3-rope",
+    "mistral",
+    "mistral-window",
+    "mixtral",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "phi3",
+    "gemma",
+    "opt",
+)
+
+
+def tiny_hf_model(name: str) -> Any:
+    """A seeded Hugging Face model. The weights are scaled up, so that greedy tokens vary and near-ties are rare; norms
+    and biases are not what they are initialised to."""
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    if name == "opt":
-        model: Any = OPTForCausalLM(
-            OPTConfig(
-                vocab_size=VOCAB,
-                hidden_size=128,
-                ffn_dim=256,
-                num_hidden_layers=4,
-                num_attention_heads=8,
-                max_position_embeddings=2048,
-                word_embed_proj_dim=128,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-            )
-        )
-    else:
-        llama: dict[str, Any] = {
-            "llama": {"num_key_value_heads": 8},
-            "llama-gqa": {"num_key_value_heads": 2},
-            "llama-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
-            "llama3-rope": {"num_key_value_heads": 4, "rope_parameters": _LLAMA3_ROPE},
-        }[name]
-        model = LlamaForCausalLM(LlamaConfig(**{**_LLAMA, "tie_word_embeddings": False, **llama, **changes}))
+    model = AutoModelForCausalLM.from_config(_tiny_config(name), dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3.0)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(1.0 if name == "gemma" and "embed" in parameter_name else 3.0)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
 
 

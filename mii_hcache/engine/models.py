@@ -1,7 +1,8 @@
 """Decoders on DeepSpeed's model classes, with what capture and restoration need and what the host leaves out.
 
 A mixin overrides the host's model where it must: dtype (float32 too), norm epsilons from the config, rotary from
-float32 inverse frequencies, a tap at each layer's QKV input, and K and V projected from saved rows at any position.
+float32 inverse frequencies, heads that do not add up to the hidden size, sliding windows, norms on Q and K, a tap at
+each layer's QKV input, and K and V projected from saved rows at any position.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.inference.v2.inference_utils import DtypeEnum
+from deepspeed.inference.v2.inference_utils import ActivationType, DtypeEnum
 from deepspeed.inference.v2.model_implementations.inference_transformer_base import DSTransformerModelBase
 from deepspeed.inference.v2.model_implementations.llama_v2.model import Llama2InferenceModel
+from deepspeed.inference.v2.model_implementations.mixtral.model import MixtralInferenceModel
 from deepspeed.inference.v2.model_implementations.opt.model import OPTInferenceModel
 from deepspeed.inference.v2.modules import heuristics
-from deepspeed.inference.v2.modules.configs import DSNormConfig, PositionalEmbeddingType, RotateHalfConfig
+from deepspeed.inference.v2.modules.configs import (
+    DSLinearConfig,
+    DSNormConfig,
+    PositionalEmbeddingType,
+    RotateHalfConfig,
+)
 
 from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.engine.modules.norm import rms_norm
 from mii_hcache.engine.modules.rope import rotary_tables, rotate
-from mii_hcache.errors import UnsupportedModelError
+from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
 
 _DTYPES = {torch.float32: DtypeEnum.fp32, torch.bfloat16: DtypeEnum.bf16, torch.float16: DtypeEnum.fp16}
 
@@ -36,40 +44,29 @@ class LayerWeights:
 
     qkv_w: torch.Tensor
     attn_out_w: torch.Tensor
-    mlp_1_w: torch.Tensor
-    mlp_2_w: torch.Tensor
     attn_norm_gamma: torch.Tensor
     mlp_norm_gamma: torch.Tensor
+    mlp_1_w: torch.Tensor | None = None
+    mlp_2_w: torch.Tensor | None = None
     qkv_b: torch.Tensor | None = None
     attn_out_b: torch.Tensor | None = None
     mlp_1_b: torch.Tensor | None = None
     mlp_2_b: torch.Tensor | None = None
     attn_norm_beta: torch.Tensor | None = None
     mlp_norm_beta: torch.Tensor | None = None
+    q_norm_gamma: torch.Tensor | None = None
+    k_norm_gamma: torch.Tensor | None = None
+    moe_gate: torch.Tensor | None = None
+    moe_mlp_1: torch.Tensor | None = None
+    moe_mlp_2: torch.Tensor | None = None
 
 
-def _plain(parameter: Any) -> torch.Tensor | None:
-    return None if parameter is None else parameter.as_subclass(torch.Tensor)
-
-
-def inverse_frequencies(config: Any) -> torch.Tensor:
-    """Rotary inverse frequencies of a transformers config: `[rotary_dim / 2]`, float32. Raises UnsupportedModelError
-    for variants that depend on the sequence length or rescale attention."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = getattr(config, "rope_parameters", None) or {}
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type == "default":
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotary_dim = int(head_size * parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).to(torch.float32) / rotary_dim
-        return 1.0 / (float(parameters["rope_theta"]) ** exponents)
-    if rope_type not in ("linear", "llama3"):
-        raise UnsupportedModelError(f"rotary scaling {rope_type!r} is not served; served: default, linear, llama3")
-    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    if attention_factor != 1.0:
-        raise UnsupportedModelError(f"rotary scaling {rope_type!r} rescales attention by {attention_factor:g}")
-    return inv_freq.to(torch.float32)
+def _plain(container: Any, *names: str) -> torch.Tensor | None:
+    """The first of a container's parameters that exists, as a plain tensor."""
+    for name in names:
+        if name in container.annotation_attrs:
+            return getattr(container, name).as_subclass(torch.Tensor)  # type: ignore[no-any-return]
+    return None
 
 
 class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
@@ -78,6 +75,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
     def __init__(self, config: Any, engine_config: Any, base_mp_group: Any) -> None:
         super().__init__(config=config, engine_config=engine_config, base_mp_group=base_mp_group)
         self.qkv_input_tap: QkvInputTap | None = None
+        self.windows = windows_of(config)
         self.inv_freq: torch.Tensor | None = None
         if self.positional_embedding_type is PositionalEmbeddingType.rotate_half:
             self.inv_freq = inverse_frequencies(config)
@@ -90,8 +88,12 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         return _DTYPES[self._config.dtype]
 
     @property
+    def max_sequence_length(self) -> int:
+        return int(self._config.max_seq_length)
+
+    @property
     def head_size(self) -> int:
-        return getattr(self._config, "head_dim", None) or self.model_dim // self.n_heads
+        return head_size_of(self._config)
 
     @property
     def norm_eps(self) -> float:
@@ -118,6 +120,26 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
             self._engine_config,
         )
 
+    def make_qkv_layer(self) -> None:
+        self.qkv = self._make_linear(self.model_dim, (self.n_heads_q + 2 * self.n_heads_kv) * self.head_size)
+
+    def make_attn_out_layer(self) -> None:
+        self.attn_out = self._make_linear(self.n_heads_q * self.head_size, self.model_dim)
+
+    def _make_linear(self, in_channels: int, out_channels: int) -> Any:
+        """The host's own asserts that the heads add up to the hidden size."""
+        linear = DSLinearConfig(
+            max_tokens=self._engine_config.state_manager.max_ragged_batch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            input_dtype=self.activation_dtype,
+            output_dtype=self.activation_dtype,
+        )
+        return heuristics.instantiate_linear(linear, self._engine_config)
+
+    def transform_attn_out_param(self, param: torch.Tensor) -> Any:
+        return self.attn_out.transform_param(param)
+
     def make_unembedding_layer(self) -> None:
         super().make_unembedding_layer()
         self.unembed.norm_eps = self.norm_eps
@@ -125,19 +147,15 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
     def set_parameters(self, *args: Any, **kwargs: Any) -> None:
         super().set_parameters(*args, **kwargs)
         names = [field.name for field in fields(LayerWeights)]
-        self.layers = [
-            LayerWeights(**{name: _plain(getattr(layer, name, None)) for name in names}) for layer in self._transformer
-        ]
+        self.layers = [LayerWeights(**{name: _plain(layer, name) for name in names}) for layer in self._transformer]
         ends = self._non_transformer
-        self.word_emb = _plain(ends.word_emb)
-        self.word_emb_pos = _plain(getattr(ends, "word_emb_pos", None))
-        self.word_unembed = _plain(ends.word_unembed)
-        self.final_norm_gamma = _plain(
-            getattr(ends, "final_norm", None) if hasattr(ends, "final_norm") else ends.final_norm_w
-        )
-        self.final_norm_beta = _plain(getattr(ends, "final_norm_b", None))
+        self.word_emb = _plain(ends, "word_emb")
+        self.word_emb_pos = _plain(ends, "word_emb_pos")
+        self.word_unembed = _plain(ends, "word_unembed")
+        self.final_norm_gamma = _plain(ends, "final_norm", "final_norm_w")
+        self.final_norm_beta = _plain(ends, "final_norm_b")
         if self.inv_freq is not None:
-            self.inv_freq = self.inv_freq.to(self.word_emb.device)
+            self.inv_freq = self.inv_freq.to(self.layers[0].qkv_w.device)
 
     def get_kv_requirements(self, sequence: Any, max_new_tokens: int, max_new_blocks: int) -> tuple[int, int]:
         """As the host, but never negative: a sequence may hold more blocks than its next tokens need."""
@@ -146,7 +164,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
 
     def get_remaining_block_capacity(self, sequence: Any) -> int:
         """Tokens that fit into the blocks the sequence holds (the host assumes that it holds no spare ones)."""
-        return sequence.cur_allocated_blocks * self.attn.kv_block_size - sequence.seen_tokens
+        return sequence.cur_allocated_blocks * self.attn.kv_block_size - sequence.seen_tokens  # type: ignore[no-any-return]
 
     def prepare_batch(self, wrapped_batch: Any) -> None:
         """Plan attention for a finalized batch. The host's batch carries only pointers into the table of block ids."""
@@ -161,12 +179,26 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
 
     def embed_tokens(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`[num_tokens]` ids and absolute positions to the residual stream that enters layer 0."""
-        return self.embed.embed(token_ids, positions, self.word_emb, self.word_emb_pos)
+        return self.embed.embed(token_ids, positions, self.word_emb, self.word_emb_pos)  # type: ignore[no-any-return]
 
-    def project_qkv(self, layer_idx: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _norm_heads(self, heads: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """Norm over each head: `[num_tokens, num_heads * head_size]`."""
+        return rms_norm(heads.unflatten(-1, (-1, self.head_size)), gamma, self.norm_eps).flatten(-2)
+
+    def project_qkv(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """QKV of one layer before rotation: `[num_tokens, (num_heads + 2 * num_kv_heads) * head_size]`."""
-        layer = self.layers[layer_idx]
-        return F.linear(hidden, layer.qkv_w, layer.qkv_b)
+        qkv = F.linear(hidden, layer.qkv_w, layer.qkv_b)
+        if layer.q_norm_gamma is None or layer.k_norm_gamma is None:
+            return qkv
+        num_q, num_kv = self.n_heads_q_local * self.head_size, self.n_heads_kv_local * self.head_size
+        q, k, v = qkv.split([num_q, num_kv, num_kv], dim=-1)
+        return torch.cat([self._norm_heads(q, layer.q_norm_gamma), self._norm_heads(k, layer.k_norm_gamma), v], dim=-1)
+
+    def feed_forward(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        """What a layer's second half adds to the residual stream."""
+        return self.mlp_2(  # type: ignore[no-any-return]
+            self.mlp_1(hidden, layer.mlp_1_w, layer.mlp_1_b), layer.mlp_2_w, layer.mlp_2_b
+        )
 
     def forward(self, wrapped_batch: Any) -> torch.Tensor:
         """One ragged batch. Returns logits of each sequence's last token, `[num_sequences, vocab_size]`."""
@@ -179,11 +211,11 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
             if self.qkv_input_tap is not None:
                 self.qkv_input_tap(layer_idx, hidden)
             kv_cache = self.state_manager.get_cache(layer_idx)
-            qkv = self.project_qkv(layer_idx, hidden)
-            attended = self.attn(qkv, kv_cache, wrapped_batch, self.inv_freq, scale)
+            qkv = self.project_qkv(layer, hidden)
+            attended = self.attn(qkv, kv_cache, wrapped_batch, self.inv_freq, scale, window=self.windows[layer_idx])
             attended = self.attn_out(attended, layer.attn_out_w, layer.attn_out_b)
             residual, hidden = self.norm(residual, attended, layer.mlp_norm_gamma, layer.mlp_norm_beta)
-            delta = self.mlp_2(self.mlp_1(hidden, layer.mlp_1_w, layer.mlp_1_b), layer.mlp_2_w, layer.mlp_2_b)
+            delta = self.feed_forward(layer, hidden)
             if layer_idx + 1 < len(self.layers):
                 following = self.layers[layer_idx + 1]
                 residual, hidden = self.norm(residual, delta, following.attn_norm_gamma, following.attn_norm_beta)
@@ -192,7 +224,9 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         last_rows = torch.tensor(
             [sequence.start + sequence.num_tokens - 1 for sequence in plan.sequences], device=residual.device
         )
-        return self.unembed(residual, self.word_unembed, last_rows, self.final_norm_gamma, self.final_norm_beta)
+        return self.unembed(  # type: ignore[no-any-return]
+            residual, self.word_unembed, last_rows, self.final_norm_gamma, self.final_norm_beta
+        )
 
     # --- restoration --------------------------------------------------------------------------------------------
 
@@ -212,10 +246,10 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         """QKV input of layer 0, `[num_tokens, hidden_size]`, in memory of its own."""
         first = self.layers[0]
         embedded = self.embed_tokens(token_ids, positions)
-        return self.norm.normalize(embedded, first.attn_norm_gamma, first.attn_norm_beta)
+        return self.norm.normalize(embedded, first.attn_norm_gamma, first.attn_norm_beta)  # type: ignore[no-any-return]
 
     def project_kv(self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """K (rotated) and V of saved rows (HCache equation 3): `[num_tokens, 2, num_kv_heads, head_size]`.
+        """K (normed and rotated) and V of saved rows (HCache equation 3): `[num_tokens, 2, num_kv_heads, head_size]`.
 
         hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute.
         """
@@ -224,13 +258,41 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         bias = None if layer.qkv_b is None else layer.qkv_b[num_q:]
         projected = F.linear(hidden, layer.qkv_w[num_q:], bias)
         kv = projected.view(hidden.shape[0], 2, self.n_heads_kv_local, self.head_size)
+        if layer.k_norm_gamma is not None:
+            kv[:, 0] = rms_norm(kv[:, 0], layer.k_norm_gamma, self.norm_eps)
         if self.inv_freq is not None:
             kv[:, 0] = rotate(kv[:, 0], *rotary_tables(positions, self.inv_freq))
         return kv
 
 
 class LlamaModel(DecoderMixin, Llama2InferenceModel):  # type: ignore[misc]
-    """Llama 1 to 3.2: RMSNorm, rotary (scaled or not), gated SiLU, MHA or GQA."""
+    """RMSNorm, rotary, gated SiLU, MHA or GQA; with or without QKV biases, norms on Q and K, sliding windows."""
+
+
+class GemmaModel(LlamaModel):
+    """Gemma 1: norms store gamma - 1, the embedding is scaled, the gate is a tanh-approximated GELU."""
+
+    @property
+    def mlp_activation_fn(self) -> ActivationType:
+        return ActivationType.GEGLU
+
+    def make_mlp_1_layer(self) -> None:
+        super().make_mlp_1_layer()
+        self.mlp_1.activation = lambda x: F.gelu(x, approximate="tanh")
+
+    def transform_norm_param(self, param: torch.Tensor) -> Any:
+        return super().transform_norm_param((param.float() + 1.0).to(param.dtype))
+
+    def embed_tokens(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        embedded = super().embed_tokens(token_ids, positions)
+        return embedded * torch.tensor(self.model_dim**0.5, dtype=embedded.dtype)
+
+
+class MixtralModel(DecoderMixin, MixtralInferenceModel):  # type: ignore[misc]
+    """Llama's attention with a mixture of experts behind it."""
+
+    def feed_forward(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        return self.moe(hidden, layer.moe_gate, layer.moe_mlp_1, layer.moe_mlp_2)  # type: ignore[no-any-return]
 
 
 class OptModel(DecoderMixin, OPTInferenceModel):  # type: ignore[misc]

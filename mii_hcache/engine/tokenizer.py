@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,14 @@ class Tokenizer:
         self.stop_token_ids: frozenset[int] = frozenset(_stop_token_ids(hf, str(model)))
         """Tokens that end an answer: the tokenizer's EOS and those of the model's generation_config."""
         self._prefixes_fragments = self.encode("0", add_special_tokens=False) != self._behind_anchor("0")
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that differ between tokenizers that may give a text different ids. Takes up to a second."""
+        if self._backend is not None:
+            content = self._backend.to_str()
+        else:
+            content = f"{type(self._hf).__name__} {sorted(self._hf.get_vocab().items())}"
+        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     @property
     def has_chat_template(self) -> bool:

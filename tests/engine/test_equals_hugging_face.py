@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from mii_hcache.engine.modules.norm import PreRMSNorm
-from tests.engine_kit import VOCAB, greedy, poisoned_engine, tiny_hf_model
+from tests.engine_kit import ALL_MODELS, VOCAB, greedy, poisoned_engine, tiny_hf_model
 
-FAMILIES = ["llama", "llama-gqa", "llama-tied", "llama3-rope", "opt"]
 MAX_BATCH = 96
 
 
@@ -23,7 +22,7 @@ def _reference(model, prompt: list[int], num_tokens: int) -> tuple[list[int], to
     return tokens[len(prompt) :], torch.stack(rows)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_MODELS)
 def test_greedy_tokens_and_logits(tiny_model, family):
     engine = poisoned_engine(tiny_model(family), num_blocks=64, max_batch_tokens=MAX_BATCH)
     reference = tiny_hf_model(family)

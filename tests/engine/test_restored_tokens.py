@@ -13,6 +13,7 @@ import pytest
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import (
+    ALL_MODELS,
     VOCAB,
     Client,
     Conversation,
@@ -43,7 +44,7 @@ def never_evicted(tiny_model):
 
 
 @pytest.mark.parametrize("method", ["hidden", "kv"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_MODELS)
 def test_every_turn_restores_every_whole_span(tiny_model, never_evicted, family, method):
     client = open_client(poisoned_engine(tiny_model(family), max_batch_tokens=256), method=method, keep="none")
     conversations = interleave(client, 4, 3)

@@ -50,7 +50,7 @@ def _prefill(engine: HCacheEngine, uid: int, tokens: list[int], chunk: int, save
 
 @pytest.mark.parametrize("kind", [ChunkKind.HIDDEN, ChunkKind.KV])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt"])
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt", "qwen3", "gemma"])
 def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, dtype, kind):
     engine = poisoned_engine(tiny_model(family), dtype=dtype, num_blocks=200, max_batch_tokens=512)
     prompt = random.Random(8).choices(range(3, VOCAB), k=HISTORY + 40)
@@ -97,8 +97,6 @@ def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, d
 
 def _kv_of(engine: HCacheEngine, uid: int, layer_idx: int) -> torch.Tensor:
     geometry = engine.geometry
-    out = torch.empty(
-        HISTORY // SPAN_TOKENS * SPAN_TOKENS, 2, geometry.num_kv_heads, geometry.head_size, dtype=engine.dtype
-    )
+    out = torch.empty(HISTORY, 2, geometry.num_kv_heads, geometry.head_size, dtype=engine.dtype)
     engine.target(uid).read_kv(layer_idx, 0, out)
     return out

@@ -93,6 +93,11 @@ def test_stop_tokens_join_tokenizer_and_generation_config(demo, demo_path, tmp_p
     assert Tokenizer(tmp_path).stop_token_ids == {2}
 
 
+def test_fingerprint_is_that_of_the_vocabulary(demo, spaced, demo_path):
+    assert demo.fingerprint() == Tokenizer(demo_path).fingerprint() != spaced.fingerprint()
+    assert len(demo.fingerprint()) == 16
+
+
 def test_stored_truncation_is_switched_off(demo_path, tmp_path):
     for file in demo_path.iterdir():
         if file.suffix != ".safetensors":

@@ -13,12 +13,14 @@ def register() -> None:
     from mii_hcache.engine.modules.attention import PagedAttention
     from mii_hcache.engine.modules.embedding import Embedding, Unembedding
     from mii_hcache.engine.modules.linear import Linear
+    from mii_hcache.engine.modules.moe import MixtureOfExperts
     from mii_hcache.engine.modules.norm import PreLayerNorm, PreRMSNorm
 
     interfaces.DSSelfAttentionRegistry.register_module(PagedAttention)
     interfaces.DSEmbeddingRegistry.register_module(Embedding)
     interfaces.DSUnembedRegistry.register_module(Unembedding)
     interfaces.DSLinearRegistry.register_module(Linear)
+    interfaces.DSMoERegistry.register_module(MixtureOfExperts)
     interfaces.DSPreNormRegistry.register_module(PreLayerNorm)
     interfaces.DSPreNormRegistry.register_module(PreRMSNorm)
 
