@@ -18,6 +18,7 @@ from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.track import OpenSpan
 from mii_hcache.storage.base import ChunkStore, SpanRecord
 
 _log = logging.getLogger(__name__)
@@ -43,8 +44,7 @@ class RowCopy:
 
     source: torch.Tensor
     """`[num_layers, num_rows, row_elements]`."""
-    target: torch.Tensor
-    """`[num_layers, SPAN_TOKENS, row_elements]`."""
+    target: OpenSpan
     span_row: int
     completes: SpanPut | None = None
     """The span that these rows complete, if it is to be put."""
@@ -118,38 +118,47 @@ class Flusher:
 
     def _scatter_all(self) -> None:
         while (snapshot := self._snapshots.get()) is not None:
-            handed_over: set[int] = set()
-            try:
-                self._scatter(snapshot, handed_over)
-            except Exception:
-                # State that is not saved only makes a next turn slower; the server lives on, and says so.
-                _log.exception("saving a snapshot failed; its spans are lost")
-                self._counters.add("save_errors_total")
-                for put in _puts_of(snapshot):
-                    if id(put) not in handed_over:
-                        self._finish(put)
-            finally:
-                with self._changed:
-                    self._num_snapshots -= 1
-                    self._changed.notify_all()
+            self._scatter(snapshot)
+            with self._changed:
+                self._num_snapshots -= 1
+                self._changed.notify_all()
 
-    def _scatter(self, snapshot: Snapshot, handed_over: set[int]) -> None:
-        if snapshot.ready is not None:
-            snapshot.ready.synchronize()
+    def _scatter(self, snapshot: Snapshot) -> None:
         release = _CountDown(1 + len(snapshot.whole), snapshot.release)
-        for copy in snapshot.copies:
-            num_rows = copy.source.shape[1]
-            copy.target[:, copy.span_row : copy.span_row + num_rows] = copy.source
+        is_copied = self._copy_rows(snapshot)
         release()
         for put in snapshot.whole:
-            handed_over.add(id(put))
-            self._puts.put(SpanPut(record=put.record, rows=put.rows, release=release))
+            self._hand_over(SpanPut(record=put.record, rows=put.rows, release=release), is_sound=is_copied)
         for copy in snapshot.copies:
             if copy.completes is not None:
-                handed_over.add(id(copy.completes))
-                self._puts.put(copy.completes)
+                self._hand_over(copy.completes, is_sound=not copy.target.is_damaged)
         for discard in snapshot.discard:
             discard()
+
+    def _copy_rows(self, snapshot: Snapshot) -> bool:
+        """Wait for the snapshot and copy its rows into their open spans. False: its rows cannot be used."""
+        try:
+            if snapshot.ready is not None:
+                snapshot.ready.synchronize()
+            for copy in snapshot.copies:
+                num_rows = copy.source.shape[1]
+                copy.target.rows[:, copy.span_row : copy.span_row + num_rows] = copy.source
+        except Exception:
+            # State that is not saved only makes a next turn slower; the server lives on, and says so. But a span that
+            # misses rows must not be put when a later step completes it.
+            _log.exception("a snapshot failed; its spans are lost")
+            self._counters.add("save_errors_total")
+            for copy in snapshot.copies:
+                copy.target.is_damaged = True
+            return False
+        return True
+
+    def _hand_over(self, put: SpanPut, *, is_sound: bool) -> None:
+        if is_sound:
+            self._puts.put(put)
+        else:
+            self._counters.add("dropped_spans_total")
+            self._finish(put)
 
     def _put_all(self) -> None:
         while (put := self._puts.get()) is not None:

@@ -170,6 +170,7 @@ class Restore:
                 span_id=self._span_ids[tile.first_span + idx],
                 layer_idx=tile.layer_idx,
                 out=view[idx * chunk_bytes : (idx + 1) * chunk_bytes],
+                kind=tile.kind,
             )
             for idx in range(tile.num_spans)
         ]

@@ -226,7 +226,7 @@ class Saver:
                 completes = SpanPut(record=record, rows=open_span.rows, release=release)
             else:
                 snapshot.discard.append(release)
-        snapshot.copies.append(RowCopy(source=rows, target=open_span.rows, span_row=span_row, completes=completes))
+        snapshot.copies.append(RowCopy(source=rows, target=open_span, span_row=span_row, completes=completes))
 
     def _end_kv_step(self, segments: list[StepSegment]) -> None:
         is_prefill = any(len(segment.token_ids) > 1 for segment in segments)

@@ -18,6 +18,8 @@ class OpenSpan:
     span_idx: int
     rows: torch.Tensor
     """`[num_layers, SPAN_TOKENS, row_elements]`, host."""
+    is_damaged: bool = False
+    """Rows could not be copied in: never put. Belongs to the background thread."""
 
 
 class SequenceTrack:
