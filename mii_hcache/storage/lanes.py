@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,11 @@ class Lanes:
         Blocks. A single job runs on the calling thread alone.
         """
         batch = _Batch(num_jobs, job)
-        helpers = [self._pool.submit(batch.work) for _ in range(min(self._num_threads, num_jobs) - 1)]
+        helpers = []
         try:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile: this thread does it all
+                for _ in range(min(self._num_threads, num_jobs) - 1):
+                    helpers.append(self._pool.submit(batch.work))
             batch.work()
         finally:
             for helper in helpers:
@@ -32,7 +36,7 @@ class Lanes:
         return batch.stop, batch.reason
 
     def close(self) -> None:
-        """Wait for running batches, then end the threads."""
+        """End the threads once they are done; later batches run on the calling thread alone."""
         self._pool.shutdown()
 
 
