@@ -119,6 +119,9 @@ class Restore:
 
     def _finish(self) -> None:
         self.cancel()
+        if self.outcome.cut_reason == "corrupt":
+            # What follows has not been read to the end and will be prefilled now: let it be saved anew.
+            self._restorer.store.delete(self._span_ids[self._num_spans :])
         self.outcome.num_tokens = self._num_spans * SPAN_TOKENS
         self._target.commit(self.outcome.num_tokens)
 
