@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from mii_hcache.engine.tokenizer import Tokenizer
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import HCacheError, RequestError
 from mii_hcache.runtime.generation import (
     FinishReason,
     GenerationRequest,
@@ -106,15 +106,18 @@ class Generations:
         return len(self._answers)
 
     def submit(self) -> None:
-        """Hand every prompt to the engine, or none. Raises RequestError when one can never be served, ApiError when the
-        engine takes no more."""
+        """Hand every prompt to the engine, or none. Raises RequestError when one can never be served, ApiError (503)
+        when the engine takes no more."""
         try:
             for answer in self._answers:
                 self._service.submit(self._request_for(answer))
                 answer.submitted = True
-        except Exception:
+        except RequestError:
             self.close()
             raise
+        except HCacheError as error:
+            self.close()
+            raise shutting_down() from error
 
     async def events(self) -> AsyncIterator[Piece | Finished]:
         """Pieces as they come, and for each answer its end. Raises what made an answer fail; then the others are

@@ -56,6 +56,8 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, known_texts: KnownTexts) -> None:
         self._tokenizer = tokenizer
         self._known = known_texts
+        self._vocabulary = tokenizer.fingerprint()
+        """Goes before the tenant: a state directory may serve another model later, whose ids mean other things."""
 
     def encode_chat(self, messages: Sequence[Message], *, tenant: bytes = b"") -> EncodedPrompt:
         """Raises RequestError when the model has no chat template or it refuses the messages."""
@@ -93,16 +95,16 @@ class PromptEncoder:
             token_ids += self._tokenizer.encode_continuation(rest)
         said = prompt.text + answer.text
         if prompt.messages is None:
-            self._known.remember(prompt.tenant, _PLAIN + said, token_ids)
+            self._known.remember(self._vocabulary + prompt.tenant, _PLAIN + said, token_ids)
             return
-        self._known.remember(prompt.tenant, _CHAT + said, token_ids)
+        self._known.remember(self._vocabulary + prompt.tenant, _CHAT + said, token_ids)
         rendered = self._rendered_next_turn(prompt.messages, prompt.text, answer.text)
         if rendered is not None and rendered != said:
-            self._known.remember(prompt.tenant, _CHAT + rendered, token_ids)
+            self._known.remember(self._vocabulary + prompt.tenant, _CHAT + rendered, token_ids)
 
     def _encode(self, kind: str, text: str, tenant: bytes, *, add_special_tokens: bool) -> tuple[int, list[int]]:
         """Characters whose ids were known, and the ids of all."""
-        known = self._known.longest_prefix(tenant, kind + text)
+        known = self._known.longest_prefix(self._vocabulary + tenant, kind + text)
         if known is None or known[0] <= len(kind):
             return 0, self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         num_chars, token_ids = known[0] - len(kind), known[1]

@@ -1,5 +1,6 @@
 """A conversation that is sent again keeps the token ids it had, whatever its text would tokenise to."""
 
+import json
 import random
 import re
 
@@ -248,6 +249,23 @@ def test_an_answer_after_half_a_character(encoder, tokenizer):
     two = _answer(encoder, second, [*euro[1:], 300], stop_token=False)
     third = encoder.encode_text("It is" + one.text + two.text)
     assert third.token_ids == [*first.token_ids, *euro, 300]
+
+
+def test_a_model_with_another_vocabulary_does_not_take_the_ids(encoder, demo_path, known_texts, tmp_path):
+    """One state directory may serve several models, one after the other; texts and templates can be the same."""
+    from mii_hcache.engine.tokenizer import Tokenizer
+
+    answer = _answer(encoder, encoder.encode_chat([_USER]), list(range(300, 340)))
+    for file in demo_path.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["merges"][-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    other = Tokenizer(tmp_path)
+    prompt = PromptEncoder(other, known_texts).encode_chat([_USER, _said(answer), _NEXT])
+    assert prompt.miss_hint == "text_changed"
+    assert prompt.token_ids == other.encode(prompt.text, add_special_tokens=False)
 
 
 def test_token_ids_are_taken_as_they_are(encoder, known_texts):

@@ -1,0 +1,198 @@
+"""The command line of the server: what can be set, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mii_hcache.config import DTYPE_NAMES, KEEP_POLICIES, HCacheConfig, default_state_dir
+from mii_hcache.core.methods import METHODS
+from mii_hcache.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_DESCRIPTION = """\
+An OpenAI-compatible server whose conversations come back fast. It keeps the state of every conversation on disk and
+restores it at the next turn, also after a restart. Clients need nothing special: the conversation that they send again
+is the key.
+"""
+_EXAMPLES = """\
+examples:
+  python -m mii_hcache.serve
+      a demo: a small model with random weights, made on the spot; it talks gibberish
+  python -m mii_hcache.serve --model meta-llama/Llama-2-7b-chat-hf --state-dir /nvme/state --state-capacity 500GiB
+      a model of the Hugging Face hub, with room for many conversations on a fast disk
+  python -m mii_hcache.serve --model ./my-checkpoint --keep none
+      evict after every turn, so that each turn is restored: for measuring
+
+Ctrl-C or SIGTERM finishes the running answers, writes what is not on disk yet and exits. A second one does not wait.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says."""
+
+    config: HCacheConfig
+    host: str
+    port: int
+    """0: any free port."""
+    log_level: str
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Raises ConfigError; leaves by SystemExit (2) where argparse itself sees the mistake, (0) after `--help`."""
+    values = _parser().parse_args(arguments)
+    config = HCacheConfig(
+        model=values.model,
+        served_model_name=values.served_model_name,
+        dtype=values.dtype,
+        state_dir=_state_dir(values.state_dir),
+        state_capacity_bytes=values.state_capacity,
+        dram_capacity_bytes=values.dram_capacity,
+        method=None if values.method == "auto" else values.method,
+        keep=values.keep,
+        kv_blocks=values.kv_blocks,
+        max_batch_tokens=values.max_batch_tokens,
+        max_context_tokens=values.max_context,
+        save_wait=values.save_wait,
+        restore_slice_s=values.restore_slice / 1e3,
+    )
+    return Options(config=config, host=values.host, port=values.port, log_level=values.log_level)
+
+
+def _state_dir(text: str | None) -> str | None:
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--state-dir must be a directory, {str(path)!r} is a file")
+    return str(path)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `20GiB`, `512 MiB`, `1.5T`, `1000000`. `GB` is taken as `GiB`: nobody means a tenth less."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 20GiB, 512MiB or a number of bytes")
+    number, prefix, _ = match.groups()
+    return int(float(number) * 2 ** (10 * " kmgt".index(prefix.lower() or " ")))
+
+
+def format_size(num_bytes: int) -> str:
+    """The shortest way to write a size that `parse_size` reads."""
+    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 1 << exponent:
+            return f"{num_bytes / (1 << exponent):.4g}{unit}"
+    return f"{num_bytes}"
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; write a number from 1 to 65535, or 0 for any free one")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = HCacheConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m mii_hcache.serve",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="PATH_OR_HUB_ID", help="checkpoint (default: a small random demo model)")
+    model.add_argument("--served-model-name", metavar="NAME", help="what clients call it (default: from --model)")
+    model.add_argument(
+        "--dtype", choices=DTYPE_NAMES, default=defaults.dtype, help="of weights and state (default: %(default)s)"
+    )
+    model.add_argument(
+        "--max-context",
+        type=int,
+        metavar="TOKENS",
+        help="longest conversation, prompt and answer together (default: the model's)",
+    )
+
+    state = parser.add_argument_group("saved state")
+    state.add_argument(
+        "--state-dir", metavar="DIR", help=f"where it is kept; one server at a time (default: {default_state_dir()})"
+    )
+    state.add_argument(
+        "--state-capacity",
+        type=parse_size,
+        default=defaults.state_capacity_bytes,
+        metavar="SIZE",
+        help="most of it on disk, least recently used goes first "
+        f"(default: {format_size(defaults.state_capacity_bytes)})",
+    )
+    state.add_argument(
+        "--dram-capacity",
+        type=parse_size,
+        default=defaults.dram_capacity_bytes,
+        metavar="SIZE",
+        help=f"most of it in host memory, before the disk (default: {format_size(defaults.dram_capacity_bytes)})",
+    )
+    state.add_argument(
+        "--method",
+        choices=("auto", *METHODS),
+        default="auto",
+        help="; ".join(
+            [*(f"{method.name}: {method.summary}" for method in METHODS.values()), "auto: the smaller of hidden and kv"]
+        )
+        + " (default: %(default)s)",
+    )
+    state.add_argument(
+        "--save-wait",
+        type=float,
+        default=defaults.save_wait,
+        metavar="SHARE",
+        help="share of a prefill step that it may wait for room to save its state (default: %(default)s)",
+    )
+
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--keep",
+        choices=KEEP_POLICIES,
+        default=defaults.keep,
+        help="after a turn, leave its KV blocks in place until they are needed (lru), or evict them at once (none) "
+        "(default: %(default)s)",
+    )
+    engine.add_argument(
+        "--kv-blocks", type=int, metavar="N", help="KV blocks in the pool (default: what memory allows)"
+    )
+    engine.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=defaults.max_batch_tokens,
+        metavar="N",
+        help="most tokens of one engine step (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--restore-slice",
+        type=float,
+        default=defaults.restore_slice_s * 1e3,
+        metavar="MS",
+        help="longest that a restore holds up running answers at a time (default: %(default)g)",
+    )
+
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; there is no authentication, so think before you open it (default: %(default)s)",
+    )
+    server.add_argument("--port", type=_port, default=8000, help="0 takes any free one (default: %(default)s)")
+    server.add_argument(
+        "--log-level",
+        choices=LOG_LEVELS,
+        default="info",
+        help="info logs each request, debug adds tracebacks (default: %(default)s)",
+    )
+    return parser
