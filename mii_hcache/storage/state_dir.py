@@ -8,6 +8,7 @@ import os
 import stat
 import time
 import uuid
+import weakref
 from pathlib import Path
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
@@ -32,6 +33,7 @@ class StateDir:
             self._lock_fd = _lock(self.path)
         except OSError as error:
             raise ConfigError(f"state_dir {self.path} cannot be used ({error}); choose a directory you own") from error
+        _owned.add(self)
         try:
             _make_private_dir(self.segments)
             self._tighten()
@@ -85,6 +87,17 @@ class StateDir:
             for file in self.path.glob(pattern):
                 if stat.S_ISREG(file.lstat().st_mode):
                     file.chmod(0o600)
+
+
+_owned: weakref.WeakSet[StateDir] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    for state_dir in list(_owned):
+        state_dir.close()
+
+
+os.register_at_fork(after_in_child=_disown)  # a forked child would keep the lock of a parent that died
 
 
 def new_store_uuid() -> bytes:

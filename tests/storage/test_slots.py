@@ -1,0 +1,117 @@
+"""Slots are never taken twice, and files never occupy more than the capacity."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mii_hcache.storage.slots import Place, SlotPool
+
+SIZES = (8192, 12_288, 40_960)
+CAPACITY_BYTES = 200_000
+BLOCK = 4096
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against a model of the disk: which slots were written and not given up, in which files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
+        self.taken: dict[Place, int] = {}
+        self.on_disk: dict[int, tuple[int, set[int]]] = {}
+
+    def write(self, places: list[Place]) -> None:
+        for place in places:
+            size, num_slots = self.pool.shape(place.segment)
+            assert place not in self.taken
+            assert 0 <= place.slot < num_slots
+            self.taken[place] = size
+            self.on_disk.setdefault(place.segment, (size, set()))[1].add(place.slot)
+
+    @rule(size=st.sampled_from(SIZES), num=st.integers(1, 8), may_grow=st.booleans())
+    def take(self, size, num, may_grow):
+        num_missing = self.pool.missing_bytes(size, num)
+        num_free = self.pool.num_free(size)
+        places = self.pool.take(size, num, may_grow=may_grow)
+        assert (places is not None) == (num_missing <= 0 and (may_grow or num_free >= num))
+        if places is not None:
+            assert len(set(places)) == num
+            assert all(self.pool.shape(place.segment)[0] == size for place in places)
+            self.write(places)
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data(), blank=st.booleans())
+    def give(self, data, blank):
+        places = data.draw(st.lists(st.sampled_from(sorted(self.taken)), unique=True, min_size=1))
+        for place in places:
+            del self.taken[place]
+            if blank:
+                self.on_disk[place.segment][1].discard(place.slot)
+        self.pool.give(places, blank=blank)
+
+    @rule(size=st.sampled_from(SIZES), num_bytes=st.integers(1, 100_000))
+    def punch_spare(self, size, num_bytes):
+        places = self.pool.take_spare(size, num_bytes)
+        assert all(self.pool.shape(place.segment)[0] != size for place in places)
+        self.write(places)
+        for place in places:
+            del self.taken[place]
+            self.on_disk[place.segment][1].discard(place.slot)
+        self.pool.give(places, blank=True)
+
+    @rule()
+    def remove_empty(self):
+        before = self.pool.disk_bytes
+        empty = self.pool.take_empty()
+        assert self.pool.disk_bytes == before, "counted until the files are gone"
+        assert {place.segment for place in self.taken}.isdisjoint(empty)
+        for number in empty:
+            self.on_disk.pop(number, None)
+        self.pool.forget_bytes()
+
+    @rule()
+    def reopen(self):
+        pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
+        for number, (size, slots) in self.on_disk.items():
+            taken = {place.slot for place in self.taken if place.segment == number}
+            pool.add_segment(number, size, self.pool.shape(number)[1], taken, max(slots, default=-1) + 1)
+        free = pool.take_all_free()
+        assert set(free).isdisjoint(self.taken)
+        for place in free:
+            self.on_disk[place.segment][1].discard(place.slot)
+        pool.give(free, blank=True)
+        self.pool = pool
+
+    @invariant()
+    def bound_holds(self):
+        really = sum(BLOCK + size * len(slots) for size, slots in self.on_disk.values())
+        assert really <= self.pool.disk_bytes <= CAPACITY_BYTES
+
+    @invariant()
+    def what_is_free_can_be_taken(self):
+        for size in SIZES:
+            assert self.pool.missing_bytes(size, self.pool.num_free(size)) <= 0
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_fits_is_exact():
+    for size in SIZES:
+        for num in range(1, 40):
+            pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
+            assert pool.fits(size, num) == (pool.take(size, num) is not None)
+
+
+def test_numbers_of_files_that_are_there_are_not_used_again():
+    pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
+    pool.reserve_number(41)
+    places = pool.take(8192, 1)
+    assert places == [Place(42, 0)]
+    pool.give(places)
+    assert pool.take_empty() == [42]
+    pool.forget_bytes()
+    assert pool.take(8192, 1) == [Place(43, 0)]
