@@ -78,6 +78,12 @@ class StateDir:
 
     def close(self) -> None:
         """Let another process have the directory. Idempotent."""
+        if self._lock_fd >= 0:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # for children too that were forked a moment ago
+        self._disown()
+
+    def _disown(self) -> None:
+        """Drop this process's hold on the lock, without unlocking it for a parent that has it too."""
         fd, self._lock_fd = self._lock_fd, -1
         if fd >= 0:
             os.close(fd)
@@ -92,12 +98,12 @@ class StateDir:
 _owned: weakref.WeakSet[StateDir] = weakref.WeakSet()
 
 
-def _disown() -> None:
+def _disown_all() -> None:
     for state_dir in list(_owned):
-        state_dir.close()
+        state_dir._disown()
 
 
-os.register_at_fork(after_in_child=_disown)  # a forked child would keep the lock of a parent that died
+os.register_at_fork(after_in_child=_disown_all)  # or a forked child would keep the lock of a parent that died
 
 
 def new_store_uuid() -> bytes:

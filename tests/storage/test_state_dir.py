@@ -94,24 +94,32 @@ def test_one_process_cannot_own_it_twice_but_again_after_close(tmp_path):
     StateDir(tmp_path).close()
 
 
-def test_a_forked_child_does_not_keep_the_directory(tmp_path):
-    first = StateDir(tmp_path)
-    read_fd, write_fd = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(write_fd)
-        os.read(read_fd, 1)  # until the parent is done
-        os._exit(0)
-    os.close(read_fd)
-    first.close()
-    StateDir(tmp_path).close()
-    os.close(write_fd)
-    os.waitpid(pid, 0)
+FORKED = """
+import os, sys
+from mii_hcache.storage.state_dir import StateDir
+state_dir = StateDir(sys.argv[1])
+if os.fork() == 0:
+    print("child runs", flush=True)
+    os.read(0, 1)
+else:
+    os.read(0, 1)  # killed here
+"""
+
+
+def test_a_forked_child_neither_keeps_nor_loses_its_parents_directory(tmp_path):
+    command = [sys.executable, "-c", FORKED, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"child runs\n"
+        with pytest.raises(StateDirBusyError):
+            StateDir(tmp_path)
+        owner.kill()
+        owner.wait()
+        StateDir(tmp_path).close()  # though the child lives
 
 
 def test_a_directory_that_cannot_be_used_is_a_configuration_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="state_dir .* choose a directory you own"):
+    with pytest.raises(ConfigError, match=r"state_dir .* choose a directory you own"):
         StateDir(tmp_path / "file")
     with pytest.raises(ConfigError):
         StateDir(tmp_path / "file" / "below")
