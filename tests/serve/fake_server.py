@@ -1,0 +1,61 @@
+"""`python fake_server.py ...`: the server's command over a fake engine and bytes for tokens; starts in a second."""
+
+import sys
+import types
+
+from serve_kit import DictTexts, FakeService
+
+
+class ByteTokenizer:
+    """Tokens are bytes, six up; `Tokenizer` as far as the server uses it."""
+
+    stop_token_ids = frozenset({2})
+    has_chat_template = True
+
+    def fingerprint(self) -> bytes:
+        return b"bytes"
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [byte + 6 for byte in text.encode()]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return bytes(token_id - 6 for token_id in token_ids if 6 <= token_id < 262).decode(errors="replace")
+
+    def render_chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+
+
+class Opened:
+    """Stands in for `mii_hcache.engine.open.OpenedService`."""
+
+    model_name = "demo"
+    notes = ("a note",)
+
+    def __init__(self) -> None:
+        self.service = FakeService()
+        self.service.max_context_tokens = 10_000
+        self.service.step_s = 0.01
+        self.tokenizer = ByteTokenizer()
+        self.transcripts = DictTexts()
+
+    def close(self, drain: bool = True) -> None:
+        if drain:
+            print("closed with drain", flush=True)
+        self.service.close(drain=drain)
+
+
+def open_service(config: object) -> Opened:
+    """As the engine's, in no time."""
+    return Opened()
+
+
+fake_open = types.ModuleType("mii_hcache.engine.open")
+fake_open.open_service = open_service
+sys.modules["mii_hcache.engine.open"] = fake_open
+
+from mii_hcache.serve.__main__ import main  # noqa: E402
+
+sys.exit(main(sys.argv[1:]))

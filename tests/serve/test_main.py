@@ -1,0 +1,153 @@
+"""The command as a process: how it starts, what it says, how it ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+_HERE = Path(__file__).resolve().parent
+_ROOT = _HERE.parents[1]
+
+
+class Process:
+    """A running server's command and what it has printed."""
+
+    def __init__(self, command: list[str], output: Path) -> None:
+        self._output = output
+        with output.open("wb") as file:
+            env = {**os.environ, "PYTHONPATH": str(_ROOT)}
+            self.popen = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=_HERE, env=env)
+
+    @property
+    def text(self) -> str:
+        return self._output.read_text()
+
+    def url(self, timeout_s: float = 60) -> str:
+        """Once it says where it listens."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := re.search(r"address  (http://\S+)", self.text)):
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.text
+            time.sleep(0.02)
+        return found.group(1)
+
+    def end(self, *signals: signal.Signals, timeout_s: float = 20) -> int:
+        for number in signals:
+            self.popen.send_signal(number)
+            time.sleep(0.3)
+        return self.popen.wait(timeout_s)
+
+
+@pytest.fixture
+def start(tmp_path):
+    running = []
+
+    def start(*arguments: str) -> Process:
+        command = [sys.executable, str(_HERE / "fake_server.py"), "--port", "0", *arguments]
+        running.append(Process(command, tmp_path / f"out{len(running)}"))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.popen.kill()
+        process.popen.wait()
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mii_hcache.serve", *arguments], cwd=_ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_is_quick_and_complete():
+    start = time.monotonic()
+    done = _command("--help")
+    assert done.returncode == 0 and "examples:" in done.stdout and "--state-capacity" in done.stdout
+    assert time.monotonic() - start < 5  # nothing heavy is imported
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = _command("--port", str(port))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        f"mii_hcache.serve: cannot listen on 127.0.0.1 port {port}: Address already in use; "
+        "choose another --port or --host"
+    )
+    assert "loading" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-blocks", "0"], "kv_blocks must be >= 1, got 0"),
+        (["--host", "no.such.host.invalid"], "--host 'no.such.host.invalid' is no address"),
+        (["--state-dir", __file__], "--state-dir must be a directory"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, message):
+    done = _command(*arguments)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_start_says_where_what_and_how(start):
+    process = start()
+    url = process.url()
+    assert httpx.get(url + "/health").json()["status"] == "ok"
+    assert "model    demo, conversations up to 10000 tokens" in process.text and "note     a note" in process.text
+    (curl,) = re.findall(r"^  (curl .*)$", process.text, re.MULTILINE)
+    reply = subprocess.run(["bash", "-c", curl + " -s"], capture_output=True, text=True, timeout=20)
+    assert '"hcache"' in reply.stdout
+    assert process.end(signal.SIGTERM) == 0
+
+
+def test_an_open_host_is_warned_about(start):
+    process = start("--host", "0.0.0.0")
+    assert httpx.get(process.url() + "/health").status_code == 200
+    assert "Other machines can reach this server" in process.text
+    assert process.end(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_running_streams(start, number):
+    process = start()
+    url = process.url()
+    body = {"prompt": [5, 6], "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.popen.send_signal(number)
+        time.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health")
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+    assert process.end() == 0
+    assert process.text.count("closed with drain") == 1 and "Good bye" in process.text
+
+
+def test_a_second_signal_does_not_wait(start):
+    process = start()
+    body = {"prompt": [5, 6], "max_tokens": 9000, "ignore_eos": True, "stream": True}  # a minute and a half
+    with httpx.stream("POST", process.url() + "/v1/completions", json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert process.end(signal.SIGTERM, signal.SIGTERM, timeout_s=5) == 1
+    assert "closed with drain" not in process.text and "Stopped without waiting" in process.text
+
+
+def test_no_requests_no_wait(start):
+    process = start()
+    with httpx.Client(base_url=process.url()) as idle:
+        idle.get("/health")  # leaves a connection open
+        begin = time.monotonic()
+        assert process.end(signal.SIGTERM) == 0
+    assert time.monotonic() - begin < 3

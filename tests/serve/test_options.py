@@ -1,0 +1,103 @@
+"""The command line: sizes, defaults, mistakes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mii_hcache.config import HCacheConfig
+from mii_hcache.errors import ConfigError
+from mii_hcache.serve.options import format_size, parse_options, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("20GiB", 20 << 30),
+        ("512 MiB", 512 << 20),
+        ("512m", 512 << 20),
+        ("1.5T", 3 << 39),
+        ("2gb", 2 << 30),
+        ("64KB", 64 << 10),
+        ("1048576", 1 << 20),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text, num_bytes):
+    assert parse_size(text) == num_bytes
+
+
+@given(exponent=st.integers(0, 4), number=st.integers(1, 1023))
+def test_sizes_are_written_as_they_are_read(exponent, number):
+    num_bytes = number << (10 * exponent)
+    assert parse_size(format_size(num_bytes)) == num_bytes
+
+
+def test_no_arguments_are_the_defaults(monkeypatch):
+    options = parse_options([])
+    assert options.config == HCacheConfig()
+    assert (options.host, options.port) == ("127.0.0.1", 8000)  # nobody else's machine by default
+
+
+def test_every_setting_arrives(tmp_path):
+    options = parse_options(
+        "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
+        "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 --restore-slice 2.5 "
+        f"--host 0.0.0.0 --port 0 --log-level debug --state-dir {tmp_path / 'new'}".split()
+    )
+    assert options.config == HCacheConfig(
+        model="m",
+        served_model_name="n",
+        dtype="bfloat16",
+        state_dir=str(tmp_path / "new"),
+        state_capacity_bytes=3 << 30,
+        dram_capacity_bytes=1 << 30,
+        method="kv",
+        keep="none",
+        kv_blocks=7,
+        max_batch_tokens=5,
+        max_context_tokens=99,
+        save_wait=0.5,
+        restore_slice_s=0.0025,
+    )
+    assert (options.host, options.port, options.log_level) == ("0.0.0.0", 0, "debug")
+
+
+def test_auto_method_is_left_to_the_engine():
+    assert parse_options(["--method", "auto"]).config.method is None
+
+
+def test_home_directories_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_options(["--state-dir", "~/state"]).config.state_dir == str(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--state-capacity lots", "'lots' is no size; write 20GiB"),
+        ("--state-capacity -5GiB", "expected one argument"),
+        ("--port 70000", "'70000' is no port"),
+        ("--port x", "'x' is no port"),
+        ("--method magic", "hidden"),
+        ("--keep all", "lru"),
+        ("--dtype int8", "bfloat16"),
+        ("--nothing", "unrecognized arguments: --nothing"),
+        ("--mod x", "unrecognized arguments: --mod"),
+    ],
+)
+def test_mistakes_that_argparse_sees(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        parse_options(arguments.split())
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["--kv-blocks 0", "--state-capacity 5", "--restore-slice 0", "--save-wait -1"])
+def test_mistakes_that_the_settings_see(arguments):
+    with pytest.raises(ConfigError):
+        parse_options(arguments.split())
+
+
+def test_a_state_dir_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        parse_options(["--state-dir", str(tmp_path / "file")])
