@@ -8,13 +8,12 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 
-from mii_hcache.errors import CorruptChunkError, StateDirBusyError
+from mii_hcache.errors import ConfigError, CorruptChunkError, StateDirBusyError
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
+_NOT_THE_FILE = ("disk I/O error", "unable to open database file", "database or disk is full")
 
 
 class Database:
@@ -22,6 +21,8 @@ class Database:
 
     A file that fails the check (SQLite's, schema, version, or `load`) is renamed to `<stem>.damaged-<n>.sqlite` with
     its log, and a new one is made: what it said is forgotten, never half believed. `note` then says so.
+
+    Raises StateDirBusyError when another program has it locked, ConfigError when the disk is full or fails.
 
     Not thread-safe: one caller at a time.
     """
@@ -50,8 +51,7 @@ class Database:
                 self.connection.close()
                 raise
         except (sqlite3.DatabaseError, CorruptChunkError) as error:
-            if _is_busy(error):
-                raise StateDirBusyError(f"{path} is locked by another program; close it and start again") from error
+            _raise_if_sound(path, error)
             self._set_aside(error)
             self.connection = self._open()
             load(self.connection)
@@ -80,6 +80,8 @@ class Database:
             self._make_file(self._path)
         else:
             os.close(open_private(self._path, os.O_RDWR))  # says plainly when the file may not be used
+            if not self._path.stat().st_size:
+                raise CorruptChunkError("it is empty")
         connection = _connect(str(self._path))
         try:
             connection.execute("PRAGMA cell_size_check = ON")
@@ -154,5 +156,11 @@ def _aside(path: Path, n: int) -> Path:
     return path.with_name(f"{path.stem}.damaged-{n}{path.suffix}")
 
 
-def _is_busy(error: Exception) -> bool:
-    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+def _raise_if_sound(path: Path, error: Exception) -> None:
+    """Raise for errors that say nothing about the file: it must not be set aside for them."""
+    if not isinstance(error, sqlite3.OperationalError):
+        return
+    if "locked" in str(error):
+        raise StateDirBusyError(f"{path} is locked by another program; close it and start again") from error
+    if any(words in str(error) for words in _NOT_THE_FILE):
+        raise ConfigError(f"{path} cannot be opened ({error}); make room, or choose another state_dir") from error

@@ -67,6 +67,7 @@ class FileStore(ChunkStore):
         self._capacity_bytes = capacity_bytes
         self._flush_bytes = flush_bytes
         self._store_uuid = state_dir.read_store_uuid()
+        had_catalog = state_dir.catalog.exists()
         self._catalog = Catalog(state_dir.catalog, self._store_uuid)
         if self._store_uuid is None:
             self._store_uuid = self._catalog.store_uuid
@@ -74,6 +75,11 @@ class FileStore(ChunkStore):
         self._segments = Segments(state_dir.segments, self._store_uuid)
         self.notes = [note for note in (self._catalog.note, *self._segments.notes) if note is not None]
         """Sentences for people about what was found damaged at opening."""
+        if not had_catalog and self._segments.files and self._catalog.note is None:
+            self.notes.append(
+                f"{state_dir.catalog.name} is missing: what was saved is forgotten, a new one started empty"
+            )
+            _log.warning("%s", self.notes[-1])
         self._commit_lock = threading.Lock()
         self._can_punch = True
         self._full_until_s = 0.0
