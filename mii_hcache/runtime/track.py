@@ -13,7 +13,10 @@ from mii_hcache.core.identity import SpanId, next_span_id, pack_tokens
 
 @dataclass(eq=False, kw_only=True)
 class OpenSpan:
-    """Hidden rows of a span that is not whole yet; one background thread copies them in, in the order of the steps."""
+    """Hidden rows of a span that is not whole yet; one background thread copies them in, in the order of the steps.
+
+    Once every snapshot so far is copied it holds all rows, at least one, that its sequence has of this span.
+    """
 
     span_idx: int
     rows: torch.Tensor
@@ -55,13 +58,14 @@ class SequenceTrack:
     def truncate(self, num_tokens: int) -> OpenSpan | None:
         """Forget tokens from `num_tokens` on. Returns the open span if it is of no use any more.
 
-        An open span that the cut goes through stays: rows before the cut are right, later ones will be overwritten.
+        An open span that the cut goes through stays: rows before the cut are right, later ones will be overwritten. One
+        that it leaves without rows goes: the same span may be saved from elsewhere, and then be cut and continued.
         """
         del self.token_ids[num_tokens:]
-        num_spans = num_tokens // SPAN_TOKENS
+        num_spans, num_rows = divmod(num_tokens, SPAN_TOKENS)
         del self.span_ids[num_spans:]
         del self._packed[num_spans:]
-        if self.open_span is not None and self.open_span.span_idx != num_spans:
+        if self.open_span is not None and (self.open_span.span_idx != num_spans or num_rows == 0):
             return self.close_open_span()
         return None
 
