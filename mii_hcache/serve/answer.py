@@ -68,8 +68,8 @@ class Detokenizer:
         """All of a run that is not UTF-8, except the last tokens where a character may have begun."""
         for num_kept in range(1, len(self._pending)):
             tokens = self._context + self._pending
-            before = self._decode(tokens[:-num_kept])
-            if before + self._decode(tokens[-num_kept:]) == text:
+            before, kept = self._decode(tokens[:-num_kept]), self._decode(tokens[-num_kept:])
+            if kept and before + kept == text:
                 return self._release(before, num_tokens=len(self._pending) - num_kept)
         return ""
 
