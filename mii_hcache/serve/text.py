@@ -36,6 +36,10 @@ class KnownTexts(Protocol):
         """Characters covered, and their ids."""
         ...
 
+    def flush(self) -> None:
+        """Return when everything remembered is durable."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompt:
@@ -84,6 +88,9 @@ class PromptEncoder:
         """Make the prompt and its answer known, as the client saw them and as the chat template will render them when
         they are sent again. An answer without text is not: the prompt alone must keep meaning the prompt alone.
 
+        Durable on return: a client that has seen the end of an answer can go on with the same tokens, whatever becomes
+        of this process.
+
         `generated_ids`: what `answer` was made of, perhaps with more behind it (a stop token, which the template writes
         as text, or what came after a stop string).
         """
@@ -93,6 +100,11 @@ class PromptEncoder:
         token_ids = [*prompt.token_ids, *generated_ids[:num_tokens]]
         if rest:
             token_ids += self._tokenizer.encode_continuation(rest)
+        self._remember_texts(prompt, answer, token_ids)
+        self._known.flush()
+
+    def _remember_texts(self, prompt: EncodedPrompt, answer: AnswerText, token_ids: Sequence[int]) -> None:
+        assert prompt.text is not None
         said = prompt.text + answer.text
         if prompt.messages is None:
             self._known.remember(self._vocabulary + prompt.tenant, _PLAIN + said, token_ids)

@@ -31,6 +31,9 @@ class DictTexts:
         key = max(known, key=lambda key: len(key[1]))
         return len(key[1]), list(self.texts[key])
 
+    def flush(self) -> None:
+        """Nothing here outlives the process."""
+
 
 @dataclass
 class _Running:

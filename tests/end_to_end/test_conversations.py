@@ -1,0 +1,126 @@
+"""Conversations over HTTP as text, with a tokenizer whose output does not round-trip."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+
+from tests.end_to_end.server_kit import Chat, Server, interleave, restorable, serving, text_of
+
+NUM_CHATS, NUM_TURNS = 5, 3
+
+
+@pytest.fixture(scope="module")
+def never_evicted(tmp_path_factory):
+    """What a server says whose histories never leave its memory, and whose pool is never short."""
+    root = tmp_path_factory.mktemp("reference")
+    with serving(root, "--method", "recompute", "--keep", "lru") as server:
+        chats = [Chat(seed) for seed in range(NUM_CHATS)]
+        interleave(server, chats, NUM_TURNS)
+        assert server.metrics()["mii_hcache_resident_tokens_total"] > 0
+    return [[text_of(answer) for answer in chat.answers] for chat in chats]
+
+
+def _said(chats: list[Chat]) -> list[list[str]]:
+    return [[text_of(answer) for answer in chat.answers] for chat in chats]
+
+
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+def test_evicted_after_every_turn(tmp_path, never_evicted, method):
+    with serving(tmp_path, "--keep", "none", "--method", method) as server:
+        chats = [Chat(seed) for seed in range(NUM_CHATS)]
+        interleave(server, chats, NUM_TURNS)
+    assert _said(chats) == never_evicted
+    for chat in chats:
+        for before, answer in zip(chat.answers, chat.answers[1:], strict=False):
+            hcache, usage = answer["hcache"], answer["usage"]
+            assert hcache["restored_tokens"] == restorable(before) > 0
+            assert hcache["resident_tokens"] == 0
+            assert hcache["restored_from"] == "memory"
+            assert hcache["method"] == method
+            assert hcache["miss_reason"] is None
+            assert usage["prompt_tokens_details"]["cached_tokens"] == hcache["restored_tokens"]
+            assert hcache["prefill_tokens"] == usage["prompt_tokens"] - hcache["restored_tokens"]
+
+
+def test_a_turn_in_each_process(tmp_path, never_evicted):
+    """Stopped and started again between turns: the state comes from files, the ids of the text from the transcripts."""
+    chats = [Chat(seed) for seed in range(NUM_CHATS)]
+    for turn in range(NUM_TURNS):
+        with serving(tmp_path) as server:
+            interleave(server, chats, 1)
+        if turn:
+            for chat in chats:
+                assert chat.answers[turn]["hcache"]["restored_from"] == "file"
+                assert chat.answers[turn]["hcache"]["restored_tokens"] == restorable(chat.answers[turn - 1])
+    assert _said(chats) == never_evicted
+
+
+def test_edited_history_is_said_to_be_changed_and_answered_right(tmp_path):
+    with serving(tmp_path, "--keep", "none") as server:
+        chat = Chat(seed=9)
+        chat.turn(server)
+        chat.turn(server)
+        edited = Chat(seed=9, messages=[dict(message) for message in chat.messages])
+        edited.answers = list(chat.answers)
+        edited.messages[1]["content"] = "(edited) " + edited.messages[1]["content"]
+        answer = edited.turn(server)
+        assert answer["hcache"]["miss_reason"] == "text_changed"
+        with serving(tmp_path, "--method", "recompute", name="other") as reference:
+            again = Chat(seed=9, messages=edited.messages[:-2])
+            again.answers = list(chat.answers)
+            assert text_of(again.turn(reference)) == text_of(answer)
+
+
+def test_a_shared_document_is_restored_for_a_stranger(tmp_path):
+    document = " ".join(f"Paragraph {idx}: nobody wrote this sentence before." for idx in range(60))
+    with serving(tmp_path, "--keep", "none") as server:
+        bodies = [
+            {"messages": [{"role": "user", "content": f"{document} Question: {question}"}], "max_tokens": 8}
+            for question in ("who?", "where, and when?")
+        ]
+        first, second = (server.http.post("/v1/chat/completions", json=body).json() for body in bodies)
+        assert first["hcache"]["restored_tokens"] == 0
+        assert second["hcache"]["restored_tokens"] >= 64 * ((first["usage"]["prompt_tokens"] - 20) // 64) > 500
+
+
+def test_term_finishes_running_answers_and_flushes(tmp_path):
+    server = Server(tmp_path, "--keep", "none").wait_until_ready()
+    chat = Chat(seed=4)
+    body = {**chat.next_body(600), "stream": True}
+    pieces: list[str] = []
+    last: dict = {}
+
+    def read() -> None:
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    last.update(event)
+                    pieces.extend(choice["delta"].get("content") or "" for choice in event["choices"])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while len(pieces) < 5:
+        time.sleep(0.005)
+    assert server.stop() == 0
+    reader.join()
+    assert last["hcache"]["prefill_tokens"] > 0, "the stream ended with its last chunk"
+    with serving(tmp_path, "--keep", "none") as server:
+        chat.messages = [*body["messages"], {"role": "assistant", "content": "".join(pieces)}]
+        chat.answers.append({})
+        answer = chat.turn(server)
+        assert answer["hcache"]["restored_from"] == "file"
+        assert answer["hcache"]["restored_tokens"] >= 600
+
+
+def test_one_server_a_state_directory(tmp_path):
+    with serving(tmp_path) as server:
+        second = Server(tmp_path)
+        assert second.process.wait(timeout=60) == 2
+        log = second.log_path.read_text()
+        assert str(server.process.pid) in log
+        assert "Traceback" not in log
