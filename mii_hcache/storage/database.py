@@ -50,6 +50,8 @@ class Database:
             except BaseException:
                 self.connection.close()
                 raise
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be opened ({error}); choose another state_dir") from error
         except (sqlite3.DatabaseError, CorruptChunkError) as error:
             _raise_if_sound(path, error)
             self._set_aside(error)

@@ -101,10 +101,8 @@ class FileStore(ChunkStore):
             if self._index.find(record.span_id) is not None:
                 self._index.touch([record.span_id])
                 return True
-            places = self._write(record, chunks, crcs) if is_open else None
-            if not places:
-                with self._index.lock:
-                    self._index.counters.dropped_spans += 1
+            if not is_open or not self._write(record, chunks, crcs):
+                self._drop()
                 return False
         if self._pulse is not None:
             self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
@@ -220,7 +218,7 @@ class FileStore(ChunkStore):
         while True:
             self._punch(pool.take_all_free())
             excess_bytes = pool.disk_bytes - self._capacity_bytes
-            if excess_bytes <= 0 or not self._index.evict(excess_bytes) or not self._commit(publish=False):
+            if excess_bytes <= 0 or not self._evict(excess_bytes) or not self._commit(publish=False):
                 break
         self._commit(publish=False)
 
@@ -267,8 +265,15 @@ class FileStore(ChunkStore):
                 spare = pool.take_spare(size, missing_bytes) if may_grow and self._can_punch else []
             if spare:
                 self._punch(spare)
-            elif not self._index.evict(missing_bytes, None if may_grow else size) or not self._commit(publish=False):
+            elif not self._evict(missing_bytes, None if may_grow else size) or not self._commit(publish=False):
                 return None
+
+    def _evict(self, num_bytes: int, only_slot_bytes: int | None = None) -> bool:
+        """Evict spans; False when that cannot make room."""
+        if self._index.evict(num_bytes, only_slot_bytes):
+            return True
+        # Without holes a slot's bytes come back only with its whole file: go on while there is anything to evict.
+        return not self._can_punch and self._index.evict(1, only_slot_bytes)
 
     def _punch(self, places: list[Place]) -> None:
         """Give taken places back: their bytes to the disk where it can, else as free slots."""
@@ -276,6 +281,13 @@ class FileStore(ChunkStore):
             self._can_punch = self._can_punch and self._segments.punch(places)
             with self._index.lock:
                 self._index.pool.give(places, blank=self._can_punch)
+
+    def _drop(self, span: HeldSpan | None = None) -> None:
+        """Count a span that could not be kept; forget it if it was readable already."""
+        if span is not None:
+            self._index.remove_exactly(span, "evicted")
+        with self._index.lock:
+            self._index.counters.dropped_spans += 1
 
     def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
         assert self._store_uuid is not None
@@ -326,7 +338,7 @@ class FileStore(ChunkStore):
             failed = self._segments.sync({place.segment for span in work.add for place in span.places})
             for span in work.add:
                 if any(place.segment in failed for place in span.places):
-                    self._index.remove_exactly(span, "evicted")
+                    self._drop(span)
             rows = self._index.rows_of(work)
             drop = [(span.record.span_id, span.generation) for span in work.drop]
             try:

@@ -1,0 +1,311 @@
+"""Disks that are full, slow to finish, or broken: a put may be dropped, nothing is raised, nothing is wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sqlite3
+
+import pytest
+
+from mii_hcache.errors import ConfigError, StateDirBusyError
+from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.database import Database
+from mii_hcache.storage.segment import SegmentFile
+from tests.storage.storage_kit import (
+    SPAN_DISK_BYTES,
+    disk_bytes,
+    holds,
+    make_record,
+    put,
+    reads_of,
+)
+
+
+class FullDisk:
+    """Writes past `limit_bytes` of a file fail, after writing what fits: a disk without room for growth."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit_bytes: int, code: int = errno.ENOSPC) -> None:
+        self.limit_bytes, self.num_refused = limit_bytes, 0
+        original = os.pwritev
+
+        def pwritev(fd, buffers, offset):
+            total = sum(len(buffer) for buffer in buffers)
+            if offset + total <= self.limit_bytes:
+                return original(fd, buffers, offset)
+            if offset < self.limit_bytes:
+                return original(fd, [b"".join(buffers)[: self.limit_bytes - offset]], offset)
+            self.num_refused += 1
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_means_evict(file_kit, monkeypatch, code):
+    store = file_kit.open()
+    disk = FullDisk(monkeypatch, 4096 + 4 * SPAN_DISK_BYTES + 5000, code)
+    records = [make_record(idx) for idx in range(12)]
+    for record in records:
+        assert put(store, record), "room is made by evicting"
+        assert holds(store, record)
+    assert disk.num_refused == 1, "the disk is not asked again at once"
+    assert [idx for idx, record in enumerate(records) if holds(store, record)] == [8, 9, 10, 11]
+    assert store.stats().dropped_spans == 0
+    store.flush()
+    store = file_kit.open()
+    assert [idx for idx, record in enumerate(records) if holds(store, record)] == [8, 9, 10, 11]
+
+
+def test_a_full_disk_that_gets_room_is_used_again(file_kit, monkeypatch):
+    store = file_kit.open()
+    disk = FullDisk(monkeypatch, 4096 + 4 * SPAN_DISK_BYTES)
+    for idx in range(6):
+        assert put(store, make_record(idx))
+    disk.limit_bytes = 1 << 30
+    store._full_until_s = 0.0  # as after a few seconds
+    for idx in range(6, 12):
+        assert put(store, make_record(idx))
+    assert sum(holds(store, make_record(idx)) for idx in range(12)) == 10
+
+
+def test_a_disk_without_any_room_means_drop(file_kit, monkeypatch):
+    store = file_kit.open()
+    FullDisk(monkeypatch, 0)
+    for idx in range(3):
+        assert not put(store, make_record(idx))
+    assert store.stats().dropped_spans == 3
+    assert store.stats().num_spans == 0
+    assert disk_bytes(file_kit.path) == 0
+    monkeypatch.undo()
+    store._full_until_s = 0.0
+    assert put(store, make_record(0))
+    assert holds(store, make_record(0))
+
+
+def test_a_disk_full_in_the_middle_of_the_first_span(file_kit, monkeypatch):
+    store = file_kit.open()
+    FullDisk(monkeypatch, 4096 + 20_000)
+    assert not put(store, make_record(0))
+    assert store.find(make_record(0).span_id) is None
+    monkeypatch.undo()
+    store._full_until_s = 0.0
+    assert put(store, make_record(1))
+    store = file_kit.open()
+    assert holds(store, make_record(1))
+    assert store.disk_bytes == 4096 + SPAN_DISK_BYTES
+
+
+def test_a_full_disk_and_spans_of_another_size(file_kit, monkeypatch):
+    """Only slots of the same size can be written over; none are there, so the put is dropped, and all else stays."""
+    store = file_kit.open()
+    for idx in range(4):
+        put(store, make_record(idx))
+    FullDisk(monkeypatch, 0)
+    assert not put(store, make_record("large", chunk_bytes=20_000))
+    assert all(holds(store, make_record(idx)) for idx in range(4))
+
+
+def test_a_write_error_drops_the_span_only(file_kit, monkeypatch):
+    store = file_kit.open()
+    put(store, make_record("before"))
+    FullDisk(monkeypatch, 4096 + SPAN_DISK_BYTES + 5000, errno.EIO)
+    assert not put(store, make_record("a"))
+    assert store.stats().dropped_spans == 1
+    monkeypatch.undo()
+    assert put(store, make_record("a"), writer=1)
+    assert holds(store, make_record("a"), writer=1)
+    assert holds(store, make_record("before"))
+
+
+@pytest.mark.parametrize("max_bytes", [1, 4095, 4097, 9000])
+def test_short_writes_and_reads_are_carried_on(file_kit, monkeypatch, max_bytes):
+    pwritev, preadv = os.pwritev, os.preadv
+    rng = random.Random(1)
+    num_short = {"reads": 0, "writes": 0}
+
+    def some(buffers):
+        return rng.randint(max(1, max_bytes - 1000), max_bytes) if max_bytes > 1 else rng.choice([1, 2000])
+
+    def short_pwritev(fd, buffers, offset):
+        num_short["writes"] += 1
+        return pwritev(fd, [b"".join(buffers)[: some(buffers)]], offset)
+
+    def short_preadv(fd, buffers, offset):
+        num_short["reads"] += 1
+        left, cut = some(buffers), []
+        for buffer in buffers:
+            cut.append(buffer[:left])
+            left -= len(cut[-1])
+        return preadv(fd, [buffer for buffer in cut if len(buffer)], offset)
+
+    monkeypatch.setattr(os, "pwritev", short_pwritev)
+    monkeypatch.setattr(os, "preadv", short_preadv)
+    store = file_kit.open()
+    records = [make_record(idx) for idx in range(3)]
+    for record in records:
+        assert put(store, record)
+        assert holds(store, record)
+    assert all(count >= 2 * 9 for count in num_short.values()), "nothing was short"
+    assert all(holds(file_kit.open(), record) for record in records)
+
+
+def test_a_write_without_progress_does_not_hang(file_kit, monkeypatch):
+    store = file_kit.open()
+    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: 0)
+    assert not put(store, make_record("a"))
+    assert store.stats().dropped_spans == 1
+
+
+def test_a_read_error_is_damage(file_kit, monkeypatch):
+    store = file_kit.open()
+    records = [make_record(idx) for idx in range(6)]
+    for record in records:
+        put(store, record)
+    preadv = os.preadv
+    bad_offset = 4096 + 4 * SPAN_DISK_BYTES
+
+    def broken(fd, buffers, offset):
+        if offset == bad_offset:
+            raise OSError(errno.EIO, "medium error")
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    outcome = store.get_into([reads_of(record)[0] for record in records])
+    assert outcome == ReadOutcome(num_ok=4, reason="corrupt")
+    assert store.stats().corrupt_chunks == 1
+    assert [store.find(record.span_id) is not None for record in records] == [True] * 4 + [False, True]
+
+
+def test_what_cannot_be_synced_is_forgotten(file_kit, monkeypatch):
+    """After a failed sync the kernel may have thrown the new bytes away: they cannot be promised, nor trusted."""
+    store = file_kit.open()
+    store._pulse.stop()
+    before = make_record("before")
+    put(store, before)
+    store.flush()
+    put(store, make_record("a"))
+
+    def broken(fd):
+        raise OSError(errno.EIO, "medium error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    store.flush()
+    monkeypatch.undo()
+    assert store.find(make_record("a").span_id) is None
+    assert store.stats().dropped_spans == 1
+    assert holds(store, before)
+    assert put(store, make_record("a"), writer=1)
+    store = file_kit.open()
+    assert holds(store, make_record("a"), writer=1)
+    assert holds(store, before)
+
+
+def test_a_catalog_that_cannot_be_written_is_tried_again(file_kit, monkeypatch):
+    store = file_kit.open()
+    commit = Catalog.commit
+
+    def refused(self, **work):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Catalog, "commit", refused)
+    put(store, make_record("a"))
+    put(store, make_record("b"))
+    store.flush()
+    store.delete([make_record("b").span_id])
+    store.flush()
+    assert holds(store, make_record("a"))
+    monkeypatch.setattr(Catalog, "commit", commit)
+    store.flush()
+    store = file_kit.open()
+    assert holds(store, make_record("a"))
+    assert store.find(make_record("b").span_id) is None
+
+
+def test_a_catalog_that_cannot_be_written_keeps_slots_from_reuse(file_kit, monkeypatch):
+    store = file_kit.open_for(3)
+    for idx in range(3):
+        put(store, make_record(idx))
+    store.flush()
+
+    def refused(self, **work):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Catalog, "commit", refused)
+    assert not put(store, make_record("more"))
+    assert not put(store, make_record("more"))
+    monkeypatch.undo()
+    assert put(store, make_record("more"))
+    assert holds(store, make_record("more"))
+
+
+def test_a_file_system_without_holes_still_holds_the_bound(file_kit, monkeypatch):
+    monkeypatch.setattr(SegmentFile, "punch", lambda self, slot: False)
+    capacity_bytes = 8 * SPAN_DISK_BYTES + 2 * 4096
+    store = file_kit.open(capacity_bytes)
+    for idx in range(30):
+        sizes = {"chunk_bytes": 20_000} if 8 <= idx < 20 else {}
+        assert put(store, make_record(idx, **sizes)), idx
+        assert holds(store, make_record(idx, **sizes))
+        assert disk_bytes(file_kit.path) <= capacity_bytes
+    store.delete([make_record(29).span_id])
+    store.flush()
+    capacity_bytes = 3 * SPAN_DISK_BYTES + 4096
+    store = file_kit.open(capacity_bytes)
+    assert disk_bytes(file_kit.path) <= capacity_bytes
+    assert all(put(store, make_record(f"new{idx}")) for idx in range(6))
+    assert disk_bytes(file_kit.path) <= capacity_bytes
+
+
+def test_segments_that_cannot_be_made_mean_drop(file_kit):
+    store = file_kit.open()
+    segments = file_kit.path / "segments"
+    segments.rmdir()
+    assert not put(store, make_record("a"))
+    segments.mkdir()
+    assert put(store, make_record("a"))
+    assert holds(store, make_record("a"))
+
+
+def test_a_catalog_that_may_not_be_opened_is_not_set_aside(file_kit):
+    file_kit.open()
+    file_kit.close()
+    (file_kit.path / "catalog.sqlite").unlink()
+    (file_kit.path / "catalog.sqlite").mkdir()
+    with pytest.raises(ConfigError, match=r"catalog\.sqlite cannot be opened"):
+        file_kit.open()
+    assert not list(file_kit.path.glob("*damaged*"))
+
+
+@pytest.mark.parametrize("message", ["disk I/O error", "unable to open database file", "database or disk is full"])
+def test_a_sound_catalog_is_not_set_aside_for_a_disk_that_fails(file_kit, monkeypatch, message):
+    put(file_kit.open(), make_record("a"))
+    file_kit.close()
+
+    def broken(self):
+        raise sqlite3.OperationalError(message)
+
+    monkeypatch.setattr(Database, "_check", broken)
+    with pytest.raises(ConfigError, match=message):
+        file_kit.open()
+    file_kit.close()
+    monkeypatch.undo()
+    assert holds(file_kit.open(), make_record("a"))
+
+
+def test_a_locked_catalog_is_busy_not_damaged(file_kit, monkeypatch):
+    put(file_kit.open(), make_record("a"))
+    file_kit.close()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kwargs: connect(*args, **{**kwargs, "timeout": 0.05}))
+    other = connect(file_kit.path / "catalog.sqlite", isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StateDirBusyError, match="locked by another program"):
+        file_kit.open()
+    other.execute("ROLLBACK")
+    other.close()
+    file_kit.close()
+    assert holds(file_kit.open(), make_record("a"))
