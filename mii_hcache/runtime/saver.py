@@ -8,10 +8,12 @@ the sequence's blocks as `kv` before they are freed, so that a drop never cuts o
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -20,15 +22,17 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import RowRing, SpanBuffers
 from mii_hcache.runtime.capture import StepCapture, make_capture
 from mii_hcache.runtime.flusher import Flusher, RowCopy, Snapshot, SpanPut
+from mii_hcache.runtime.pace import Pace
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan, SequenceTrack
 from mii_hcache.storage.base import ChunkStore, SpanRecord
 
+_log = logging.getLogger(__name__)
+_Taken = TypeVar("_Taken")
+
 HEAL_WAIT_S = 2.0
-"""Longest that healing one span waits for a buffer."""
-_FIRST_PREFILL_S = 0.5
-"""Assumed length of a full prefill step before one was measured."""
+"""Longest that healing waits for a buffer; once it waited in vain it waits for no other span of the sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +68,11 @@ class Saver:
         self._save_wait = save_wait
         self._tracks: dict[int, SequenceTrack] = {}
         self._flusher = Flusher(store=store, counters=counters, num_threads=num_threads)
-        self._prefill_s_per_token = _FIRST_PREFILL_S / max_batch_tokens
+        self._pace = Pace(max_batch_tokens)
         self._segments: list[StepSegment] = []
         self._step_started_s = 0.0
+        self._wait_left_s = 0.0
+        self._num_tapped = 0
         self._capture: StepCapture | None = None
         ring_rows = ring_batches * max_batch_tokens
         if kind is ChunkKind.HIDDEN:
@@ -118,11 +124,15 @@ class Saver:
         if track is None:
             return
         target: KVTarget | None = None
+        wait_s = HEAL_WAIT_S
         for span_idx in range(track.num_spans):
             if self._is_saved(track, span_idx):
                 continue
             target = target or self._adapter.target(uid)
-            if self._snapshot_kv(track, target, span_idx, HEAL_WAIT_S):
+            buffer = self._kv_buffers.acquire(wait_s)
+            if buffer is None:
+                wait_s = 0.0  # the store hangs: the engine must not
+            if buffer is not None and self._snapshot_kv(track, target, span_idx, buffer):
                 self._counters.add("healed_spans_total")
             else:
                 self._counters.add("unhealed_spans_total")
@@ -139,27 +149,27 @@ class Saver:
         """A ragged batch is about to run: take room for its rows."""
         self._segments = list(segments)
         num_tokens = sum(len(segment.token_ids) for segment in segments)
-        if self._capture is not None:
-            started_s = time.perf_counter()
-            is_prefill = num_tokens > len(self._segments)
-            wait_s = self._save_wait * self._prefill_s_per_token * num_tokens if is_prefill else 0.0
-            if not self._capture.begin(num_tokens, wait_s):
-                self._counters.add("dropped_rows_total", num_tokens)
-            self._counters.add("save_wait_seconds_total", time.perf_counter() - started_s)
+        is_prefill = num_tokens > len(self._segments)
+        self._wait_left_s = self._save_wait * self._pace.expected_s(num_tokens) if is_prefill else 0.0
+        self._num_tapped = 0
+        capture = self._capture
+        if capture is not None and not self._wait_for(lambda wait_s: capture.begin(num_tokens, wait_s)):
+            self._counters.add("dropped_rows_total", num_tokens)
         self._step_started_s = time.perf_counter()
 
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
         """A layer's QKV input, `[num_tokens, hidden_size]`, in the order of the batch; copied in stream order."""
         if self._capture is not None and layer_idx > 0:
             self._capture.copy(layer_idx - 1, hidden)
+            self._num_tapped += 1
 
     def end_step(self) -> None:
-        """The batch ran: hand what it left to the background threads."""
+        """The batch ran: hand what it left to the background threads. What cannot be saved is dropped, logged and
+        counted; the step's requests go on."""
         segments, self._segments = self._segments, []
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         if num_tokens > len(segments):
-            measured_s = (time.perf_counter() - self._step_started_s) / num_tokens
-            self._prefill_s_per_token += 0.3 * (measured_s - self._prefill_s_per_token)
+            self._pace.note(num_tokens, time.perf_counter() - self._step_started_s)
         if self._kind is ChunkKind.HIDDEN:
             self._end_hidden_step(segments)
         elif self._kind is ChunkKind.KV:
@@ -171,20 +181,39 @@ class Saver:
             self._capture.abort()
         self._segments = []
 
+    def _wait_for(self, take: Callable[[float], _Taken]) -> _Taken:
+        """Take room, waiting for as long as this step still may."""
+        started_s = time.perf_counter()
+        taken = take(self._wait_left_s)
+        if self._wait_left_s > 0:
+            waited_s = time.perf_counter() - started_s
+            self._counters.add("save_wait_seconds_total", waited_s)
+            self._wait_left_s = max(0.0, self._wait_left_s - waited_s)
+        return taken
+
     def _end_hidden_step(self, segments: list[StepSegment]) -> None:
         assert self._capture is not None
         lease, ready = self._capture.end()
-        release = partial(self._capture.ring.release, lease) if lease is not None else None
-        snapshot = Snapshot(ready=ready, release=release)
+        snapshot = Snapshot(ready=ready)
+        rows: torch.Tensor | None = None
+        if lease is not None:
+            snapshot.release = partial(self._capture.ring.release, lease)
+            rows = lease.rows
+            if self._num_tapped != rows.shape[0]:  # a forward that bypasses the tap leaves rows that nobody wrote
+                _log.error("%d of %d layers were captured; the step is not saved", self._num_tapped, rows.shape[0])
+                self._counters.add("save_errors_total")
+                self._counters.add("dropped_rows_total", lease.num_rows)
+                rows = None
         first_row = 0
         for segment in segments:
             num_rows = len(segment.token_ids)
             track = self._tracks.get(segment.uid)
             if track is not None:
-                rows = lease.rows[:, first_row : first_row + num_rows] if lease is not None else None
-                self._cut(snapshot, track, segment.token_ids, rows)
+                own_rows = rows[:, first_row : first_row + num_rows] if rows is not None else None
+                self._cut(snapshot, track, segment.token_ids, own_rows)
             first_row += num_rows
-        self._flusher.submit(snapshot)
+        if snapshot.release is not None or snapshot.discard:  # else nothing was taken: a hanging store piles up nothing
+            self._flusher.submit(snapshot)
 
     def _cut(
         self, snapshot: Snapshot, track: SequenceTrack, token_ids: Sequence[int], rows: torch.Tensor | None
@@ -193,24 +222,31 @@ class Saver:
         start = len(track.token_ids)
         track.extend(token_ids)
         stop = len(track.token_ids)
-        at = start
-        while at < stop:
-            span_idx, span_row = divmod(at, SPAN_TOKENS)
-            num_rows = min(SPAN_TOKENS - span_row, stop - at)
-            if rows is None:
-                self._discard(track.close_open_span())
-            else:
+        try:
+            at = start
+            while rows is not None and at < stop:
+                span_idx, span_row = divmod(at, SPAN_TOKENS)
+                num_rows = min(SPAN_TOKENS - span_row, stop - at)
                 self._take(snapshot, track, span_idx, span_row, rows[:, at - start : at - start + num_rows])
-            at += num_rows
+                at += num_rows
+        except Exception:
+            _log.exception("rows of a step could not be taken; they are dropped")
+            self._counters.add("save_errors_total")
+            rows = None
+        open_span = track.close_open_span() if rows is None else None
+        if open_span is not None:  # it misses rows now; given back after the copies that this snapshot makes into it
+            snapshot.discard.append(partial(self._open_buffers.release, open_span.rows))
 
     def _take(self, snapshot: Snapshot, track: SequenceTrack, span_idx: int, span_row: int, rows: torch.Tensor) -> None:
         """Rows of one span: put it at once if it is whole here, else copy them to the open span."""
-        if rows.shape[1] == SPAN_TOKENS:
-            if not self._is_saved(track, span_idx):
+        num_rows = rows.shape[1]
+        is_last = span_row + num_rows == SPAN_TOKENS
+        is_wanted = is_last and not self._is_saved(track, span_idx)
+        if num_rows == SPAN_TOKENS:
+            if is_wanted:
                 snapshot.whole.append(SpanPut(record=self._record(track, span_idx, ChunkKind.HIDDEN), rows=rows))
             return
         if span_row == 0:
-            self._discard(track.close_open_span())
             buffer = self._open_buffers.acquire()
             assert buffer is not None
             track.open_span = OpenSpan(span_idx=span_idx, rows=buffer)
@@ -218,10 +254,10 @@ class Saver:
         if open_span is None or open_span.span_idx != span_idx:
             return  # an earlier row of this span was dropped or lies in a saved span: healed from the blocks
         completes = None
-        if span_row + rows.shape[1] == SPAN_TOKENS:
+        if is_last:
             track.close_open_span()
             release = partial(self._open_buffers.release, open_span.rows)
-            if not self._is_saved(track, span_idx):
+            if is_wanted:
                 record = self._record(track, span_idx, ChunkKind.HIDDEN)
                 completes = SpanPut(record=record, rows=open_span.rows, release=release)
             else:
@@ -229,8 +265,6 @@ class Saver:
         snapshot.copies.append(RowCopy(source=rows, target=open_span, span_row=span_row, completes=completes))
 
     def _end_kv_step(self, segments: list[StepSegment]) -> None:
-        is_prefill = any(len(segment.token_ids) > 1 for segment in segments)
-        wait_s = self._save_wait * self._prefill_s_per_token * SPAN_TOKENS if is_prefill else 0.0
         for segment in segments:
             track = self._tracks.get(segment.uid)
             if track is None:
@@ -241,19 +275,26 @@ class Saver:
                 continue
             target = self._adapter.target(segment.uid)
             for span_idx in range(num_spans, track.num_spans):
-                if not self._is_saved(track, span_idx) and not self._snapshot_kv(track, target, span_idx, wait_s):
+                if self._is_saved(track, span_idx):
+                    continue
+                buffer = self._wait_for(self._kv_buffers.acquire)
+                if buffer is None or not self._snapshot_kv(track, target, span_idx, buffer):
                     self._counters.add("dropped_rows_total", SPAN_TOKENS)
 
-    def _snapshot_kv(self, track: SequenceTrack, target: KVTarget, span_idx: int, wait_s: float) -> bool:
-        buffer = self._kv_buffers.acquire(wait_s)
-        if buffer is None:
-            return False
-        for layer_idx in self._adapter.geometry.saved_layers(ChunkKind.KV):
-            target.read_kv(layer_idx, span_idx * SPAN_TOKENS, buffer[layer_idx])
+    def _snapshot_kv(self, track: SequenceTrack, target: KVTarget, span_idx: int, buffer: torch.Tensor) -> bool:
+        """Read a span from its blocks; takes the buffer over. False: it could not be read."""
         ready = None
-        if self._adapter.device.type == "cuda":
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
+        try:
+            for layer_idx in self._adapter.geometry.saved_layers(ChunkKind.KV):
+                target.read_kv(layer_idx, span_idx * SPAN_TOKENS, buffer[layer_idx])
+            if self._adapter.device.type == "cuda":
+                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                ready.record()
+        except Exception:
+            _log.exception("a span could not be read from its blocks; it is not saved")
+            self._counters.add("save_errors_total")
+            self._kv_buffers.release(buffer)
+            return False
         put = SpanPut(record=self._record(track, span_idx, ChunkKind.KV), rows=buffer)
         self._flusher.submit(Snapshot(ready=ready, whole=[put], release=partial(self._kv_buffers.release, buffer)))
         return True

@@ -6,6 +6,7 @@ the store hangs, is full, fails and forgets. Rows are a function of the whole hi
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -223,7 +224,7 @@ verbs = st.one_of(
         _verb("heal", numbers),
     ),
 )
-scripts = st.lists(st.lists(verbs, min_size=3, max_size=10), max_size=8).map(lambda parts: sum(parts, []))
+scripts = st.lists(st.lists(verbs, min_size=3, max_size=10), max_size=8).map(lambda parts: [*itertools.chain(*parts)])
 STALE_OPEN_SPAN = [
     ("open", 1, 0),
     ("step", [(0, 1, 10)]),
