@@ -87,6 +87,7 @@ class Database:
         connection = _connect(str(self._path))
         try:
             connection.execute("PRAGMA cell_size_check = ON")
+            connection.execute("PRAGMA secure_delete = ON")  # token ids of deleted conversations are overwritten
             connection.execute("PRAGMA journal_mode = WAL")
         except BaseException:
             connection.close()

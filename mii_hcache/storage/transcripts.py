@@ -128,7 +128,12 @@ class Transcripts:
             seal=_seal(key, packed),
         )
         with self._lock:
-            if row.num_bytes > self._capacity_bytes or key in self._rows:
+            rival = self._rows.get(key)
+            if rival is not None:
+                if (rival.anchor, rival.num_chars) == (row.anchor, row.num_chars):
+                    return  # remembered by another thread meanwhile
+                self._remove(rival)  # damaged: nobody can find it
+            if row.num_bytes > self._capacity_bytes:
                 return
             self._add(row)
             self._recency.add(key, row.parent, row.num_chars)
@@ -144,7 +149,7 @@ class Transcripts:
         return None if found is None else (found[0].num_chars, unpack_tokens(found[1]))
 
     def forget(self, tenant: bytes, text: str) -> int:
-        """Forget the remembered texts that `text` begins with, from the longest down to the first one that another
+        """Forget the remembered texts that `text` begins with, from the longest down to the first one whose ids another
         remembered text goes on from. Returns how many. Their ids leave the database with the next commit."""
         num_forgotten = 0
         rolling = RollingText(tenant, text)

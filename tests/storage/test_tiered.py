@@ -1,0 +1,262 @@
+"""DRAM in front of files: written behind, promoted after reading, never losing sight of a span."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.tiered import TieredStore
+from tests.storage.storage_kit import SPAN_BYTES, SPAN_DISK_BYTES, holds, make_record, put, read_span, reads_of
+
+
+class Gate:
+    """Holds back writes to the file tier until opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_open = threading.Event()
+        self.num_waiting = 0
+        original = FileStore.put_checked
+
+        def gated(store, record, chunks, crcs):
+            self.num_waiting += 1
+            assert self.is_open.wait(20)
+            return original(store, record, chunks, crcs)
+
+        monkeypatch.setattr(FileStore, "put_checked", gated)
+
+
+@pytest.fixture
+def make(tmp_path) -> Iterator:
+    opened = []
+
+    def make(num_in_memory: int, num_in_files: int = 100, **options) -> TieredStore:
+        state_dir = StateDir(tmp_path)
+        file = FileStore(state_dir, num_in_files * SPAN_DISK_BYTES + 4096)
+        store = TieredStore(MemoryStore(num_in_memory * SPAN_BYTES), file, **options)
+        opened.append((store, state_dir))
+        return store
+
+    yield make
+    for store, state_dir in opened:
+        store.close()
+        state_dir.close()
+
+
+def wait_until(condition) -> None:
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def test_readable_at_once_and_pinned_until_written(make, monkeypatch):
+    gate = Gate(monkeypatch)
+    store = make(3, put_wait_s=0.05)
+    records = [make_record(idx) for idx in range(4)]
+    assert all(put(store, record) for record in records[:3])
+    assert [store.tier_of(record.span_id) for record in records[:3]] == ["memory"] * 3
+    started_s = time.monotonic()
+    assert not put(store, records[3]), "DRAM is full of unwritten spans"
+    assert 0.04 < time.monotonic() - started_s < 5
+    assert store.stats().dropped_spans == 1
+    assert all(holds(store, record) for record in records[:3])
+    gate.is_open.set()
+    store.flush()
+    assert put(store, records[3])
+    assert all(holds(store, record) for record in records)
+
+
+def test_put_waits_for_room_that_comes(make, monkeypatch):
+    gate = Gate(monkeypatch)
+    store = make(2, put_wait_s=20.0)
+    for idx in range(2):
+        put(store, make_record(idx))
+    threading.Timer(0.1, gate.is_open.set).start()
+    assert put(store, make_record(2))
+    assert all(holds(store, make_record(idx)) for idx in range(3))
+
+
+def test_flush_waits_until_all_is_durable(make, monkeypatch, tmp_path):
+    gate = Gate(monkeypatch)
+    store = make(10)
+    for idx in range(5):
+        put(store, make_record(idx))
+    done = threading.Event()
+    flusher = threading.Thread(target=lambda: (store.flush(), done.set()))
+    flusher.start()
+    assert not done.wait(0.1)
+    gate.is_open.set()
+    assert done.wait(10)
+    flusher.join()
+    import sqlite3
+
+    connection = sqlite3.connect(tmp_path / "catalog.sqlite")
+    assert connection.execute("SELECT count(*) FROM span").fetchone() == (5,)
+    connection.close()
+
+
+def test_served_by_files_after_dram_moved_on_and_promoted_after_the_last_chunk(make):
+    store = make(2)
+    records = [make_record(idx) for idx in range(6)]
+    for record in records:
+        assert put(store, record)
+        store.flush()
+    assert [store.tier_of(record.span_id) for record in records] == ["file"] * 4 + ["memory"] * 2
+    reads = reads_of(records[0])
+    assert store.get_into(reads[:2]) == ReadOutcome(num_ok=2)
+    time.sleep(0.05)
+    assert store.tier_of(records[0].span_id) == "file", "not read whole yet"
+    assert store.get_into(reads[2:]) == ReadOutcome(num_ok=1)
+    wait_until(lambda: store.tier_of(records[0].span_id) == "memory")
+    assert all(holds(store, record) for record in records)
+
+
+def test_without_promotion_spans_stay_in_files(make):
+    store = make(2, promote=False)
+    for idx in range(4):
+        put(store, make_record(idx))
+        store.flush()
+    assert holds(store, make_record(0))
+    time.sleep(0.05)
+    assert store.tier_of(make_record(0).span_id) == "file"
+
+
+def test_one_batch_over_both_tiers(make):
+    store = make(3, promote=False)
+    records = [make_record(idx) for idx in range(8)]
+    for record in records:
+        put(store, record)
+        store.flush()
+    order = [7, 0, 6, 1, 5, 2]
+    assert {store.tier_of(records[idx].span_id) for idx in order} == {"memory", "file"}
+    reads = [reads_of(records[idx])[1] for idx in order]
+    assert store.get_into(reads) == ReadOutcome(num_ok=6)
+    store.delete([records[6].span_id])  # from memory
+    assert store.get_into(reads) == ReadOutcome(num_ok=2, reason="missing")
+    store.delete([records[0].span_id])  # from files
+    assert store.get_into(reads) == ReadOutcome(num_ok=1, reason="missing")
+
+
+def test_deletion_reaches_spans_that_are_being_written(make, monkeypatch):
+    gate = Gate(monkeypatch)
+    store = make(10, num_writers=1)
+    writing, queued = make_record("writing"), make_record("queued")
+    put(store, writing)
+    wait_until(lambda: gate.num_waiting == 1)
+    put(store, queued)
+    assert store.delete([queued.span_id]) == 1
+    deleter = threading.Thread(target=store.delete, args=([writing.span_id],))
+    deleter.start()
+    time.sleep(0.05)
+    assert deleter.is_alive(), "it must wait for the write"
+    gate.is_open.set()
+    deleter.join()
+    store.flush()
+    assert store.find(writing.span_id) is None
+    assert store.find(queued.span_id) is None
+    assert store.stats().num_spans == 0
+
+
+def test_deletion_reaches_spans_that_are_being_promoted(make):
+    store = make(1)
+    records = [make_record(idx) for idx in range(3)]
+    for round_idx in range(20):
+        for record in records:
+            put(store, record, writer=round_idx)
+        store.flush()
+        for record in records:
+            assert holds(store, record, writer=round_idx)
+        assert store.delete([record.span_id for record in records]) == 3
+        time.sleep(0.002)
+        assert [store.find(record.span_id) for record in records] == [None] * 3
+        assert all(read_span(store, record)[0] == [] for record in records)
+
+
+def test_a_span_larger_than_dram_goes_straight_to_files(make):
+    store = make(1)
+    record = make_record("large", num_chunks=6)
+    assert put(store, record)
+    assert store.tier_of(record.span_id) == "file"
+    assert holds(store, record)
+
+
+def test_files_that_take_nothing_leave_dram_alone(make, monkeypatch):
+    store = make(4)
+    monkeypatch.setattr(FileStore, "put_checked", lambda self, record, chunks, crcs: False)
+    for idx in range(10):
+        assert put(store, make_record(idx))
+        store.flush()
+    assert [idx for idx in range(10) if holds(store, make_record(idx))] == [6, 7, 8, 9]
+    assert store.why_missing(make_record(0).span_id) == "evicted"
+
+
+def test_a_writer_that_trips_goes_on(make, monkeypatch):
+    store = make(4, num_writers=1)
+    original = FileStore.put_checked
+    tripped = []
+
+    def trip(self, record, chunks, crcs):
+        if not tripped:
+            tripped.append(record)
+            raise RuntimeError("a bug")
+        return original(self, record, chunks, crcs)
+
+    monkeypatch.setattr(FileStore, "put_checked", trip)
+    for idx in range(8):
+        assert put(store, make_record(idx))
+    store.flush()
+    assert len(tripped) == 1
+    assert sum(holds(store, make_record(idx)) for idx in range(8)) >= 7
+
+
+def test_close_writes_what_waits(tmp_path):
+    state_dir = StateDir(tmp_path)
+    store = TieredStore(MemoryStore(30 * SPAN_BYTES), FileStore(state_dir, 1 << 21))
+    for idx in range(20):
+        put(store, make_record(idx))
+    store.close()
+    file = FileStore(state_dir, 1 << 21)
+    assert all(holds(file, make_record(idx)) for idx in range(20))
+    file.close()
+    state_dir.close()
+
+
+def test_pins_hold_over_a_move_between_tiers(make, monkeypatch):
+    """Pinned by one reader while in DRAM only, by another after it was written: each pin counts in both tiers."""
+    gate = Gate(monkeypatch)
+    store = make(2, num_in_files=3)
+    record = make_record("pinned")
+    put(store, record)
+    store.pin([record.span_id])
+    gate.is_open.set()
+    store.flush()
+    store.pin([record.span_id])
+    store.unpin([record.span_id])
+    for idx in range(10):
+        put(store, make_record(idx))
+        store.flush()
+    assert store._file.find(record.span_id) is not None
+    assert holds(store, record)
+    store.unpin([record.span_id])
+    for idx in range(10, 20):
+        put(store, make_record(idx))
+        store.flush()
+    assert store.find(record.span_id) is None
+
+
+def test_stats_count_a_span_once(make):
+    store = make(3)
+    for idx in range(5):
+        put(store, make_record(idx))
+        store.flush()
+    stats = store.stats()
+    assert (stats.num_spans, stats.num_bytes, stats.put_bytes) == (5, 5 * SPAN_BYTES, 5 * SPAN_BYTES)
+    tiers = store.tier_stats()
+    assert (tiers["memory"].num_spans, tiers["file"].num_spans) == (3, 5)
