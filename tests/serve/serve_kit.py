@@ -54,7 +54,8 @@ def tokens_for(request: GenerationRequest) -> list[int]:
 class FakeService:
     """A `GenerationService` whose answers a test chooses. Steps every running request by one token, on its own thread.
 
-    Reports as resident what an earlier sequence of the tenant has in common with the prompt.
+    Reports as resident what an earlier sequence of the tenant has in common with the prompt, or, when a test says so,
+    as restored.
     """
 
     geometry = ModelGeometry(num_layers=4, hidden_size=256, num_heads=8, num_kv_heads=8, head_size=32, dtype="float32")
@@ -75,6 +76,7 @@ class FakeService:
         self.script: Callable[[GenerationRequest], list[int]] = tokens_for
         self.step_s = 0.0
         self.fail_after: int | None = None
+        self.restored_from: str | None = None
         self.submitted: list[GenerationRequest] = []
         self.finished: list[GenerationResult] = []
         self.cancelled: list[str] = []
@@ -147,8 +149,12 @@ class FakeService:
         resident = max((_common(prompt, ids) for salt, ids in self.sequences if salt == request.tenant_salt), default=0)
         resident = min(resident, len(prompt) - 1)
         self.sequences.append((request.tenant_salt, prompt + running.done))
+        where = {"resident_tokens": resident}
+        if self.restored_from is not None:
+            where = {"restored_tokens": resident, "restored_from": self.restored_from, "method": "hidden"}
         report = RestoreReport(
-            resident_tokens=resident,
+            **where,
+            restore_ms=1.23456 if self.restored_from else 0.0,
             prefill_tokens=len(prompt) - resident,
             ttft_ms=running.ttft_ms,
             miss_reason=request.miss_hint,

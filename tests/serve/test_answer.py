@@ -35,6 +35,7 @@ def test_pieces_join_to_the_text_of_the_whole(ids):
 
 
 @given(ids=_BYTE_IDS, cut=st.integers(0, 60))
+@example(ids=[0xF0, 0x9F, 0x98], cut=2)
 def test_a_prompt_before_the_answer_changes_nothing(ids, cut):
     prompt, answer = ids[:cut], ids[cut:]
     detokenizer = Detokenizer(_byte_decode, prompt[-6:])

@@ -1,6 +1,7 @@
 """The server through OpenAI's own client, over loopback, with an engine whose answers the test chooses."""
 
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,6 +116,25 @@ def test_a_second_turn_is_cached_to_the_end_of_the_first_answer(client, service)
     assert second.hcache["miss_reason"] is None
 
 
+def test_restored_tokens_are_reported(client, service):
+    client.chat.completions.create(model=_MODEL, messages=_ASK, max_tokens=5)
+    service.restored_from = "file"
+    reply = client.chat.completions.create(model=_MODEL, messages=_ASK, max_tokens=5)
+    num_tokens = reply.usage.prompt_tokens
+    ttft_ms = reply.hcache.pop("ttft_ms")
+    assert ttft_ms == round(ttft_ms, 3)
+    assert reply.hcache == {
+        "resident_tokens": 0,
+        "restored_tokens": num_tokens - 1,
+        "restored_from": "file",
+        "method": "hidden",
+        "restore_ms": 1.235,
+        "prefill_tokens": 1,
+        "miss_reason": None,
+    }
+    assert reply.usage.prompt_tokens_details.cached_tokens == num_tokens - 1
+
+
 def test_an_edited_history_is_reported(client):
     messages = [*_ASK, {"role": "assistant", "content": "Never said."}, {"role": "user", "content": "What?"}]
     reply = client.chat.completions.create(model=_MODEL, messages=messages, max_tokens=5)
@@ -161,12 +181,13 @@ def test_several_prompts_are_several_choices(client, service, tokenizer, prompts
     if stream:
         texts = ["", "", ""]
         own = {}
-        for chunk in client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}):
+        *chunks, reply = client.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
+        assert not any(chunk.usage or hasattr(chunk, "hcache") for chunk in chunks)
+        for chunk in chunks:
             for choice in chunk.choices:
                 texts[choice.index] += choice.text
                 if choice.finish_reason:
                     own[choice.index] = choice.hcache
-        reply = chunk
         own = [own[idx] for idx in range(3)]
     else:
         reply = client.completions.create(**arguments)
@@ -534,6 +555,14 @@ def test_a_body_without_a_length_is_limited_too(http):
     assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
 
+def test_a_body_that_is_announced_too_large_is_refused_unread(live):
+    url = httpx.URL(live[3])
+    with socket.create_connection((url.host, url.port), timeout=5) as sock:
+        head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 999999"]
+        sock.sendall("\r\n".join([*head, "", ""]).encode())
+        assert sock.recv(1000).startswith(b"HTTP/1.1 413")
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/completions", 405)])
 def test_routes_that_are_not_there(http, method, path, status):
     response = http.request(method, path)
@@ -598,8 +627,9 @@ def _samples(http):
     return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
 
 
-def test_metrics(http, client):
+def test_metrics(http, client, service):
     before = _samples(http)
+    service.restored_from = "memory"
     reply = client.chat.completions.create(model=_MODEL, messages=_ASK, max_tokens=30)
     client.chat.completions.create(model=_MODEL, messages=_ASK, max_tokens=30)
     with pytest.raises(openai.BadRequestError):
@@ -612,8 +642,8 @@ def test_metrics(http, client):
     prompt_tokens = reply.usage.prompt_tokens
     assert after["mii_hcache_steps_total",] == 7 and after["mii_hcache_free_blocks",] == 3
     assert grew("mii_hcache_http_prompt_tokens_total", "prefilled") == prompt_tokens + 1
-    assert grew("mii_hcache_http_prompt_tokens_total", "resident") == prompt_tokens - 1
-    assert grew("mii_hcache_http_prompt_tokens_total", "restored") == 0
+    assert grew("mii_hcache_http_prompt_tokens_total", "restored") == prompt_tokens - 1
+    assert grew("mii_hcache_http_prompt_tokens_total", "resident") == 0
     assert grew("mii_hcache_http_requests_total", "/v1/chat/completions", "200") == 2
     assert grew("mii_hcache_http_requests_total", "/v1/chat/completions", "400") == 1
     assert grew("mii_hcache_http_ttft_seconds_count") == 2

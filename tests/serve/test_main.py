@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi import FastAPI
+
+from mii_hcache.serve.listening import Server
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
@@ -151,3 +155,17 @@ def test_no_requests_no_wait(start):
         begin = time.monotonic()
         assert process.end(signal.SIGTERM) == 0
     assert time.monotonic() - begin < 3
+
+
+def test_what_signals_do():
+    app = FastAPI()
+    app.state.answering = SimpleNamespace(draining=False)
+    server = Server(app, on_started=lambda: None, access_log=False)
+    server._is_running = True
+    with server.taking_signals():
+        signal.raise_signal(signal.SIGTERM)
+        assert (app.state.answering.draining, server.should_exit, server.force_exit) == (True, True, False)
+        assert not server.forced
+        signal.raise_signal(signal.SIGINT)
+        assert server.force_exit and server.forced
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

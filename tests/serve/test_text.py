@@ -26,6 +26,10 @@ _FORGETS_THOUGHTS = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_WRITES_FOR_THE_MODEL = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>Sure! {% endif %}"
+)
 _REFUSES_A_TURN_AFTER = (
     "{% if messages | length > 2 %}{{ raise_exception('no more turns') }}{% endif %}"
     "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -187,6 +191,15 @@ def test_a_template_that_drops_more_than_space_lets_the_tokens_decide(encoder_wi
         encoder, encoder.encode_chat([_USER]), tokenizer.encode("hm</think>Yes.", add_special_tokens=False)
     )
     assert answer.text == "hm</think>Yes."
+    second = encoder.encode_chat([_USER, _said(answer), _NEXT])
+    assert second.miss_hint == "text_changed"
+    assert second.token_ids == tokenizer.encode(second.text, add_special_tokens=False)
+
+
+def test_a_template_that_puts_words_before_an_answer_lets_the_tokens_decide(encoder_with, tokenizer):
+    """They are in the prompt that was answered, but not in the history that is sent again."""
+    encoder = encoder_with(_WRITES_FOR_THE_MODEL)
+    answer = _answer(encoder, encoder.encode_chat([_USER]), [300, 301, 302])
     second = encoder.encode_chat([_USER, _said(answer), _NEXT])
     assert second.miss_hint == "text_changed"
     assert second.token_ids == tokenizer.encode(second.text, add_special_tokens=False)
