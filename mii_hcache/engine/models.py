@@ -162,6 +162,14 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         num_tokens, num_blocks = super().get_kv_requirements(sequence, max_new_tokens, max_new_blocks)
         return num_tokens, max(0, num_blocks)
 
+    def maybe_allocate_kv(self, sequence: Any, n_new_tokens: int) -> None:
+        """As the host (the engine has checked that the blocks are there), but behind the blocks the sequence holds."""
+        held = sequence.cur_allocated_blocks
+        missing = -(-(sequence.seen_tokens + n_new_tokens) // self.attn.kv_block_size) - held
+        if missing > 0:
+            last = int(sequence.kv_cache_ids(on_device=False)[0, held - 1]) if held else None
+            sequence.extend_kv_cache(self.state_manager._kv_cache._allocators[0].allocate(missing, after=last))
+
     def get_remaining_block_capacity(self, sequence: Any) -> int:
         """Tokens that fit into the blocks the sequence holds (the host assumes that it holds no spare ones)."""
         return sequence.cur_allocated_blocks * self.attn.kv_block_size - sequence.seen_tokens  # type: ignore[no-any-return]

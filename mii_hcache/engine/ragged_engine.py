@@ -152,7 +152,7 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
             raise HCacheError(f"{missing} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
         sequence = self._state_manager.get_or_create_sequence(uid)
         if missing > 0:
-            sequence.extend_kv_cache(self._state_manager.allocate_blocks(missing))
+            self._model.maybe_allocate_kv(sequence, num_tokens - sequence.seen_tokens)
 
     def truncate(self, uid: int, num_tokens: int) -> None:
         """Forget a sequence's tokens from `num_tokens` on; its blocks stay. The host has no such call, hence the

@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase
 
-from mii_hcache.engine.modules.batch_plan import BatchPlan, BatchSequence, make_plan
+from mii_hcache.engine.modules.attend import attend_gathered, attend_in_place, can_attend_in_place
+from mii_hcache.engine.modules.batch_plan import BatchPlan, make_plan
 from mii_hcache.engine.modules.rope import rotate
 
 
@@ -86,63 +86,12 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
         rows[plan.slots] = torch.stack([k, v], dim=1)
 
         out = torch.empty_like(q)
+        is_plain = softcap is None and window is None and query_positions is None
         for sequence in plan.sequences:
-            stop = sequence.start + sequence.num_tokens
-            chosen = query_positions[sequence.start : stop] if query_positions is not None else None
-            out[sequence.start : stop] = _attend(
-                q[sequence.start : stop], kv_cache, sequence, chosen, scale, softcap, window
-            )
+            own = slice(sequence.start, sequence.start + sequence.num_tokens)
+            if is_plain and can_attend_in_place(kv_cache, sequence):
+                out[own] = attend_in_place(q[own], k[own], v[own], kv_cache, sequence, scale)
+            else:
+                chosen = query_positions[own] if query_positions is not None else None
+                out[own] = attend_gathered(q[own], kv_cache, sequence, chosen, scale, softcap, window)
         return out.view(num_tokens, num_heads * head_size)
-
-
-def _causal_mask(positions: torch.Tensor, num_total: int, window: int | None) -> torch.Tensor:
-    """`[num_queries, num_total]`: which keys each query may see."""
-    key_positions = torch.arange(num_total, device=positions.device)
-    mask = key_positions[None] <= positions[:, None]
-    if window is not None:
-        mask &= key_positions[None] > positions[:, None] - window
-    return mask
-
-
-def _attend(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    sequence: BatchSequence,
-    positions: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """q: `[num_tokens, num_heads, head_size]` of one sequence; positions: of its queries, None when they are the
-    sequence's last tokens in order. Returns the shape of q."""
-    num_kv_heads, head_size = kv_cache.shape[-2:]
-    num_total = sequence.num_total
-    kv = kv_cache[sequence.block_ids].view(-1, 2, num_kv_heads, head_size)[:num_total]
-    keys, values = kv[:, 0].transpose(0, 1)[None], kv[:, 1].transpose(0, 1)[None]
-    queries = q.transpose(0, 1)[None]
-    is_gqa = queries.shape[1] != num_kv_heads
-
-    sees_all = positions is None and sequence.num_tokens == 1 and window is None
-    is_whole_prompt = positions is None and sequence.num_seen == 0 and window is None
-    mask = None
-    if not sees_all and (softcap is not None or not is_whole_prompt):
-        at = torch.arange(sequence.num_seen, num_total, device=q.device) if positions is None else positions
-        mask = _causal_mask(at, num_total, window)
-    if softcap is None:
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None and not sees_all,
-            scale=scale,
-            enable_gqa=is_gqa,
-        )
-        return attended[0].transpose(0, 1)
-    if is_gqa:
-        group = queries.shape[1] // num_kv_heads
-        keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = softcap * torch.tanh((queries.float() @ keys.float().transpose(-1, -2)) * (scale / softcap))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ values.float()).to(q.dtype)[0].transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -20,6 +21,8 @@ class BatchSequence:
     """Tokens whose K and V are already in the blocks."""
     block_ids: torch.Tensor
     """`[num_blocks]`, int64, on the cache's device; covers `num_seen + num_tokens` tokens."""
+    runs: list[tuple[int, int]]
+    """The same blocks as runs of neighbours, in order: first block, number of blocks."""
 
     @property
     def num_total(self) -> int:
@@ -51,6 +54,13 @@ def token_slots(block_ids: torch.Tensor, positions: torch.Tensor, block_size: in
     return block_ids[positions // block_size] * block_size + positions % block_size
 
 
+def runs_of(block_ids: torch.Tensor) -> list[tuple[int, int]]:
+    """Runs of neighbouring ids (`[num_blocks]`, host): first id and length of each."""
+    breaks = (torch.nonzero(block_ids[1:] != block_ids[:-1] + 1).flatten() + 1).tolist()
+    edges = [0, *breaks, block_ids.numel()]
+    return [(int(block_ids[start]), stop - start) for start, stop in pairwise(edges)]
+
+
 def make_plan(
     descriptors: list[tuple[int, int, int]], block_tables: list[torch.Tensor], block_size: int, device: torch.device
 ) -> BatchPlan:
@@ -65,6 +75,12 @@ def make_plan(
         positions.append(at)
         slots.append(token_slots(host_ids, at, block_size))
         sequences.append(
-            BatchSequence(start=start, num_tokens=num_tokens, num_seen=num_seen, block_ids=host_ids.to(device))
+            BatchSequence(
+                start=start,
+                num_tokens=num_tokens,
+                num_seen=num_seen,
+                block_ids=host_ids.to(device),
+                runs=runs_of(host_ids),
+            )
         )
     return BatchPlan(sequences=sequences, positions=torch.cat(positions).to(device), slots=torch.cat(slots).to(device))
