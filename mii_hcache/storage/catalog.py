@@ -60,6 +60,8 @@ class Catalog:
         """Rows as found at opening; the owner takes them over."""
         self._expected_uuid = store_uuid
         self._last_generation = 0
+        self.is_new = not path.exists()
+        """Whether there was no catalog to open."""
         self._database = Database(
             path, schema=_SCHEMA, application_id=_APPLICATION_ID, version=FORMAT_VERSION, load=self._load
         )

@@ -42,21 +42,13 @@ class Database:
         self._schema, self._application_id, self._version = schema, application_id, version
         self.note: str | None = None
         """A sentence for people when a damaged file was set aside."""
+        self._load = load
         try:
-            self.connection = self._open()
-            try:
-                self._check()
-                load(self.connection)
-            except BaseException:
-                self.connection.close()
-                raise
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be opened ({error}); choose another state_dir") from error
-        except (sqlite3.DatabaseError, CorruptChunkError) as error:
+            self.connection = self._open_checked()
+        except (OSError, sqlite3.DatabaseError, CorruptChunkError) as error:
             _raise_if_sound(path, error)
             self._set_aside(error)
-            self.connection = self._open()
-            load(self.connection)
+            self.connection = self._open_checked()
 
     def transact(self, change: Callable[[sqlite3.Connection], None], *, durable: bool = True) -> None:
         """Run `change` in one transaction. Blocks until it is durable; without `durable` it survives the process but
@@ -74,6 +66,16 @@ class Database:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self.connection.close()
+
+    def _open_checked(self) -> sqlite3.Connection:
+        connection = self._open()
+        try:
+            self._check(connection)
+            self._load(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _open(self) -> sqlite3.Connection:
         if not self._path.exists():
@@ -110,18 +112,18 @@ class Database:
             f"{self._schema}; COMMIT;"
         )
 
-    def _check(self) -> None:
-        answer = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    def _check(self, connection: sqlite3.Connection) -> None:
+        answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if _text(answer) != "ok":
             raise CorruptChunkError(f"SQLite finds damage: {_text(answer)}")
-        if self.connection.execute("PRAGMA application_id").fetchone()[0] != self._application_id:
+        if connection.execute("PRAGMA application_id").fetchone()[0] != self._application_id:
             raise CorruptChunkError("it belongs to another program")
-        version = self.connection.execute("PRAGMA user_version").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != self._version:
             raise CorruptChunkError(f"it has format version {version}, this is {self._version}")
         with closing(_connect(":memory:")) as model:
             self._create(model)
-            if _tables(model) != _tables(self.connection):
+            if _tables(model) != _tables(connection):
                 raise CorruptChunkError("its tables are not the expected ones")
 
     def _set_aside(self, error: Exception) -> None:
@@ -161,9 +163,8 @@ def _aside(path: Path, n: int) -> Path:
 
 def _raise_if_sound(path: Path, error: Exception) -> None:
     """Raise for errors that say nothing about the file: it must not be set aside for them."""
-    if not isinstance(error, sqlite3.OperationalError):
-        return
-    if "locked" in str(error):
+    if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         raise StateDirBusyError(f"{path} is locked by another program; close it and start again") from error
-    if any(words in str(error) for words in _NOT_THE_FILE):
+    is_about_disk = isinstance(error, sqlite3.OperationalError) and any(words in str(error) for words in _NOT_THE_FILE)
+    if is_about_disk or isinstance(error, OSError):
         raise ConfigError(f"{path} cannot be opened ({error}); make room, or choose another state_dir") from error

@@ -8,20 +8,23 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError, CorruptChunkError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
-from mii_hcache.storage.catalog import Catalog, SpanRow
-from mii_hcache.storage.format import SlotHeader, slot_bytes
+from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.pulse import Pulse
+from mii_hcache.storage.recovery import recover
+from mii_hcache.storage.room import Room
 from mii_hcache.storage.segment import StaleSlotError
 from mii_hcache.storage.segments import Segments
-from mii_hcache.storage.slots import Place, SlotPool
+from mii_hcache.storage.slots import SlotPool
 from mii_hcache.storage.state_dir import StateDir
 
 _log = logging.getLogger(__name__)
@@ -30,8 +33,6 @@ _MIN_SEGMENT_BYTES = 64 << 20
 _SEGMENTS_PER_STORE = 128
 _TICKS_INTERVAL_S = 30.0
 """How often last uses of old spans are written; a crash forgets that much of the order of eviction."""
-_FULL_DISK_PAUSE_S = 5.0
-"""After the disk said that it is full, spans only replace others for so long."""
 
 
 class FileStore(ChunkStore):
@@ -66,28 +67,25 @@ class FileStore(ChunkStore):
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
         self._capacity_bytes = capacity_bytes
         self._flush_bytes = flush_bytes
-        self._store_uuid = state_dir.read_store_uuid()
-        had_catalog = state_dir.catalog.exists()
-        self._catalog = Catalog(state_dir.catalog, self._store_uuid)
-        if self._store_uuid is None:
-            self._store_uuid = self._catalog.store_uuid
-            state_dir.write_store_uuid(self._store_uuid)
-        self._segments = Segments(state_dir.segments, self._store_uuid)
-        self.notes = [note for note in (self._catalog.note, *self._segments.notes) if note is not None]
-        """Sentences for people about what was found damaged at opening."""
-        if not had_catalog and self._segments.files and self._catalog.note is None:
-            self.notes.append(
-                f"{state_dir.catalog.name} is missing: what was saved is forgotten, a new one started empty"
-            )
-            _log.warning("%s", self.notes[-1])
         self._commit_lock = threading.Lock()
-        self._can_punch = True
-        self._full_until_s = 0.0
         self._ticks_due_s = 0.0
-        pool = SlotPool(capacity_bytes, segment_bytes or max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE))
-        self._index = FileIndex(pool, self._catalog.first_generation(), self._sound_rows(pool))
+        with ExitStack() as undo:
+            self._catalog = Catalog(state_dir.catalog, state_dir.read_store_uuid())
+            undo.callback(self._catalog.close)
+            self._store_uuid = self._catalog.store_uuid
+            if state_dir.read_store_uuid() is None:
+                state_dir.write_store_uuid(self._store_uuid)
+            self._segments = Segments(state_dir.segments, self._store_uuid)
+            undo.callback(self._segments.close)
+            if segment_bytes is None:
+                segment_bytes = max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE)
+            pool = SlotPool(capacity_bytes, segment_bytes)
+            rows, self.notes = recover(self._catalog, self._segments, pool)
+            self._index = FileIndex(pool, self._catalog.first_generation(), rows)
+            self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
+            self._room.shrink()
+            undo.pop_all()
         self._lanes = Lanes(num_threads, "hcache-read")
-        self._shrink()
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
@@ -185,49 +183,12 @@ class FileStore(ChunkStore):
         self._segments.close()
         self._catalog.close()
 
-    def _sound_rows(self, pool: SlotPool) -> list[SpanRow]:
-        """The catalog's rows whose places exist; the others are dropped. Tells the pool about all segments."""
-        files = self._segments.files
-        pool.reserve_number(self._segments.last_number)
-        taken: dict[int, set[int]] = {number: set() for number in files}
-        rows: list[SpanRow] = []
-        lost: list[SpanRow] = []
-        for row in self._catalog.rows:
-            size = slot_bytes(row.record.chunk_bytes)
-            pool.reserve_number(max(place.segment for place in row.places))
-            fits = all(
-                number in files and files[number].header.slot_bytes == size and slot < files[number].header.num_slots
-                for number, slot in row.places
-            )
-            (rows if fits else lost).append(row)
-        for row in rows:
-            for number, slot in row.places:
-                taken[number].add(slot)
-        for number, file in files.items():
-            pool.add_segment(number, file.header.slot_bytes, file.header.num_slots, taken[number], file.num_written)
-        if lost:
-            self.notes.append(f"{len(lost)} saved spans lie in segment files that are gone; they were forgotten")
-            _log.warning("%s", self.notes[-1])
-            self._catalog.commit(drop=[(row.record.span_id, row.generation) for row in lost])
-        self._catalog.rows = []
-        return rows
-
-    def _shrink(self) -> None:
-        """Give free bytes back to the disk, and evict until the files fit the capacity. No other thread is here."""
-        pool = self._index.pool
-        while True:
-            self._punch(pool.take_all_free())
-            excess_bytes = pool.disk_bytes - self._capacity_bytes
-            if excess_bytes <= 0 or not self._evict(excess_bytes) or not self._commit(publish=False):
-                break
-        self._commit(publish=False)
-
     def _write(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
         """Write a span and publish it. False when no room could be made or the disk failed."""
         if crcs is None:
             crcs = [crc32c(chunk) for chunk in chunks]
         for _ in range(2):
-            places = self._reserve(record)
+            places = self._room.reserve(record)
             if places is None:
                 return False
             span = HeldSpan(record=record, generation=self._index.next_generation(), places=places, crcs=crcs)
@@ -236,51 +197,15 @@ class FileStore(ChunkStore):
                     self._segments.write(places[chunk_idx], self._header(span, chunk_idx), chunk)
             except OSError as error:
                 _log.warning("a span could not be written (%s)", error)
-                self._punch(places)
+                self._room.erase(places)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     return False
-                self._full_until_s = time.monotonic() + _FULL_DISK_PAUSE_S
+                self._room.pause_growth()
                 continue
             if not self._index.publish(span):
-                with self._index.lock:
-                    self._index.pool.give(places)
+                self._room.give_back(places)
             return True
         return False
-
-    def _reserve(self, record: SpanRecord) -> list[Place] | None:
-        """Take slots for a span, evicting as needed. None when no room can be made."""
-        size, num = slot_bytes(record.chunk_bytes), record.num_chunks
-        pool = self._index.pool
-        if not pool.fits(size, num):
-            return None
-        while True:
-            may_grow = time.monotonic() >= self._full_until_s
-            with self._index.lock:
-                places = pool.take(size, num, may_grow=may_grow)
-                if places is not None:
-                    for number in {place.segment for place in places}:
-                        self._segments.add(number, *pool.shape(number))
-                    return places
-                missing_bytes = pool.missing_bytes(size, num) if may_grow else (num - pool.num_free(size)) * size
-                spare = pool.take_spare(size, missing_bytes) if may_grow and self._can_punch else []
-            if spare:
-                self._punch(spare)
-            elif not self._evict(missing_bytes, None if may_grow else size) or not self._commit(publish=False):
-                return None
-
-    def _evict(self, num_bytes: int, only_slot_bytes: int | None = None) -> bool:
-        """Evict spans; False when that cannot make room."""
-        if self._index.evict(num_bytes, only_slot_bytes):
-            return True
-        # Without holes a slot's bytes come back only with its whole file: go on while there is anything to evict.
-        return not self._can_punch and self._index.evict(1, only_slot_bytes)
-
-    def _punch(self, places: list[Place]) -> None:
-        """Give taken places back: their bytes to the disk where it can, else as free slots."""
-        if places:
-            self._can_punch = self._can_punch and self._segments.punch(places)
-            with self._index.lock:
-                self._index.pool.give(places, blank=self._can_punch)
 
     def _drop(self, span: HeldSpan | None = None) -> None:
         """Count a span that could not be kept; forget it if it was readable already."""
@@ -290,7 +215,6 @@ class FileStore(ChunkStore):
             self._index.counters.dropped_spans += 1
 
     def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
-        assert self._store_uuid is not None
         record = span.record
         return SlotHeader(
             store_uuid=self._store_uuid,
@@ -349,7 +273,7 @@ class FileStore(ChunkStore):
                 self._index.work_failed(work)
                 return False
             self._index.work_done(work)
-            self._punch(self._index.take_erasable())
+            self._room.erase(self._index.take_erasable())
             with self._index.lock:
                 empty = self._index.pool.take_empty()
             if empty:

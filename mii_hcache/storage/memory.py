@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from crc32c import crc32c
@@ -12,6 +13,7 @@ from crc32c import crc32c
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.copying import copy_bytes
+from mii_hcache.storage.dram import SpareBuffers, new_buffer
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.reasons import Reasons
 from mii_hcache.storage.recency import Recency
@@ -19,14 +21,22 @@ from mii_hcache.storage.recency import Recency
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class MemorySpan:
-    """A span as it lies in DRAM. Never changed after it was put; stays valid for who holds it after an eviction."""
+    """A span as it lies in DRAM. Its bytes are never changed while anybody holds it, also after it was removed."""
 
     record: SpanRecord
-    chunks: tuple[memoryview, ...]
-    crcs: tuple[int, ...]
+    buffer: memoryview
+    """All chunks."""
+    crcs: Sequence[int]
     """CRC32C of the bytes that the writer gave, by chunk."""
+    num_holders: int = 0
+    alive: bool = True
+
+    def chunk(self, chunk_idx: int) -> memoryview:
+        """Bytes of one chunk."""
+        start = chunk_idx * self.record.chunk_bytes
+        return self.buffer[start : start + self.record.chunk_bytes]
 
 
 class MemoryStore(ChunkStore):
@@ -45,6 +55,7 @@ class MemoryStore(ChunkStore):
         self._spans: dict[SpanId, MemorySpan] = {}
         self._recency = Recency()
         self._reasons = Reasons()
+        self._spare = SpareBuffers()
         self._lanes = Lanes(num_threads, "hcache-memory")
         self._closed = False
         self._used_bytes = 0
@@ -62,11 +73,13 @@ class MemoryStore(ChunkStore):
                 self._dropped_spans += 1
                 return False
             self._reserved_bytes += record.num_bytes
+            buffer = self._spare.take(record.num_bytes)
+            self._spare.shrink(self._capacity_bytes - self._used_bytes - self._reserved_bytes)
         span: MemorySpan | None = None
         try:
-            span = _copy_in(record, chunks)
-        except MemoryError:
-            _log.warning("no memory for a span of %d bytes; not kept", record.num_bytes)
+            span = _copy_in(record, chunks, new_buffer(record.num_bytes) if buffer is None else buffer)
+        except (MemoryError, OSError) as error:
+            _log.warning("no memory for a span of %d bytes (%s); not kept", record.num_bytes, error)
         finally:
             with self._lock:
                 self._reserved_bytes -= record.num_bytes
@@ -89,16 +102,22 @@ class MemoryStore(ChunkStore):
                 chunk_idx = None if span is None else read.chunk_of(span.record)
                 if span is None or chunk_idx is None:
                     break
+                span.num_holders += 1
                 found.append((span, chunk_idx))
             self._recency.use({span.record.span_id for span, _ in found})
 
         def copy_out(idx: int) -> str | None:
             span, chunk_idx = found[idx]
             out = reads[idx].out
-            copy_bytes(out, span.chunks[chunk_idx])
+            copy_bytes(out, span.chunk(chunk_idx))
             return None if crc32c(out) == span.crcs[chunk_idx] else "corrupt"
 
-        num_ok, reason = self._lanes.run(len(found), copy_out)
+        try:
+            num_ok, reason = self._lanes.run(len(found), copy_out)
+        finally:
+            with self._lock:
+                for span, _ in found:
+                    self._let_go(span)
         with self._lock:
             self._read_bytes += sum(span.record.chunk_bytes for span, _ in found[:num_ok])
             if reason is not None:
@@ -129,11 +148,23 @@ class MemoryStore(ChunkStore):
         with self._lock:
             gone = [span_id for span_id in span_ids if self._remove(span_id)]
             self._reasons.note(gone, "deleted")
+            self._spare.shrink(0)  # deleted bytes leave DRAM, too
         return len(gone)
 
-    def span(self, span_id: SpanId) -> MemorySpan | None:
-        """The span itself, without a copy and unverified: for a writer that passes its CRCs on."""
-        return self._spans.get(span_id)
+    @contextmanager
+    def held(self, span_id: SpanId) -> Iterator[MemorySpan | None]:
+        """The span itself, without a copy and unverified, for the time of a `with` block: for a writer that passes its
+        CRCs on. None when it is not here."""
+        with self._lock:
+            span = self._spans.get(span_id)
+            if span is not None:
+                span.num_holders += 1
+        try:
+            yield span
+        finally:
+            with self._lock:
+                if span is not None:
+                    self._let_go(span)
 
     def span_ids(self) -> list[SpanId]:
         """All spans held, in no order."""
@@ -161,6 +192,7 @@ class MemoryStore(ChunkStore):
             self._closed = True
             for span_id in list(self._spans):
                 self._remove(span_id)
+            self._spare.shrink(0)
         self._lanes.close()
 
     def _make_room(self, num_bytes: int) -> bool:
@@ -186,7 +218,9 @@ class MemoryStore(ChunkStore):
             self._dropped_spans += 1
             return False
         record = span.record
-        if record.span_id not in self._spans:
+        if record.span_id in self._spans:
+            self._spare.give(span.buffer)
+        else:
             self._spans[record.span_id] = span
             self._recency.add(record.span_id, record.parent_id, record.span_idx)
             self._reasons.clear(record.span_id)
@@ -201,7 +235,16 @@ class MemoryStore(ChunkStore):
             return False
         self._recency.remove(span_id)
         self._used_bytes -= span.record.num_bytes
+        span.alive = False
+        span.num_holders += 1
+        self._let_go(span)
         return True
+
+    def _let_go(self, span: MemorySpan) -> None:
+        """One holder less; the last holder of a removed span gives its memory to the next one. Lock held."""
+        span.num_holders -= 1
+        if not span.alive and not span.num_holders and not self._closed:
+            self._spare.give(span.buffer)
 
     def _forget_damaged(self, span: MemorySpan, chunk_idx: int) -> None:
         """Lock held."""
@@ -212,12 +255,11 @@ class MemoryStore(ChunkStore):
             _log.warning("memory: chunk %d of span %s is damaged; span forgotten", chunk_idx, span_id.hex()[:16])
 
 
-def _copy_in(record: SpanRecord, chunks: Sequence[memoryview]) -> MemorySpan:
-    buffer = memoryview(bytearray(record.num_bytes))
-    copies = [buffer[start : start + record.chunk_bytes] for start in range(0, record.num_bytes, record.chunk_bytes)]
-    crcs = []
-    for out, chunk in zip(copies, chunks, strict=True):
-        source = chunk.cast("B") if chunk.format != "B" or chunk.ndim != 1 else chunk
+def _copy_in(record: SpanRecord, chunks: Sequence[memoryview], buffer: memoryview) -> MemorySpan:
+    crcs: list[int] = []
+    span = MemorySpan(record=record, buffer=buffer, crcs=crcs)
+    for chunk_idx, chunk in enumerate(chunks):
+        source = chunk.cast("B")
         crcs.append(crc32c(source))
-        copy_bytes(out, source)
-    return MemorySpan(record=record, chunks=tuple(copies), crcs=tuple(crcs))
+        copy_bytes(span.chunk(chunk_idx), source)
+    return span

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 
@@ -239,15 +240,17 @@ class TieredStore(ChunkStore):
         return None
 
     def _write(self, span_id: SpanId) -> None:
-        span = self._memory.span(span_id)
-        if span is not None:
-            self._file.put_checked(span.record, span.chunks, span.crcs)
+        with self._memory.held(span_id) as span:
+            if span is not None:
+                chunks = [span.chunk(chunk_idx) for chunk_idx in range(span.record.num_chunks)]
+                self._file.put_checked(span.record, chunks, span.crcs)
 
     def _copy_up(self, span_id: SpanId) -> None:
         record = self._file.find(span_id)
         if record is None or self._memory.find(span_id) is not None:
             return
-        chunks = [memoryview(bytearray(record.chunk_bytes)) for _ in range(record.num_chunks)]
+        buffer, size = new_buffer(record.num_bytes), record.chunk_bytes
+        chunks = [buffer[start : start + size] for start in range(0, record.num_bytes, size)]
         layers = range(record.first_layer, record.first_layer + record.num_chunks)
         reads = [
             ChunkRead(span_id=span_id, layer_idx=layer_idx, out=out, kind=record.kind)

@@ -237,7 +237,7 @@ def test_a_deleted_catalog_starts_empty_and_gives_the_bytes_back(saved):
     (saved.path / "catalog.sqlite").unlink()
     store = saved.open()
     assert not any(held(store))
-    assert "catalog.sqlite is missing" in store.notes[0]
+    assert "catalog was missing" in store.notes[0]
     assert disk_bytes(saved.path) == 0
     assert all(put(store, record) for record in RECORDS)
     assert all(held(saved.open()))
@@ -469,7 +469,8 @@ def test_damage_in_dram_falls_back_to_files(tmp_path):
     for record in records:
         put(store, record)
     store.flush()
-    memory.span(records[1].span_id).chunks[2][17] ^= 1
+    with memory.held(records[1].span_id) as span:
+        span.chunk(2)[17] ^= 1
     assert [store.tier_of(record.span_id) for record in records] == ["memory"] * 3
     reads = [reads_of(record)[2] for record in records]
     assert store.get_into(reads) == ReadOutcome(num_ok=3)

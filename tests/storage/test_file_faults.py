@@ -65,7 +65,7 @@ def test_a_full_disk_that_gets_room_is_used_again(file_kit, monkeypatch):
     for idx in range(6):
         assert put(store, make_record(idx))
     disk.limit_bytes = 1 << 30
-    store._full_until_s = 0.0  # as after a few seconds
+    store._room._full_until_s = 0.0  # as after a few seconds
     for idx in range(6, 12):
         assert put(store, make_record(idx))
     assert sum(holds(store, make_record(idx)) for idx in range(12)) == 10
@@ -80,7 +80,7 @@ def test_a_disk_without_any_room_means_drop(file_kit, monkeypatch):
     assert store.stats().num_spans == 0
     assert disk_bytes(file_kit.path) == 0
     monkeypatch.undo()
-    store._full_until_s = 0.0
+    store._room._full_until_s = 0.0
     assert put(store, make_record(0))
     assert holds(store, make_record(0))
 
@@ -91,7 +91,7 @@ def test_a_disk_full_in_the_middle_of_the_first_span(file_kit, monkeypatch):
     assert not put(store, make_record(0))
     assert store.find(make_record(0).span_id) is None
     monkeypatch.undo()
-    store._full_until_s = 0.0
+    store._room._full_until_s = 0.0
     assert put(store, make_record(1))
     store = file_kit.open()
     assert holds(store, make_record(1))
@@ -284,7 +284,7 @@ def test_a_sound_catalog_is_not_set_aside_for_a_disk_that_fails(file_kit, monkey
     put(file_kit.open(), make_record("a"))
     file_kit.close()
 
-    def broken(self):
+    def broken(self, connection):
         raise sqlite3.OperationalError(message)
 
     monkeypatch.setattr(Database, "_check", broken)

@@ -21,7 +21,7 @@ from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.reasons import MAX_REASONS, Reasons
 from mii_hcache.storage.recency import Recency
 from mii_hcache.storage.tiered import TieredStore
-from tests.storage.storage_kit import SPAN_BYTES, holds, make_record, put, reads_of
+from tests.storage.storage_kit import SPAN_BYTES, holds, make_chunks, make_id, make_record, put, reads_of
 
 
 def chain_in(recency: Recency, name: str, num: int) -> list[bytes]:
@@ -207,7 +207,8 @@ def test_damage_in_dram_is_corrupt_once_then_gone():
     records = [make_record(idx) for idx in range(3)]
     for record in records:
         put(store, record)
-    store.span(records[1].span_id).chunks[0][3] ^= 0x40
+    with store.held(records[1].span_id) as span:
+        span.chunk(0)[3] ^= 0x40
     reads = [reads_of(record)[0] for record in records]
     assert store.get_into(reads) == ReadOutcome(num_ok=1, reason="corrupt")
     assert store.get_into(reads) == ReadOutcome(num_ok=1, reason="missing")
@@ -217,10 +218,48 @@ def test_damage_in_dram_is_corrupt_once_then_gone():
     assert holds(store, records[1], writer=2)
 
 
+def test_memory_is_used_again_but_never_under_a_holder():
+    store = MemoryStore(3 * SPAN_BYTES)
+    held = make_record("held")
+    put(store, held)
+    with store.held(held.span_id) as span:
+        for idx in range(9):
+            put(store, make_record(idx))
+        assert store.find(held.span_id) is None
+        assert [span.chunk(chunk_idx) for chunk_idx in range(3)] == make_chunks(held)
+        with store.held(make_id("unknown")) as nothing:
+            assert nothing is None
+    with store.held(make_record(8).span_id) as span:
+        buffer = span.buffer
+    for idx in range(20, 23):
+        put(store, make_record(idx))
+    spans = []
+    for idx in range(20, 23):
+        with store.held(make_record(idx).span_id) as span:
+            spans.append(span)
+    assert any(span.buffer is buffer for span in spans)
+    assert all(holds(store, make_record(idx)) for idx in range(20, 23))
+
+
+@given(
+    sizes=st.lists(st.sampled_from([100, 5000, 9000]), max_size=30), deletions=st.lists(st.integers(0, 29), max_size=9)
+)
+def test_memory_in_use_and_spare_is_bounded(sizes, deletions):
+    store = MemoryStore(60_000)
+    for idx, size in enumerate(sizes):
+        record = make_record(idx, chunk_bytes=size)
+        assert put(store, record)
+        assert store.stats().num_bytes + store._spare.num_bytes <= 60_000
+        assert holds(store, record)
+        if idx in deletions:
+            store.delete([record.span_id])
+            assert store._spare.num_bytes == 0
+
+
 def test_no_memory_is_a_drop(monkeypatch):
     store = MemoryStore(10 * SPAN_BYTES)
 
-    def exhausted(record, chunks):
+    def exhausted(record, chunks, buffer):
         raise MemoryError
 
     monkeypatch.setattr("mii_hcache.storage.memory._copy_in", exhausted)

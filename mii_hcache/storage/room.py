@@ -1,0 +1,86 @@
+"""Where new spans go in segment files, and what has to leave for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.format import slot_bytes
+from mii_hcache.storage.index import FileIndex
+from mii_hcache.storage.segments import Segments
+from mii_hcache.storage.slots import Place
+
+_FULL_DISK_PAUSE_S = 5.0
+"""After the disk said that it is full, spans only replace others for so long."""
+
+
+class Room:
+    """Finds slots: free ones first, then growth of the files, then holes in place of other sizes, then eviction.
+
+    Any thread. Methods block on I/O where they punch holes or wait for the catalog.
+    """
+
+    def __init__(self, index: FileIndex, segments: Segments, commit_deletions: Callable[[], bool]) -> None:
+        """`commit_deletions` deletes removed spans' rows, so that their slots become free; False when it cannot."""
+        self._index = index
+        self._segments = segments
+        self._commit_deletions = commit_deletions
+        self._can_punch = True
+        self._full_until_s = 0.0
+
+    def reserve(self, record: SpanRecord) -> list[Place] | None:
+        """Take slots for a span, evicting as needed. None when no room can be made; then nothing was evicted for it,
+        unless others took the room first."""
+        size, num = slot_bytes(record.chunk_bytes), record.num_chunks
+        pool = self._index.pool
+        if not pool.fits(size, num):
+            return None
+        while True:
+            may_grow = time.monotonic() >= self._full_until_s
+            with self._index.lock:
+                places = pool.take(size, num, may_grow=may_grow)
+                if places is not None:
+                    for number in {place.segment for place in places}:
+                        self._segments.add(number, *pool.shape(number))
+                    return places
+                missing_bytes = pool.missing_bytes(size, num) if may_grow else (num - pool.num_free(size)) * size
+                spare = pool.take_spare(size, missing_bytes) if may_grow and self._can_punch else []
+            if spare:
+                self.erase(spare)
+            elif not self._evict(missing_bytes, None if may_grow else size) or not self._commit_deletions():
+                return None
+
+    def erase(self, places: list[Place]) -> None:
+        """Give taken places back: their bytes to the disk where it can, else as free slots."""
+        if places:
+            self._can_punch = self._can_punch and self._segments.punch(places)
+            with self._index.lock:
+                self._index.pool.give(places, blank=self._can_punch)
+
+    def give_back(self, places: list[Place]) -> None:
+        """Give taken places back as free slots."""
+        with self._index.lock:
+            self._index.pool.give(places)
+
+    def pause_growth(self) -> None:
+        """The disk is full: only replace other spans for a while."""
+        self._full_until_s = time.monotonic() + _FULL_DISK_PAUSE_S
+
+    def shrink(self) -> None:
+        """Give all free bytes back to the disk, and evict until the files fit the capacity. For opening: no other
+        thread may use the store yet."""
+        pool = self._index.pool
+        while True:
+            self.erase(pool.take_all_free())
+            excess_bytes = pool.disk_bytes - pool.capacity_bytes
+            if excess_bytes <= 0 or not self._evict(excess_bytes) or not self._commit_deletions():
+                break
+        self._commit_deletions()
+
+    def _evict(self, num_bytes: int, only_slot_bytes: int | None = None) -> bool:
+        """Evict spans; False when that cannot make room."""
+        if self._index.evict(num_bytes, only_slot_bytes):
+            return True
+        # Without holes a slot's bytes come back only with its whole file: go on while there is anything to evict.
+        return not self._can_punch and self._index.evict(1, only_slot_bytes)
