@@ -14,6 +14,20 @@ from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.errors import HCacheError, RequestError
 from mii_hcache.runtime.generation import FinishReason, GenerationRequest, GenerationResult, RestoreReport
 
+MODEL = "demo/model"
+ASK = [{"role": "user", "content": "Tell me about lighthouses."}]
+
+HCACHE_FIELDS = [
+    "resident_tokens",
+    "restored_tokens",
+    "restored_from",
+    "method",
+    "restore_ms",
+    "prefill_tokens",
+    "ttft_ms",
+    "miss_reason",
+]
+
 
 class DictTexts:
     """`KnownTexts` by brute force."""
@@ -195,3 +209,19 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
+
+
+def says(service, tokenizer, text):
+    """Make the engine generate these tokens, then the end token."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    service.script = lambda request: [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def bytes_of(tokenizer, text):
+    """A token per byte, as a model might split any text."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer._backend
+    mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+    return [backend.token_to_id(char) for char in mapped]
