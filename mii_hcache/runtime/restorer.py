@@ -1,17 +1,20 @@
 """Brings a context's K and V back, layer by layer, in slices between engine steps (paper sections 3.1 and 4.1).
 
-One reader thread keeps the next tiles in flight while the engine thread projects the current one. Work is ordered by
+A few reader threads keep the next tiles in flight while the engine thread projects the current one. Work is ordered by
 (layer, tile): a tile is a run of spans of one kind. Tokens count as present only after every layer of every span has
 arrived and been verified; damage cuts the restored prefix at its span, and the rest is prefilled.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -71,34 +74,41 @@ class Restore:
         records: Sequence[SpanRecord],
         token_ids: Sequence[int],
     ) -> None:
+        num_tokens = len(records) * SPAN_TOKENS
+        if len(token_ids) < num_tokens:
+            raise ValueError(f"{len(token_ids)} token ids for {len(records)} spans")
         self._restorer = restorer
         self._target = target
         self._records = list(records)
-        self._token_ids = torch.tensor(token_ids[: len(records) * SPAN_TOKENS], dtype=torch.int64)
+        self._token_ids = torch.tensor(token_ids[:num_tokens], dtype=torch.int64)
         self._num_spans = len(records)
         self._tiles = self._plan_tiles()
         self._reads: deque[_Read] = deque()
         self._span_ids = [record.span_id for record in records]
         self._is_open = True
-        self.outcome = RestoreOutcome(
-            kinds=sorted({record.kind.value for record in records}),
-            tiers=sorted({restorer.store.tier_of(span_id) or restorer.store.name for span_id in self._span_ids}),
-        )
-        restorer.store.pin(self._span_ids)
-        restorer.store.touch(self._span_ids)
+        store = restorer.store
+        self._tiers = [store.tier_of(span_id) or store.name for span_id in self._span_ids]
+        self.outcome = RestoreOutcome()
+        store.touch(self._span_ids)
+        store.pin(self._span_ids)
 
     def step(self, budget_s: float, *, wait: bool) -> RestoreOutcome | None:
         """Work for about `budget_s` (a tile at least, when one has arrived). The outcome when done, else None.
 
-        `wait` False returns at once when the next tile's read is still in flight, so that others may decode.
+        `wait` False returns at once when the next tile's read is still in flight, so that others may decode; True waits
+        for it, for what is left of `budget_s`.
         """
+        if not self._is_open:
+            raise RuntimeError("this restore is over")
         started_s = time.perf_counter()
+        left_s = budget_s
         try:
-            while wait or self._is_ready():
+            while self._is_ready(left_s if wait else 0.0):
                 if not self._advance():
                     self._finish()
                     return self.outcome
-                if time.perf_counter() - started_s >= budget_s:
+                left_s = budget_s - (time.perf_counter() - started_s)
+                if left_s <= 0:
                     return None
             return None
         except BaseException:
@@ -106,15 +116,16 @@ class Restore:
             raise
 
     def cancel(self) -> None:
-        """Give buffers and pins back; the target holds nothing valid. Idempotent."""
+        """Give buffers and pins back; the target holds nothing valid. Idempotent. Does not block: a buffer that is
+        still read into is given back when that read ends."""
         if not self._is_open:
             return
         self._is_open = False
         while self._reads:
             read = self._reads.popleft()
             if read.outcome is not None:
-                read.outcome.exception()
-            self._give_back(read)
+                read.outcome.cancel()
+                read.outcome.add_done_callback(partial(self._give_back, read))
         self._restorer.store.unpin(self._span_ids)
 
     def _finish(self) -> None:
@@ -123,6 +134,8 @@ class Restore:
             # What follows has not been read to the end and will be prefilled now: let it be saved anew.
             self._restorer.store.delete(self._span_ids[self._num_spans :])
         self.outcome.num_tokens = self._num_spans * SPAN_TOKENS
+        self.outcome.kinds = sorted({record.kind.value for record in self._records[: self._num_spans]})
+        self.outcome.tiers = sorted(set(self._tiers[: self._num_spans]))
         self._target.commit(self.outcome.num_tokens)
 
     def _plan_tiles(self) -> Iterator[_Tile]:
@@ -141,14 +154,18 @@ class Restore:
         while len(self._reads) < READ_AHEAD and (tile := next(self._tiles, None)) is not None:
             self._reads.append(self._start_read(tile))
 
-    def _is_ready(self) -> bool:
-        """Whether the next tile can be worked on without waiting."""
+    def _is_ready(self, wait_s: float = 0.0) -> bool:
+        """Whether the next tile can be worked on (or none is left), after waiting for it for up to `wait_s`."""
         self._read_ahead()
-        return not self._reads or self._reads[0].outcome is None or self._reads[0].outcome.done()
+        outcome = self._reads[0].outcome if self._reads else None
+        if outcome is None:
+            return True
+        if wait_s > 0 and not outcome.done():
+            wait_for([outcome], timeout=min(wait_s, threading.TIMEOUT_MAX))
+        return outcome.done()
 
     def _advance(self) -> bool:
-        """Finish one tile. False when none is left."""
-        self._read_ahead()
+        """Finish one tile, whose read has ended. False when none is left."""
         if not self._reads:
             return False
         read = self._reads.popleft()
@@ -211,7 +228,7 @@ class Restore:
         if adapter.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
 
-    def _give_back(self, read: _Read) -> None:
+    def _give_back(self, read: _Read, _: Future[ReadOutcome] | None = None) -> None:
         if read.buffer is not None:
             self._restorer.buffers.release(read.buffer)
             read.buffer = None
@@ -235,7 +252,7 @@ class Restorer:
     def start(self, target: KVTarget, records: Sequence[SpanRecord], token_ids: Sequence[int]) -> Restore:
         """Restore the spans of `records` (a prefix of the chain, in order) into `target`, whose blocks are reserved.
 
-        token_ids: at least the ids of those spans."""
+        token_ids: at least the ids of those spans. Raises ValueError when there are fewer."""
         return Restore(self, target, records, token_ids)
 
     def submit_read(self, reads: list[ChunkRead]) -> Future[ReadOutcome]:
