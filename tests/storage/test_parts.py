@@ -254,6 +254,7 @@ def test_memory_in_use_and_spare_is_bounded(sizes, deletions):
         if idx in deletions:
             store.delete([record.span_id])
             assert store._spare.num_bytes == 0
+    store.close()
 
 
 def test_no_memory_is_a_drop(monkeypatch):
