@@ -22,10 +22,6 @@ from typing import Any
 
 import torch
 
-DEMO_NAME = "mii-hcache-demo"
-"""What `/v1/models` calls the model."""
-DEMO_NOTICE = "the demo model has random weights: it talks gibberish and exists to exercise the machinery"
-
 _REVISION = 1
 """Part of the folder's name; raise it whenever anything below changes the files."""
 _SEED = "mii_hcache demo model 1"

@@ -91,6 +91,7 @@ class FakeService:
         self.step_s = 0.0
         self.fail_after: int | None = None
         self.restored_from: str | None = None
+        self.num_generated = 0
         self.submitted: list[GenerationRequest] = []
         self.finished: list[GenerationResult] = []
         self.cancelled: list[str] = []
@@ -152,6 +153,7 @@ class FakeService:
             token_id = running.tokens[len(running.done)]
             running.ttft_ms = running.ttft_ms or 1e3 * (time.perf_counter() - running.start)
             running.done.append(token_id)
+            self.num_generated += 1
             if request.on_token(token_id) or token_id in request.sampling.stop_token_ids:
                 self._finish(running, FinishReason.STOP)
             elif len(running.done) == request.sampling.max_new_tokens:

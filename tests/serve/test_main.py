@@ -69,11 +69,15 @@ def _command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_is_quick_and_complete():
-    start = time.monotonic()
-    done = _command("--help")
+def test_help_is_complete_and_imports_nothing_heavy():
+    code = (
+        "import sys; from mii_hcache.serve.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: print([name for name in ('torch', 'transformers', 'deepspeed', 'fastapi') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "examples:" in done.stdout and "--state-capacity" in done.stdout
-    assert time.monotonic() - start < 5  # nothing heavy is imported
+    assert done.stdout.endswith("\n[]\n")
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded():
@@ -154,7 +158,7 @@ def test_no_requests_no_wait(start):
         idle.get("/health")  # leaves a connection open
         begin = time.monotonic()
         assert process.end(signal.SIGTERM) == 0
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 10
 
 
 def test_what_signals_do():
