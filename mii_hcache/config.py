@@ -51,6 +51,8 @@ class HCacheConfig:
     """Most tokens of one engine step."""
     max_sequences: int = 256
     """Most requests that run at once."""
+    max_waiting: int = 1024
+    """Most requests that wait for a place; one more is refused."""
     max_context_tokens: int | None = None
     """Most tokens of one sequence; None is the model's limit."""
     save_wait: float = 0.1
@@ -67,7 +69,7 @@ class HCacheConfig:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
         if self.method is not None:
             method_named(self.method)
-        for name in ("block_size", "max_batch_tokens", "max_sequences", "save_threads"):
+        for name in ("block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("state_capacity_bytes", "dram_capacity_bytes"):

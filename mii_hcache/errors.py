@@ -28,3 +28,11 @@ class RequestError(HCacheError, ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class QueueFullError(HCacheError):
+    """Too many requests wait. Maps to HTTP 429."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

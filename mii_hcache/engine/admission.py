@@ -129,7 +129,11 @@ class Admission:
         if self._saver.is_pending(job.span_ids()) and time.perf_counter() - job.submitted_s < PENDING_WAIT_S:
             return False
         max_reused = len(job.token_ids) - 1  # the last token must run, to give logits
-        if self._saver.kind is None:
+        if job.wants_prompt_logprobs:
+            max_reused = 0
+            job.prompt_logprobs = [None]
+            lookup = Lookup(records=[], next_span=None, why_missing="prompt_logprobs")
+        elif self._saver.kind is None:
             lookup = Lookup(records=[], next_span=None, why_missing="recompute")
         else:
             lookup = look_up(self._store, job.spans(), max_tokens=max_reused)

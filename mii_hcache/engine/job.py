@@ -11,7 +11,13 @@ from mii.batching.data_classes import Request
 
 from mii_hcache.core.identity import SpanId, spans_of
 from mii_hcache.errors import HCacheError
-from mii_hcache.runtime.generation import FinishReason, GenerationRequest, GenerationResult, RestoreReport
+from mii_hcache.runtime.generation import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    RestoreReport,
+    TokenLogprob,
+)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -34,6 +40,8 @@ class Job:
     error: HCacheError | None = None
     is_cancelled: bool = False
     generator: torch.Generator | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """Grows while the prompt runs, when they were asked for."""
     _spans: list[tuple[SpanId, bytes]] = field(default_factory=list)
     _num_named: int = 0
 
@@ -47,6 +55,11 @@ class Job:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt must be run whole, for its logits."""
+        return self.request.on_prompt_logprobs is not None and self.num_generated == 0
+
     def spans(self) -> list[tuple[SpanId, bytes]]:
         """Whole spans of the tokens so far: id and packed token ids."""
         if self._num_named != len(self.token_ids):
@@ -58,11 +71,15 @@ class Job:
         """Ids of `spans`."""
         return [span_id for span_id, _ in self.spans()]
 
-    def accept(self, token_id: int) -> None:
+    def accept(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
         """Take a generated token; sets `finish_reason` when it is the last."""
         if self.num_generated == 0:
             self.report.ttft_ms = 1e3 * (time.perf_counter() - self.submitted_s)
+            if self.request.on_prompt_logprobs is not None:
+                self.request.on_prompt_logprobs(self.prompt_logprobs)
         self.token_ids.append(token_id)
+        if logprob is not None and self.request.on_logprob is not None:
+            self.request.on_logprob(logprob)
         sampling = self.request.sampling
         wants_stop = self.request.on_token(token_id)
         if wants_stop or token_id in sampling.stop_token_ids:
@@ -97,6 +114,8 @@ class JobRequest(Request):  # type: ignore[misc]
     """
 
     job: Any = None
+    logprob: TokenLogprob | None = None
+    """Of the next token, when it was asked for."""
 
     @classmethod
     def of(cls, job: Job, num_present: int) -> JobRequest:

@@ -75,6 +75,8 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
     def __init__(self, config: Any, engine_config: Any, base_mp_group: Any) -> None:
         super().__init__(config=config, engine_config=engine_config, base_mp_group=base_mp_group)
         self.qkv_input_tap: QkvInputTap | None = None
+        self.output_tap: Callable[[torch.Tensor], None] | None = None
+        """Called with the last layer's output, `[num_tokens, hidden_size]`, before the final norm."""
         self.windows = windows_of(config)
         self.inv_freq: torch.Tensor | None = None
         if self.positional_embedding_type is PositionalEmbeddingType.rotate_half:
@@ -229,11 +231,15 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
                 residual, hidden = self.norm(residual, delta, following.attn_norm_gamma, following.attn_norm_beta)
             else:
                 residual.add_(delta)
-        last_rows = torch.tensor(
-            [sequence.start + sequence.num_tokens - 1 for sequence in plan.sequences], device=residual.device
-        )
+        if self.output_tap is not None:
+            self.output_tap(residual)
+        last_rows = [sequence.start + sequence.num_tokens - 1 for sequence in plan.sequences]
+        return self.logits_of(residual, torch.tensor(last_rows, device=residual.device))
+
+    def logits_of(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of chosen rows (`[num_rows]`, int64) of the last layer's output: `[num_rows, vocab_size]`."""
         return self.unembed(  # type: ignore[no-any-return]
-            residual, self.word_unembed, last_rows, self.final_norm_gamma, self.final_norm_beta
+            output, self.word_unembed, rows, self.final_norm_gamma, self.final_norm_beta
         )
 
     # --- restoration --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mii_hcache.runtime.generation import SamplingParams
+from mii_hcache.runtime.generation import SamplingParams, TokenLogprob
 
 
 def make_generator(params: SamplingParams) -> torch.Generator | None:
@@ -32,3 +32,15 @@ def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Genera
         dropped = order[before >= params.top_p]  # the token that crosses top_p stays, so one always does
         probabilities[dropped] = 0.0
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def logprobs_of(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprob]:
+    """How likely each of `token_ids` (`[num_rows]`) was by `logits` (`[num_rows, vocab_size]`)."""
+    scores = logits.to(torch.float32).log_softmax(-1)
+    chosen = scores.gather(-1, token_ids.to(scores.device)[:, None])[:, 0].tolist()
+    best = scores.topk(min(num_top, scores.shape[-1]), dim=-1)
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenLogprob(token_id=token_id, logprob=logprob, top=tuple(zip(ids, values, strict=True)))
+        for token_id, logprob, (ids, values) in zip(token_ids.tolist(), chosen, tops, strict=True)
+    ]

@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections import deque
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from mii.batching.ragged_batching import RaggedBatchBase
 from mii_hcache.engine.admission import PENDING_WAIT_S, Admission
 from mii_hcache.engine.job import Job, JobRequest
 from mii_hcache.engine.ragged_engine import HCacheEngine
-from mii_hcache.engine.sampling import make_generator, sample
+from mii_hcache.engine.sampling import logprobs_of, make_generator, sample
 from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.runtime.restorer import Restorer
@@ -28,6 +29,9 @@ from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkStore
 
 _log = logging.getLogger(__name__)
+
+LOGIT_ROWS = 128
+"""Prompt positions whose logits are held at once."""
 
 
 class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
@@ -80,6 +84,11 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
     def has_work(self) -> bool:
         """Whether `iterate` has anything to do."""
         return bool(self._running or self._admission.waiting or self._admission.restoring)
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that wait for a place."""
+        return len(self._admission.waiting)
 
     def add(self, job: Job) -> None:
         """Queue a job."""
@@ -183,6 +192,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             StepSegment(uid=uid, token_ids=tokens.tolist()) for uid, tokens in zip(uids, tokenized_input, strict=True)
         ]
         self._saver.begin_step(segments)
+        wants_all = any(self._running[uid].wants_prompt_logprobs for uid in uids)
+        self._engine.model().output_tap = partial(self._read_prompt_logprobs, segments) if wants_all else None
         try:
             logits = self._engine.put(uids, tokenized_input)
         except BaseException:
@@ -191,6 +202,22 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._saver.end_step()
         self._counters.add("steps_total")
         return logits
+
+    def _read_prompt_logprobs(self, segments: list[StepSegment], output: torch.Tensor) -> None:
+        """How likely the prompt tokens were that follow those of this step. A few rows at a time: a row of logits may
+        be larger than a token's whole state."""
+        first_row = 0
+        for segment in segments:
+            job = self._running[segment.uid]
+            num_rows = len(segment.token_ids)
+            done = len(job.prompt_logprobs)  # row i of the segment is for token `done + i`
+            following = job.token_ids[done : done + num_rows] if job.wants_prompt_logprobs else []
+            for at in range(0, len(following), LOGIT_ROWS):
+                told = torch.tensor(following[at : at + LOGIT_ROWS])
+                rows = torch.arange(first_row + at, first_row + at + len(told), device=output.device)
+                logits = self._engine.model().logits_of(output, rows)
+                job.prompt_logprobs += logprobs_of(logits, told, job.request.num_top_logprobs or 0)
+            first_row += num_rows
 
     def _process_logits(
         self, next_token_logits: torch.Tensor, running_requests: RequestBatch
@@ -206,13 +233,16 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
                 job.fail(HCacheError("the model gave logits that are not finite; this state was thrown away"))
             elif job.generator is not None:
                 greedy[row] = sample(next_token_logits[row], job.request.sampling, job.generator)
+            if job.request.num_top_logprobs is not None:
+                one = slice(row, row + 1)
+                (request.logprob,) = logprobs_of(next_token_logits[one], greedy[one], job.request.num_top_logprobs)
         return greedy, torch.zeros(len(greedy), dtype=torch.bool)
 
     def _generate_output(self, r: JobRequest) -> bool:
         job = r.job
         if job.finish_reason is None:
             self._counters.add("generated_tokens_total")
-            job.accept(int(r.next_token))
+            job.accept(int(r.next_token), r.logprob)
         if job.finish_reason is not None:
             self._leave(job)
         return True

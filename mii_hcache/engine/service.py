@@ -14,7 +14,7 @@ from mii_hcache.core.methods import Method
 from mii_hcache.engine.job import Job
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
-from mii_hcache.errors import HCacheError, RequestError
+from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
@@ -22,6 +22,9 @@ from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkStore
 
 _log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2.0
+"""What a refused request is told to wait."""
 
 
 class EngineService:
@@ -65,6 +68,7 @@ class EngineService:
         self._jobs: dict[str, Job] = {}
         self._order = itertools.count()
         self._is_closing = False
+        self._max_waiting = config.max_waiting
         self._max_context_tokens = min(engine._config.state_manager.max_context, engine.num_blocks * engine.block_size)
         self._vocab_size = int(engine.model().vocab_size)
         self._geometry = engine.geometry
@@ -96,6 +100,13 @@ class EngineService:
                 raise HCacheError("the server is shutting down")
             if request.request_id in self._jobs:
                 raise RequestError(f"request id {request.request_id!r} is running already", param="request_id")
+            num_waiting = self._scheduler.num_waiting + len(self._commands)
+            if num_waiting >= self._max_waiting:
+                self._counters.add("requests_refused_total")
+                raise QueueFullError(
+                    f"{num_waiting} requests are waiting, which is the most; try again later",
+                    retry_after_s=RETRY_AFTER_S,
+                )
             self._jobs[request.request_id] = job
             self._commands.append(lambda: self._scheduler.add(job))
             self._changed.notify_all()

@@ -84,6 +84,17 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """How likely a token was, by the model's own logits (before temperature, top-k and top-p)."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at that place with their logprobs, best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationResult:
     """How a generation ended."""
 
@@ -111,6 +122,13 @@ class GenerationRequest:
     """Called exactly once, last."""
     on_token: Callable[[int], bool] = field(default=_ignore_token)
     """Called for each generated token in order; True ends the generation there (a stop string is complete)."""
+    num_top_logprobs: int | None = None
+    """Likeliest tokens to report with each logprob; needed (0 will do) for either of the next two to be called."""
+    on_logprob: Callable[[TokenLogprob], None] | None = None
+    """Called for each generated token, just before `on_token`."""
+    on_prompt_logprobs: Callable[[Sequence[TokenLogprob | None]], None] | None = None
+    """Called once, before the first token, with an entry per prompt token (None for the first). Such a prompt is run
+    whole: saved state gives no logits."""
     tenant_salt: bytes = b""
     """Requests with different salts never share saved or resident state."""
     miss_hint: str | None = None
@@ -134,7 +152,8 @@ class GenerationService(Protocol):
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises RequestError when it can never be served (empty or too long prompt, token id out of
-        range); the message says what the limits are. Everything later is told through `on_finish`."""
+        range), with the limits in the message; QueueFullError when too many wait. Everything later is told through
+        `on_finish`."""
         ...
 
     def cancel(self, request_id: str) -> None:
