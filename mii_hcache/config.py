@@ -57,6 +57,8 @@ class HCacheConfig:
     """Most tokens of one sequence; None is the model's limit."""
     save_wait: float = 0.1
     """Share of a prefill step that it may wait for room to save its state; decode never waits."""
+    save_after: int = 0
+    """Save a span only once this many earlier prompts had it; 0 saves everything at once. For one-shot traffic."""
     save_threads: int = 2
     """Background threads that put spans into the store."""
     restore_slice_s: float = 0.010
@@ -75,6 +77,8 @@ class HCacheConfig:
         for name in ("state_capacity_bytes", "dram_capacity_bytes"):
             if getattr(self, name) < 1 << 20:
                 raise ConfigError(f"{name} must be at least 1 MiB, got {getattr(self, name)} bytes")
+        if self.save_after < 0:
+            raise ConfigError(f"save_after must be >= 0, got {self.save_after}")
         for name in ("kv_blocks", "max_context_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -25,6 +25,7 @@ from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
+from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkStore
 
@@ -48,6 +49,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         keep: Literal["none", "lru"],
         restore_slice_s: float,
         max_sequences: int,
+        sightings: Sightings,
     ) -> None:
         # MII's own __init__ opens a socket on all interfaces, sleeps a second and calls CUDA: one process needs none.
         self.inference_engine = engine
@@ -64,6 +66,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._saver = saver
         self._counters = counters
         self._keep = keep
+        self._sightings = sightings
         self._running: dict[int, Job] = {}
         self._admission = Admission(
             engine=engine,
@@ -93,6 +96,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
     def add(self, job: Job) -> None:
         """Queue a job."""
         job.generator = make_generator(job.request.sampling)
+        self._sightings.note(job.span_ids())
         self._admission.waiting.append(job)
 
     def cancel(self, job: Job) -> None:

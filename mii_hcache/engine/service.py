@@ -18,6 +18,7 @@ from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkStore
 
@@ -43,6 +44,7 @@ class EngineService:
         self._store = store
         self._fingerprint = fingerprint
         self._counters = Counters()
+        sightings = Sightings(save_after=config.save_after)
         self._saver = Saver(
             adapter=engine,
             store=store,
@@ -51,6 +53,7 @@ class EngineService:
             counters=self._counters,
             save_wait=config.save_wait,
             num_threads=config.save_threads,
+            is_worth_saving=sightings.is_worth_saving,
         )
         self._restorer = Restorer(adapter=engine, store=store, counters=self._counters)
         self._scheduler = HCacheScheduler(
@@ -62,6 +65,7 @@ class EngineService:
             keep="none" if config.keep == "none" else "lru",
             restore_slice_s=config.restore_slice_s,
             max_sequences=config.max_sequences,
+            sightings=sightings,
         )
         self._changed = threading.Condition()
         self._commands: list[Callable[[], None]] = []
@@ -135,8 +139,11 @@ class EngineService:
 
     def metrics(self) -> dict[str, float]:
         store = self._store.stats()
+        counters = self._counters.snapshot()
+        restored_tokens = counters.get("restored_tokens_total", 0.0)
         return {
-            **self._counters.snapshot(),
+            **counters,
+            "saved_bytes_per_restored_token": counters.get("saved_bytes_total", 0.0) / max(1.0, restored_tokens),
             **self._scheduler.gauges(),
             "store_spans": store.num_spans,
             "store_bytes": store.num_bytes,
@@ -147,6 +154,11 @@ class EngineService:
             "store_dropped_spans_total": store.dropped_spans,
             "store_corrupt_chunks_total": store.corrupt_chunks,
         }
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs; False when it died or was closed."""
+        return self._thread.is_alive()
 
     def drain_saves(self, timeout_s: float | None = None) -> bool:
         """Wait until all accepted state has reached the store."""
@@ -175,9 +187,16 @@ class EngineService:
         finally:
             with self._changed:
                 self._is_closing = True
-            self._scheduler.close()
-            self._saver.stop()
-            self._restorer.stop()
+                jobs = list(self._jobs.values())
+            try:
+                self._scheduler.close()
+            finally:
+                for job in jobs:  # those that the scheduler has not told: nobody may wait for ever
+                    if job.finish_reason is None:
+                        job.fail(HCacheError("the engine stopped"))
+                        job.request.on_finish(job.result())
+                self._saver.stop()
+                self._restorer.stop()
 
     def _take_commands(self) -> bool:
         """Run what was asked for; wait when there is nothing to do. False when it is time to end."""

@@ -57,15 +57,17 @@ class Saver:
         save_wait: float = 0.1,
         num_threads: int = 2,
         ring_batches: int = 2,
+        is_worth_saving: Callable[[SpanId], bool] = lambda span_id: True,
     ) -> None:
-        """`kind` None saves nothing. `save_wait`: share of a prefill step that it may wait for room. The ring holds
-        `ring_batches` (>= 2) full ragged batches."""
+        """`kind` None saves nothing; `is_worth_saving` picks spans (`Sightings`). `save_wait`: share of a prefill step
+        that it may wait for room. The ring holds `ring_batches` (>= 2) full ragged batches."""
         geometry = adapter.geometry
         self._adapter = adapter
         self._store = store
         self._kind = kind
         self._counters = counters
         self._save_wait = save_wait
+        self._is_worth_saving = is_worth_saving
         self._tracks: dict[int, SequenceTrack] = {}
         self._flusher = Flusher(store=store, counters=counters, num_threads=num_threads)
         self._pace = Pace(max_batch_tokens)
@@ -126,7 +128,7 @@ class Saver:
         target: KVTarget | None = None
         wait_s = HEAL_WAIT_S
         for span_idx in range(track.num_spans):
-            if self._is_saved(track, span_idx):
+            if self._is_settled(track, span_idx):
                 continue
             target = target or self._adapter.target(uid)
             buffer = self._kv_buffers.acquire(wait_s)
@@ -241,7 +243,7 @@ class Saver:
         """Rows of one span: put it at once if it is whole here, else copy them to the open span."""
         num_rows = rows.shape[1]
         is_last = span_row + num_rows == SPAN_TOKENS
-        is_wanted = is_last and not self._is_saved(track, span_idx)
+        is_wanted = is_last and not self._is_settled(track, span_idx)
         if num_rows == SPAN_TOKENS:
             if is_wanted:
                 snapshot.whole.append(SpanPut(record=self._record(track, span_idx, ChunkKind.HIDDEN), rows=rows))
@@ -275,7 +277,7 @@ class Saver:
                 continue
             target = self._adapter.target(segment.uid)
             for span_idx in range(num_spans, track.num_spans):
-                if self._is_saved(track, span_idx):
+                if self._is_settled(track, span_idx):
                     continue
                 buffer = self._wait_for(self._kv_buffers.acquire)
                 if buffer is None or not self._snapshot_kv(track, target, span_idx, buffer):
@@ -299,9 +301,14 @@ class Saver:
         self._flusher.submit(Snapshot(ready=ready, whole=[put], release=partial(self._kv_buffers.release, buffer)))
         return True
 
-    def _is_saved(self, track: SequenceTrack, span_idx: int) -> bool:
+    def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
+        """Whether a whole span needs no saving: it is saved, about to be, or not worth it."""
         span_id = track.span_ids[span_idx]
-        return self._store.find(span_id) is not None or self._flusher.is_pending((span_id,))
+        return (
+            not self._is_worth_saving(span_id)
+            or self._store.find(span_id) is not None
+            or self._flusher.is_pending((span_id,))
+        )
 
     def _record(self, track: SequenceTrack, span_idx: int, kind: ChunkKind) -> SpanRecord:
         layers = self._adapter.geometry.saved_layers(kind)

@@ -87,7 +87,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL."""
-        self.process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
         self.process.wait()
         self._close()
 
@@ -115,6 +116,16 @@ def serving(root: Path, *arguments: str, name: str = "state") -> Iterator[Server
     finally:
         if server.process.poll() is None:
             server.kill()
+
+
+@contextlib.contextmanager
+def doomed(root: Path, *arguments: str) -> Iterator[Server]:
+    """A server that is killed at the end, or before."""
+    server = Server(root, *arguments)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
 
 
 @dataclass

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.end_to_end.server_kit import Chat, Server, interleave, restorable, serving, text_of
+from tests.end_to_end.server_kit import Chat, Server, doomed, interleave, restorable, serving, text_of
 
 NUM_CHATS, NUM_TURNS = 5, 3
 
@@ -88,13 +88,12 @@ def test_a_shared_document_is_restored_for_a_stranger(tmp_path):
 
 
 def test_term_finishes_running_answers_and_flushes(tmp_path):
-    server = Server(tmp_path, "--keep", "none").wait_until_ready()
     chat = Chat(seed=4)
     body = {**chat.next_body(600), "stream": True}
     pieces: list[str] = []
     last: dict = {}
 
-    def read() -> None:
+    def read(server: Server) -> None:
         with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
@@ -102,12 +101,13 @@ def test_term_finishes_running_answers_and_flushes(tmp_path):
                     last.update(event)
                     pieces.extend(choice["delta"].get("content") or "" for choice in event["choices"])
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    while len(pieces) < 5:
-        time.sleep(0.005)
-    assert server.stop() == 0
-    reader.join()
+    with doomed(tmp_path, "--keep", "none") as server:
+        reader = threading.Thread(target=read, args=(server,))
+        reader.start()
+        while len(pieces) < 5:
+            time.sleep(0.005)
+        assert server.stop() == 0
+        reader.join()
     assert last["hcache"]["prefill_tokens"] > 0, "the stream ended with its last chunk"
     with serving(tmp_path, "--keep", "none") as server:
         chat.messages = [*body["messages"], {"role": "assistant", "content": "".join(pieces)}]
@@ -120,7 +120,10 @@ def test_term_finishes_running_answers_and_flushes(tmp_path):
 def test_one_server_a_state_directory(tmp_path):
     with serving(tmp_path) as server:
         second = Server(tmp_path)
-        assert second.process.wait(timeout=60) == 2
+        try:
+            assert second.process.wait(timeout=60) == 2
+        finally:
+            second.kill()
         log = second.log_path.read_text()
         assert str(server.process.pid) in log
         assert "Traceback" not in log

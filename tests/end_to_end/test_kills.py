@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
-from tests.end_to_end.server_kit import Chat, Server, restorable, serving, text_of
+from tests.end_to_end.server_kit import Chat, Server, doomed, restorable, serving, text_of
 
 NUM_KILLS, NUM_CHATS, NUM_TURNS = 7, 4, 6
 DURABLE_S = 1.0
@@ -65,25 +65,25 @@ def test_killed_at_random_moments(tmp_path, expected, arguments):
     killed_s = 0.0
     num_restored = num_checked = 0
     for _ in range(NUM_KILLS):
-        server = Server(tmp_path, *arguments).wait_until_ready()
-        for talker in talkers:  # one turn at a time: what was durable when the last server died must be restored
-            if not talker.chat.answers or len(talker.chat.answers) == NUM_TURNS:
-                continue
-            before = talker.chat.answers[-1]
-            was_durable = killed_s - talker.finished_s > DURABLE_S
-            hcache = talker.turn(server)["hcache"]
-            num_checked += 1
-            num_restored += hcache["restored_tokens"] > 0
-            if was_durable:
-                assert hcache["restored_tokens"] >= restorable(before), hcache
-        threads = [threading.Thread(target=talker.talk, args=(server,)) for talker in talkers]
-        for thread in threads:
-            thread.start()
-        time.sleep(chance.uniform(0.05, 1.2))
-        killed_s = time.monotonic()
-        server.kill()
-        for thread in threads:
-            thread.join()
+        with doomed(tmp_path, *arguments) as server:
+            for talker in talkers:  # one turn at a time: what was durable when the last server died must be restored
+                if not talker.chat.answers or len(talker.chat.answers) == NUM_TURNS:
+                    continue
+                before = talker.chat.answers[-1]
+                was_durable = killed_s - talker.finished_s > DURABLE_S
+                hcache = talker.turn(server)["hcache"]
+                num_checked += 1
+                num_restored += hcache["restored_tokens"] > 0
+                if was_durable:
+                    assert hcache["restored_tokens"] >= restorable(before), hcache
+            threads = [threading.Thread(target=talker.talk, args=(server,)) for talker in talkers]
+            for thread in threads:
+                thread.start()
+            time.sleep(chance.uniform(0.05, 1.2))
+            killed_s = time.monotonic()
+            server.kill()
+            for thread in threads:
+                thread.join()
         for talker in talkers:
             if talker.error is not None:
                 raise talker.error
@@ -95,13 +95,12 @@ def test_killed_at_random_moments(tmp_path, expected, arguments):
 def test_killed_at_rest_loses_nothing(tmp_path, expected, arguments):
     talkers = [Talker(Chat(seed, num_words=60), expected[seed]) for seed in range(NUM_CHATS)]
     for round_idx in range(3):
-        server = Server(tmp_path, *arguments).wait_until_ready()
-        for talker in talkers:
-            before = talker.chat.answers[-1] if talker.chat.answers else None
-            hcache = talker.turn(server)["hcache"]
-            if before is not None:
-                assert hcache["restored_tokens"] == restorable(before)
-                assert hcache["restored_from"] == "file"
-        time.sleep(DURABLE_S)
-        server.kill()
-        assert round_idx == 0 or before is not None
+        with doomed(tmp_path, *arguments) as server:
+            for talker in talkers:
+                before = talker.chat.answers[-1] if talker.chat.answers else None
+                hcache = talker.turn(server)["hcache"]
+                if round_idx:
+                    assert before is not None
+                    assert hcache["restored_tokens"] == restorable(before)
+                    assert hcache["restored_from"] == "file"
+            time.sleep(DURABLE_S)

@@ -1,0 +1,82 @@
+"""The service around the engine: what is saved after how many sights, and what becomes of requests when it dies."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mii_hcache.errors import HCacheError, RequestError
+from mii_hcache.runtime.generation import FinishReason
+from tests.engine_kit import VOCAB, open_client, poisoned_engine
+
+
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+@pytest.mark.parametrize("keep", ["none", "lru"])
+def test_prompts_are_saved_after_so_many_sights(tiny_model, method, keep):
+    client = open_client(poisoned_engine(tiny_model("llama")), method=method, keep=keep, save_after=2)
+    prompt = random.Random(1).choices(range(3, VOCAB), k=300)
+    others = [random.Random(seed).choices(range(3, VOCAB), k=200) for seed in range(5, 9)]
+    saved, told = [], set()
+    for _ in range(4):
+        told.add(client.ask(prompt, 6).token_ids)
+        client.service.drain_saves(10)
+        saved.append(client.service.metrics()["store_spans"])
+        if others:
+            client.ask(others.pop(), 100)  # seen once: never saved
+    assert saved[:2] == [0, 0]
+    assert saved[2:] == [4, 4]
+    assert len(told) == 1
+    metrics = client.service.metrics()
+    if keep == "none":
+        assert metrics["restored_tokens_total"] == 256
+        assert metrics["saved_bytes_per_restored_token"] == metrics["saved_bytes_total"] / 256
+    client.service.close()
+
+
+def test_requests_that_can_never_be_served_are_refused_at_once(tiny_model):
+    client = open_client(poisoned_engine(tiny_model("llama"), num_blocks=10))
+    assert client.service.max_context_tokens == 160
+    for prompt, num_tokens, reason in (
+        ([], 1, "no tokens"),
+        ([VOCAB], 1, "token ids must be in"),
+        ([-1], 1, "token ids must be in"),
+        ([5] * 150, 11, "the context holds 160 tokens; 150 in the prompt and 11 to generate are 161"),
+    ):
+        with pytest.raises(RequestError, match=reason):
+            client.send(prompt, num_tokens)
+    assert len(client.ask([5] * 150, 10).token_ids) == 10
+    client.service.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_died(tiny_model, monkeypatch):
+    client = open_client(poisoned_engine(tiny_model("llama")), max_sequences=1)
+    assert client.service.is_alive
+
+    def die() -> None:
+        raise SystemExit("out of memory")
+
+    running = client.send([5, 6, 7], 2000)
+    waiting = client.send([5, 6, 7, 8], 2000)
+    monkeypatch.setattr(client.service._scheduler, "iterate", die)
+    reasons = [results.get(timeout=30).finish_reason for results in (running, waiting)]
+    assert set(reasons) <= {FinishReason.CANCELLED, FinishReason.ERROR}
+    client.service._thread.join(30)
+    assert not client.service.is_alive
+    with pytest.raises(HCacheError, match="shutting down"):
+        client.send([5], 1)
+    client.service.close()
+
+
+def test_seeded_sampling_does_not_depend_on_the_neighbours(tiny_model):
+    client = open_client(poisoned_engine(tiny_model("llama")), keep="none")
+    sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
+    alone = client.ask([5, 6, 7], 30, seed=11, **sampling).token_ids
+    crowd = [client.send([9, 8, idx], 30, seed=idx, **sampling) for idx in range(3, 9)]
+    again = client.ask([5, 6, 7], 30, seed=11, **sampling).token_ids
+    other = client.ask([5, 6, 7], 30, seed=12, **sampling).token_ids
+    for results in crowd:
+        results.get(timeout=60)
+    client.service.close()
+    assert alone == again != other
