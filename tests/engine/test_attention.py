@@ -52,7 +52,10 @@ def _written_out(q, kv, positions, scale, softcap=None, window=None):
 
 
 shapes = st.tuples(
-    st.integers(0, 90), st.integers(1, 40), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 10**6)
+    st.integers(0, 90),
+    st.one_of(st.just(1), st.integers(1, 40)),
+    st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    st.integers(0, 10**6),
 )
 
 
@@ -77,6 +80,10 @@ def test_windows_and_softcaps(shape, window, softcap):
     expected = _written_out(q, kv, range(num_seen, num_seen + num_tokens), 0.3, softcap, window)
     told = attend_gathered(q, cache, sequence, None, 0.3, softcap, window)
     torch.testing.assert_close(told, expected, atol=1e-5, rtol=1e-5)
+    if softcap is None and can_attend_in_place(cache, sequence, window):
+        own = kv[num_seen:]
+        in_place = attend_in_place(q, own[:, 0], own[:, 1], cache, sequence, 0.3, window)
+        torch.testing.assert_close(in_place, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_query_positions_other_than_the_last():
@@ -90,7 +97,7 @@ def test_query_positions_other_than_the_last():
 def test_this_torch_can_attend_in_place():
     """Without the operator every decode step copies the history: correct, and several times slower."""
     _, _, cache, sequence = _case(20, 3, 4, 2, 1)
-    assert can_attend_in_place(cache, sequence)
+    assert can_attend_in_place(cache, sequence, None)
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=30, unique=True))

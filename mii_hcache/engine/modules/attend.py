@@ -18,15 +18,23 @@ MAX_RUNS = 24
 """More runs of neighbours than this cost more than a copy."""
 
 
-def can_attend_in_place(kv_cache: torch.Tensor, sequence: BatchSequence) -> bool:
-    """Whether `attend_in_place` is possible and worth it."""
-    return _flash is not None and kv_cache.device.type == "cpu" and len(sequence.runs) <= MAX_RUNS
+def can_attend_in_place(kv_cache: torch.Tensor, sequence: BatchSequence, window: int | None) -> bool:
+    """Whether `attend_in_place` is possible and worth it. Several queries with a window see different histories."""
+    if _flash is None or kv_cache.device.type != "cpu" or len(sequence.runs) > MAX_RUNS:
+        return False
+    return window is None or sequence.num_tokens == 1 or sequence.num_total <= window
 
 
 def attend_in_place(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, sequence: BatchSequence, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    sequence: BatchSequence,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of a sequence's last tokens, which see everything before them.
+    """Causal attention of a sequence's last tokens, which see everything before them (a single one: its window).
 
     q: `[num_tokens, num_heads, head_size]`; k, v: `[num_tokens, num_kv_heads, head_size]`, already in the blocks too.
     Returns the shape of q.
@@ -39,17 +47,17 @@ def attend_in_place(
     # All queries of a kv head in one row of queries: history is visible to each of them, so no mask is needed.
     folded = q.view(num_tokens, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
     folded = folded.reshape(1, num_kv_heads, group * num_tokens, head_size)
-    num_history = sequence.num_total if num_tokens == 1 else sequence.num_seen
+    stop = sequence.num_total if num_tokens == 1 else sequence.num_seen
+    start = max(0, stop - window) if num_tokens == 1 and window is not None else 0
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    left = num_history
+    at = 0  # first token of the run
     for first_block, num_blocks in sequence.runs:
-        if left <= 0:
-            break
-        start = first_block * block_size
-        count = min(left, num_blocks * block_size)
-        left -= count
-        history = rows[start : start + count]
-        parts.append(_flash(folded, _heads_first(history[:, 0]), _heads_first(history[:, 1]), scale=scale))
+        first, last = max(start, at), min(stop, at + num_blocks * block_size)
+        if first < last:
+            row = first_block * block_size - at
+            history = rows[row + first : row + last]
+            parts.append(_flash(folded, _heads_first(history[:, 0]), _heads_first(history[:, 1]), scale=scale))
+        at += num_blocks * block_size
     if num_tokens > 1:
         out, log_sum = _flash(
             _heads_first(q),
@@ -91,9 +99,13 @@ def attend_gathered(
 ) -> torch.Tensor:
     """q: `[num_tokens, num_heads, head_size]` of one sequence; positions: of its queries, None when they are the
     sequence's last tokens in order. Returns the shape of q."""
-    num_kv_heads, head_size = kv_cache.shape[-2:]
-    num_total = sequence.num_total
-    kv = kv_cache[sequence.block_ids].view(-1, 2, num_kv_heads, head_size)[:num_total]
+    block_size, _, num_kv_heads, head_size = kv_cache.shape[1:]
+    skipped = 0  # blocks that lie before every query's window
+    if window is not None and positions is None:
+        skipped = max(0, sequence.num_seen + 1 - window) // block_size
+    first = skipped * block_size
+    num_total = sequence.num_total - first
+    kv = kv_cache[sequence.block_ids[skipped:]].view(-1, 2, num_kv_heads, head_size)[:num_total]
     keys, values = _heads_first(kv[:, 0]), _heads_first(kv[:, 1])
     queries = _heads_first(q)
     is_gqa = queries.shape[1] != num_kv_heads
@@ -102,7 +114,7 @@ def attend_gathered(
     is_whole_prompt = positions is None and sequence.num_seen == 0 and window is None
     mask = None
     if not sees_all and (softcap is not None or not is_whole_prompt):
-        at = torch.arange(sequence.num_seen, num_total, device=q.device) if positions is None else positions
+        at = torch.arange(sequence.num_seen - first, num_total, device=q.device) if positions is None else positions
         mask = _causal_mask(at, num_total, window)
     if softcap is None:
         attended = F.scaled_dot_product_attention(

@@ -86,11 +86,11 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
         rows[plan.slots] = torch.stack([k, v], dim=1)
 
         out = torch.empty_like(q)
-        is_plain = softcap is None and window is None and query_positions is None
+        is_plain = softcap is None and query_positions is None
         for sequence in plan.sequences:
             own = slice(sequence.start, sequence.start + sequence.num_tokens)
-            if is_plain and can_attend_in_place(kv_cache, sequence):
-                out[own] = attend_in_place(q[own], k[own], v[own], kv_cache, sequence, scale)
+            if is_plain and can_attend_in_place(kv_cache, sequence, window):
+                out[own] = attend_in_place(q[own], k[own], v[own], kv_cache, sequence, scale, window)
             else:
                 chosen = query_positions[own] if query_positions is not None else None
                 out[own] = attend_gathered(q[own], kv_cache, sequence, chosen, scale, softcap, window)
