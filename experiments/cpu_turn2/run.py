@@ -1,0 +1,213 @@
+"""Time to the first token of a second turn on a CPU: recompute, K and V, hidden states, resident.
+
+    python experiments/cpu_turn2/run.py --model demo --out experiments/cpu_turn2/demo.jsonl
+    python experiments/cpu_turn2/run.py --model 1b   --out experiments/cpu_turn2/1b.jsonl
+
+A history of n random tokens runs once and is saved; then the history and 32 new tokens are asked for, over and over, by
+each way. One process, one engine, no other load; medians. Restores from files read past the page cache (the kernel is
+told to forget the files first). Everything is measured; nothing is throttled or simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import queue
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mii_hcache
+from mii_hcache.config import HCacheConfig
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.methods import METHODS
+from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
+from mii_hcache.engine.service import EngineService
+from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, SamplingParams
+from mii_hcache.storage.open import OpenedState, open_state
+
+NEW_TOKENS = 32
+DRAM_BYTES, FILE_BYTES = 6 << 30, 12 << 30
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to bring a history back."""
+
+    name: str
+    method: str
+    keep: str
+    tier: str | None
+
+
+WAYS = (
+    Way("recompute", "recompute", "none", None),
+    Way("kv, memory", "kv", "none", "memory"),
+    Way("kv, file", "kv", "none", "file"),
+    Way("hidden, memory", "hidden", "none", "memory"),
+    Way("hidden, file", "hidden", "none", "file"),
+    Way("resident", "hidden", "lru", None),
+)
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """A seeded random checkpoint: the demo model's shape, or that of a Llama with 1.1 billion parameters (MHA)."""
+    if name not in ("demo", "1b"):
+        return Path(name)
+    path = folder / name
+    if path.exists():
+        return path
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shapes = {
+        "demo": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
+        "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+    }
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **shapes[name],
+        vocab_size=2048 if name == "demo" else 32000,
+        max_position_embeddings=16384,
+        tie_word_embeddings=False,
+    )
+    dtype = torch.float32 if name == "demo" else torch.bfloat16
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
+    return path
+
+
+def forget_files(folder: Path) -> None:
+    """Ask the kernel to drop the files from its page cache, so that a read is a read."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def ask(service: EngineService, prompt: list[int]) -> GenerationResult:
+    """One token for a prompt."""
+    results: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
+    service.submit(
+        GenerationRequest(
+            request_id=str(time.monotonic_ns()),
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(max_new_tokens=1),
+            on_finish=results.put,
+        )
+    )
+    result = results.get()
+    assert result.error is None, result.error
+    return result
+
+
+def open_service(engine: HCacheEngine, way: Way, state: OpenedState) -> EngineService:
+    """The engine behind one way's settings."""
+    config = HCacheConfig(method=way.method, keep=way.keep)
+    return EngineService(
+        engine=engine, store=state.store, method=METHODS[way.method], fingerprint=way.method.encode(), config=config
+    )
+
+
+def measure(engine: HCacheEngine, way: Way, history: list[int], repeats: int, folder: Path) -> dict[str, Any]:
+    """Median time to first token of the second turn, and the token that came out."""
+    chance = random.Random(len(history))
+    news = [chance.choices(range(3, 2000), k=NEW_TOKENS) for _ in range(repeats)]
+    state_dir = folder / way.name.replace(", ", "-")
+    state = open_state(state_dir, FILE_BYTES, DRAM_BYTES)
+    service = open_service(engine, way, state)
+    if way.keep == "none" and way.method != "recompute":
+        ask(service, history)
+        service.drain_saves()
+        state.store.flush()
+    times_ms, tokens, reports = [], [], []
+    for new in news:
+        if way.tier == "file":
+            service.close()
+            state.close()
+            forget_files(state_dir)
+            state = open_state(state_dir, FILE_BYTES, DRAM_BYTES)
+            service = open_service(engine, way, state)
+        if way.keep == "lru":
+            ask(service, history)
+        result = ask(service, [*history, *new])
+        times_ms.append(result.report.ttft_ms)
+        tokens.append(result.token_ids[0])
+        reports.append(result.report)
+    read_bytes = service.metrics().get("restored_bytes_total", 0.0) / (1 if way.tier == "file" else repeats)
+    service.close()
+    state.close()
+    report = reports[-1]
+    if way.tier is not None:
+        assert report.restored_tokens == 64 * (len(history) // 64) and report.restored_from == way.tier, report
+    if way.keep == "lru":
+        assert report.resident_tokens == len(history), report
+    return {
+        "way": way.name,
+        "history_tokens": len(history),
+        "new_tokens": NEW_TOKENS,
+        "ttft_ms": round(statistics.median(times_ms), 2),
+        "ttft_ms_all": [round(value, 2) for value in times_ms],
+        "reused_tokens": report.cached_tokens,
+        "read_bytes": round(read_bytes),
+        "first_tokens": tokens,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mii_hcache": mii_hcache.__version__,
+        "kind": "measured",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="demo, 1b, or a checkpoint's folder")
+    parser.add_argument("--histories", default="512,2048,8192", help="history lengths in tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models-dir", type=Path, default=Path(tempfile.gettempdir()) / "mii_hcache-models")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    options = parser.parse_args()
+    options.models_dir.mkdir(parents=True, exist_ok=True)
+    engine = build_engine(str(make_model(options.model, options.models_dir)), num_blocks=1200)
+    geometry = engine.geometry
+    about = {
+        **machine(),
+        "model": options.model,
+        "dtype": geometry.dtype,
+        "bytes_per_token": {kind.value: geometry.bytes_per_token(kind) for kind in ChunkKind},
+    }
+    with options.out.open("w") as out:
+        for num_tokens in (int(value) for value in options.histories.split(",")):
+            history = random.Random(num_tokens + 1).choices(range(3, 2000), k=num_tokens)
+            seen: set[tuple[int, ...]] = set()
+            for way in WAYS:
+                repeats = options.repeats if way.name != "recompute" else max(2, options.repeats // 2)
+                with tempfile.TemporaryDirectory() as folder:
+                    row = measure(engine, way, history, repeats, Path(folder))
+                seen.add(tuple(row["first_tokens"][:2]))
+                row["same_tokens"] = len(seen) == 1
+                out.write(json.dumps({**about, **row}) + "\n")
+                out.flush()
+                print(f"{num_tokens:6d}  {way.name:15s} {row['ttft_ms']:10.1f} ms  same tokens: {row['same_tokens']}")
+
+
+if __name__ == "__main__":
+    main()
