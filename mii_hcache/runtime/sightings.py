@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from mii_hcache.core.identity import SpanId
 
 MAX_SPANS = 1 << 20
-"""Spans remembered; the ones not seen for longest are forgotten (about 100 bytes each)."""
+"""Spans remembered; the ones not seen for longest are forgotten (about 170 bytes each)."""
 
 
 class Sightings:

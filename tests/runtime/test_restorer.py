@@ -30,6 +30,8 @@ GEOMETRY = geometry_of()
 HIDDEN, KV = ChunkKind.HIDDEN, ChunkKind.KV
 TOKENS = path(1, 0, 9 * SPAN_TOKENS)
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 kinds_of_spans = st.lists(st.sampled_from(ChunkKind), max_size=8)
 
 
@@ -278,6 +280,7 @@ def test_a_slice_is_a_tile_at_least_and_ends_when_its_time_is_up(bench, monkeypa
     restore, target = bench.start([KV] * 6)
     write_kv = target.write_kv
     monkeypatch.setattr(target, "write_kv", lambda *args: (time.sleep(0.02), write_kv(*args)))
+    wait_until(restore._is_ready)
     assert restore.step(0.05, wait=True) is None
     assert 1 <= len(target.writes) <= 3
     assert _run(restore).num_tokens == 6 * SPAN_TOKENS
@@ -289,7 +292,7 @@ def test_a_slice_that_may_not_wait_never_does(bench):
     started_s = time.monotonic()
     for _ in range(100):
         assert restore.step(10.0, wait=False) is None
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < 5
     assert {layer for layer, _, _ in target.writes} == {0}  # from token ids: needs no read
     bench.store.read_gate.set()
     assert _run(restore).num_tokens == 4 * SPAN_TOKENS
@@ -343,7 +346,7 @@ def test_a_cancelled_restore_does_not_wait_for_its_reads_and_keeps_their_buffers
     wait_until(lambda: bench.store.reads != [])
     started_s = time.monotonic()
     restore.cancel()
-    assert time.monotonic() - started_s < 1
+    assert time.monotonic() - started_s < 5
     assert not +bench.store.pins
     assert bench.restorer.buffers.num_in_use > 0, "a buffer that is still being read into was given back"
     other, other_target = bench.start([HIDDEN] * 4, branch=2)

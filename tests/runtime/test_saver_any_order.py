@@ -32,6 +32,8 @@ from tests.runtime.kit import (
 MAX_BATCH = 130
 GEOMETRY = geometry_of()
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 class World:
     """A saver, its engine and its store. Sequences are picked by number, modulo how many live."""
@@ -239,7 +241,7 @@ STALE_OPEN_SPAN = [
 @pytest.mark.parametrize("kind", ChunkKind)
 @given(script=scripts, num_threads=st.integers(1, 2), ring_batches=st.sampled_from([1, 2]))
 @example(script=STALE_OPEN_SPAN, num_threads=1, ring_batches=2)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_span_holds_its_own_history(kind, script, num_threads, ring_batches):
     with (
         mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1),
