@@ -1,0 +1,398 @@
+"""What Python programs call: `pipeline`, as MII has it, and `attach`, for a Hugging Face model already loaded."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from mii_hcache.config import HCacheConfig
+from mii_hcache.core.methods import default_method, method_named
+from mii_hcache.engine.tokenizer import Tokenizer
+from mii_hcache.engine.transformers_adapter import SequenceRunner, TransformersEngine, fingerprint_of
+from mii_hcache.errors import ConfigError, RequestError
+from mii_hcache.runtime.generation import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    RestoreReport,
+    SamplingParams,
+)
+from mii_hcache.storage.open import OpenedState, open_state
+
+if TYPE_CHECKING:
+    from mii_hcache.engine.open import OpenedService
+
+_log = logging.getLogger(__name__)
+
+CONTEXT_TOKENS = 6
+"""Prompt tokens that an answer is decoded behind: some tokenizers drop a space at the start of a text."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Response:
+    """An answer, with the fields of MII's."""
+
+    generated_text: str
+    prompt_length: int
+    """Tokens of the prompt."""
+    generated_length: int
+    """Tokens generated, a stop token or the tokens of a stop string included."""
+    finish_reason: FinishReason
+    """`stop` or `length`; equal to these strings."""
+    hcache: RestoreReport
+    """Where the prompt's tokens came from."""
+
+    def __repr__(self) -> str:
+        return self.generated_text
+
+
+class _Answer:
+    """One prompt and the answer to it. The engine thread alone touches it until `future` is done."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], prompt_text: str | None, stops: Sequence[str]):
+        self.prompt_ids = prompt_ids
+        self.prompt_text = prompt_text
+        self.future: Future[GenerationResult] = Future()
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._token_ids: list[int] = []
+        self._stop_at: int | None = None
+
+    def push(self, token_id: int) -> bool:
+        """Take a token. True when a stop string is complete."""
+        self._token_ids.append(token_id)
+        if self._stops:
+            text = self._text_of(self._token_ids)
+            self._stop_at = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        return self._stop_at is not None
+
+    def text(self) -> str:
+        """The answer up to its stop string."""
+        return self._text_of(self._token_ids)[: self._stop_at]
+
+    def shown_prompt(self) -> str:
+        """The prompt as text."""
+        return self._tokenizer.decode(self.prompt_ids) if self.prompt_text is None else self.prompt_text
+
+    def known_ids(self, stop_token_ids: Collection[int]) -> list[int]:
+        """Ids of prompt and text: those that were generated as far as the text is made of them, then the tokenizer's
+        (the part of a token before a stop string that starts within it)."""
+        text = self.text()
+        token_ids = self._token_ids[:-1] if self._token_ids[-1] in stop_token_ids else self._token_ids
+        while not text.startswith(known := self._text_of(token_ids)):
+            token_ids = token_ids[:-1]
+        return [*self.prompt_ids, *token_ids, *self._tokenizer.encode_continuation(text[len(known) :])]
+
+    def _text_of(self, token_ids: list[int]) -> str:
+        context = self.prompt_ids[-CONTEXT_TOKENS:]
+        head, text = self._tokenizer.decode(context), self._tokenizer.decode(context + token_ids)
+        if head.endswith("\ufffd") or not text.startswith(head):  # the prompt ends within a character
+            return self._tokenizer.decode(token_ids)
+        return text[len(head) :]
+
+
+class Pipeline:
+    """Answers prompts, as MII's pipeline does; conversations that come back are restored. Any thread may call."""
+
+    def __init__(self, opened: OpenedService) -> None:
+        """Takes the service over."""
+        self._opened = opened
+        self._tokenizer = opened.tokenizer
+        self._texts = opened.state.transcripts
+        self._tenant = b"pipeline\0" + opened.tokenizer.fingerprint()
+        self._numbers = itertools.count()
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+        stream: bool = False,
+        ignore_eos: bool = False,
+        return_full_text: bool = False,
+        do_sample: bool = True,
+        top_p: float = 0.9,
+        top_k: int | None = None,
+        temperature: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+    ) -> list[Response]:
+        """Answer prompts (texts or token ids) side by side; responses in their order. Blocks until all are done.
+
+        The names are MII's, plus `seed`. `max_length` bounds prompt and answer together and takes precedence over
+        `max_new_tokens`; without either an answer may fill the context. An answer ends before the first stop string.
+        Raises RequestError for what cannot be served.
+        """
+        if stream:
+            raise RequestError("stream is not supported here: use the server, or stream=False", param="stream")
+        if min_new_tokens:
+            raise RequestError(f"min_new_tokens is not supported, got {min_new_tokens}", param="min_new_tokens")
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if "" in stops:
+            raise RequestError("a stop string must not be empty", param="stop")
+        stop_token_ids = frozenset() if ignore_eos else self._tokenizer.stop_token_ids
+        answers = [_Answer(self._tokenizer, *self._encode(prompt), stops) for prompt in _as_list(prompts)]
+        sampling = [
+            SamplingParams(
+                max_new_tokens=self._num_new(len(answer.prompt_ids), max_length, max_new_tokens),
+                temperature=0.0 if not do_sample else 1.0 if temperature is None else temperature,
+                top_p=top_p,
+                top_k=top_k or 0,
+                seed=seed,
+                stop_token_ids=stop_token_ids,
+            )
+            for answer in answers
+        ]
+        responses = []
+        for answer, result in zip(answers, self._generate(answers, sampling), strict=True):
+            text = answer.text()
+            if answer.prompt_text is not None and text:
+                self._texts.remember(self._tenant, answer.prompt_text + text, answer.known_ids(stop_token_ids))
+            responses.append(
+                Response(
+                    generated_text=answer.shown_prompt() + text if return_full_text else text,
+                    prompt_length=len(answer.prompt_ids),
+                    generated_length=len(result.token_ids),
+                    finish_reason=result.finish_reason,
+                    hcache=result.report,
+                )
+            )
+        return responses
+
+    def destroy(self) -> None:
+        """Finish what runs, make saved state durable, release the state directory. Idempotent."""
+        self._opened.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.destroy()
+
+    def _encode(self, prompt: str | Sequence[int]) -> tuple[list[int], str | None]:
+        """Token ids and, of a text, the text. What of it was an answer gets the ids that were generated."""
+        if not isinstance(prompt, str):
+            return list(prompt), None
+        known = self._texts.longest_prefix(self._tenant, prompt)
+        if known is None:
+            return self._tokenizer.encode(prompt, add_special_tokens=True), prompt
+        return known[1] + self._tokenizer.encode_continuation(prompt[known[0] :]), prompt
+
+    def _num_new(self, num_prompt: int, max_length: int | None, max_new_tokens: int | None) -> int:
+        """Tokens that an answer may have."""
+        context = self._opened.service.max_context_tokens
+        limit = context if max_length is None else min(max_length, context)
+        if num_prompt >= limit:
+            message = f"the prompt has {num_prompt} tokens, prompt and answer together may have {limit}"
+            raise RequestError(message, param="max_length", code="context_length_exceeded")
+        return limit - num_prompt if max_new_tokens is None else min(max_new_tokens, limit - num_prompt)
+
+    def _generate(self, answers: list[_Answer], sampling: list[SamplingParams]) -> list[GenerationResult]:
+        """All at once; when one fails the others are cancelled."""
+        request_ids = [f"pipe-{next(self._numbers)}" for _ in answers]
+        try:
+            for request_id, answer, params in zip(request_ids, answers, sampling, strict=True):
+                self._opened.service.submit(
+                    GenerationRequest(
+                        request_id=request_id,
+                        prompt_token_ids=answer.prompt_ids,
+                        sampling=params,
+                        on_token=answer.push,
+                        on_finish=answer.future.set_result,
+                    )
+                )
+            results = [answer.future.result() for answer in answers]
+            for error in filter(None, (result.error for result in results)):
+                raise error
+        except BaseException:  # KeyboardInterrupt too: nobody waits for the rest
+            for request_id in request_ids:
+                self._opened.service.cancel(request_id)
+            raise
+        return results
+
+
+def _as_list(prompts: Any) -> list[str | Sequence[int]]:
+    """One prompt or several, texts or token ids, as a list of prompts."""
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    listed = [prompts] if is_one else list(prompts)
+    if not all(isinstance(item, str) or all(isinstance(token_id, int) for token_id in item) for item in listed):
+        raise RequestError("prompts must be a text, a list of texts, token ids, or a list of those", param="prompts")
+    return listed
+
+
+def pipeline(
+    model: str | PathLike[str] | None = None,
+    *,
+    model_name_or_path: str | PathLike[str] | None = None,
+    tensor_parallel: int = 1,
+    **settings: Any,
+) -> Pipeline:
+    """Load a model into the ragged engine, with its saved state. Blocks until it can answer.
+
+    model: directory or hub id of a checkpoint (`model_name_or_path` is MII's name for it); None makes a small random
+    demo model. settings: fields of HCacheConfig. Raises ConfigError for a setting that is not one of them,
+    UnsupportedModelError, StateDirBusyError.
+    """
+    if model is not None and model_name_or_path not in (None, model):
+        raise ConfigError(f"model is {str(model)!r} and model_name_or_path {str(model_name_or_path)!r}: give one")
+    if tensor_parallel != 1:
+        raise ConfigError(f"tensor_parallel must be 1, got {tensor_parallel}: this engine runs on one device")
+    chosen = model if model is not None else model_name_or_path
+    config = HCacheConfig.from_dict({**settings, "model": None if chosen is None else str(chosen)})
+
+    from mii_hcache.engine.open import open_service  # not above: `attach` never loads DeepSpeed
+
+    opened = open_service(config)
+    for note in opened.notes:
+        _log.info(note)
+    return Pipeline(opened)
+
+
+Prompt = str | Sequence[int] | torch.Tensor
+"""A text (when a tokenizer was given), token ids, or a tensor of them: `[num_tokens]` or `[1, num_tokens]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachedResult:
+    """How a generation of an attached model ended."""
+
+    token_ids: tuple[int, ...]
+    """Every generated token, the stop token included. Append them to `prompt_token_ids` to go on."""
+    prompt_token_ids: tuple[int, ...]
+    text: str | None
+    """Text of `token_ids` without special tokens; None without a tokenizer."""
+    finish_reason: FinishReason
+    hcache: RestoreReport
+
+
+class AttachedModel:
+    """A Hugging Face model whose conversations are saved and come back. Any thread may call; calls run one at a time.
+
+    Prompts with different salts never share state. Give token ids, not text, to restore answers to their very end.
+    """
+
+    def __init__(self, *, runner: SequenceRunner, state: OpenedState, tokenizer: Any) -> None:
+        """Takes `runner` and `state` over."""
+        self._runner = runner
+        self._state = state
+        self._tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop_token_ids: Collection[int] | None = None,
+        tenant_salt: bytes = b"",
+    ) -> AttachedResult:
+        """Continue a prompt: what is saved of it is restored, the rest is prefilled, all of it is saved.
+
+        `temperature` 0 is greedy. `stop_token_ids` None takes the model's own, an empty one ignores EOS. Raises
+        RequestError for a prompt that does not fit the model.
+        """
+        if stop_token_ids is None:
+            eos = getattr(self._runner.engine.model.generation_config, "eos_token_id", None)
+            stop_token_ids = [eos] if isinstance(eos, int) else eos or ()
+        sampling = SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_token_ids=frozenset(stop_token_ids),
+        )
+        prompt_ids = self._ids_of(prompt, max_new_tokens)
+        token_ids, report = self._runner.generate(prompt_ids, sampling, tenant_salt)
+        return AttachedResult(
+            token_ids=tuple(token_ids),
+            prompt_token_ids=tuple(prompt_ids),
+            text=None if self._tokenizer is None else self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=FinishReason.STOP if token_ids[-1] in sampling.stop_token_ids else FinishReason.LENGTH,
+            hcache=report,
+        )
+
+    def save(self, prompt: Prompt, *, tenant_salt: bytes = b"") -> int:
+        """Run a history through the model and save it; nothing is generated. Returns how many of its tokens are saved
+        (whole spans of 64), durable when there is a state directory."""
+        return self._runner.save(self._ids_of(prompt, 0), tenant_salt)
+
+    def restorable_tokens(self, prompt: Prompt, *, tenant_salt: bytes = b"") -> int:
+        """How many leading tokens `restore` and `generate` would bring back now: whole spans of 64, never the last
+        token, which is left to run because it gives the next one."""
+        token_ids = self._ids_of(prompt, 0)
+        return self._runner.look_up(token_ids, tenant_salt, max_tokens=len(token_ids) - 1).num_tokens
+
+    def restore(self, prompt: Prompt, *, tenant_salt: bytes = b"") -> DynamicCache:
+        """A cache of the caller's own that holds the prompt's restorable tokens (perhaps none), for the model's
+        `generate(prompt, past_key_values=cache)`. What that generates is not saved."""
+        token_ids = self._ids_of(prompt, 0)
+        with self._runner.sequence(token_ids, tenant_salt, max_restored=len(token_ids) - 1) as (uid, _):
+            return self._runner.engine.target(uid).cache
+
+    def close(self) -> None:
+        """Make saved state durable, release the state directory, leave the model as it was found. Idempotent."""
+        self._runner.close()
+        self._state.close()
+
+    def __enter__(self) -> AttachedModel:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _ids_of(self, prompt: Prompt, num_new: int) -> list[int]:
+        """Token ids of a prompt that is checked to leave room for `num_new` more."""
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ConfigError("a text needs a tokenizer: attach(model, tokenizer=...), or give token ids")
+            prompt = self._tokenizer(prompt)["input_ids"]
+        ids = torch.as_tensor(prompt)
+        if ids.numel() != ids.shape[-1]:
+            raise RequestError(f"one prompt at a time, got shape {list(ids.shape)}", param="prompt")
+        token_ids = ids.reshape(-1).tolist()
+        self._runner.engine.check(token_ids, num_new)
+        return token_ids
+
+
+def attach(
+    hf_model: Any,
+    state_dir: str | PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    method: str | None = None,
+    state_capacity_bytes: int = HCacheConfig.state_capacity_bytes,
+    dram_capacity_bytes: int = HCacheConfig.dram_capacity_bytes,
+) -> AttachedModel:
+    """Save and restore the conversations of a loaded Hugging Face causal LM. The model stays usable on its own.
+
+    Without `state_dir` state lives in host memory (`dram_capacity_bytes`) and ends with the process. `tokenizer`: the
+    model's, when prompts are texts. `method`: hidden, kv or recompute; None takes the smaller of hidden and kv.
+
+    Reads all weights once for the fingerprint (see `fingerprint_of`); blocks on I/O. Raises UnsupportedModelError,
+    ConfigError, StateDirBusyError.
+    """
+    config = HCacheConfig(
+        method=method, state_capacity_bytes=state_capacity_bytes, dram_capacity_bytes=dram_capacity_bytes
+    )
+    engine = TransformersEngine(hf_model)
+    chosen = method_named(config.method) if config.method else default_method(engine.geometry)
+    fingerprint = fingerprint_of(hf_model)
+    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes)
+    for note in state.notes:
+        _log.warning(note)
+    runner = SequenceRunner(engine=engine, store=state.store, method=chosen, fingerprint=fingerprint)
+    return AttachedModel(runner=runner, state=state, tokenizer=tokenizer)
