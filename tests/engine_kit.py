@@ -6,7 +6,7 @@ import itertools
 import queue
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mii_hcache.config import HCacheConfig
 from mii_hcache.core.methods import METHODS
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine, token_tensors
 from mii_hcache.engine.service import EngineService
+from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, SamplingParams
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
@@ -148,14 +149,26 @@ class Client:
     def send(self, prompt: Sequence[int], num_tokens: int, **kwargs: Any) -> queue.SimpleQueue[GenerationResult]:
         """Submit a prompt; the result arrives in the queue."""
         results: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
-        on_token = kwargs.pop("on_token", lambda token_id: False)
+        then = kwargs.pop("on_token", lambda token_id: False)
+        streamed: list[int] = []
+
+        def on_token(token_id: int) -> bool:
+            streamed.append(token_id)
+            return bool(then(token_id))
+
+        def on_finish(result: GenerationResult) -> None:
+            if result.error is None and tuple(streamed) != result.token_ids:
+                error = HCacheError(f"streamed {streamed}, finished with {result.token_ids}")
+                result = replace(result, error=error)
+            results.put(result)
+
         salt = kwargs.pop("tenant_salt", b"")
         self.service.submit(
             GenerationRequest(
                 request_id=str(next(_request_ids)),
                 prompt_token_ids=list(prompt),
                 sampling=SamplingParams(max_new_tokens=num_tokens, **kwargs),
-                on_finish=results.put,
+                on_finish=on_finish,
                 on_token=on_token,
                 tenant_salt=salt,
             )
