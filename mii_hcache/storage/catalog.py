@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import struct
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.database import Database
 from mii_hcache.storage.format import FORMAT_VERSION, KIND_CODES, KINDS_BY_CODE, UUID_BYTES
-from mii_hcache.storage.slots import Place
+from mii_hcache.storage.slots import MAX_SLOTS, Places, SlotSet
 from mii_hcache.storage.state_dir import new_store_uuid
 
 _APPLICATION_ID = 0x48434154  # "HCAT"
@@ -40,7 +41,7 @@ class SpanRow:
 
     record: SpanRecord
     generation: int
-    places: Sequence[Place]
+    places: Places
     crcs: Sequence[int]
     """CRC32C of each chunk's payload."""
     last_used: int
@@ -166,8 +167,8 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
     return SpanRow(
         record=record,
         generation=generation,
-        places=tuple(Place(segment, slot) for segment, slot, _ in triples),
-        crcs=tuple(crc for _, _, crc in triples),
+        places=Places((segment, slot) for segment, slot, _ in triples),
+        crcs=array("I", (crc for _, _, crc in triples)),
         last_used=last_used,
     )
 
@@ -183,9 +184,10 @@ def _row_crc(fields: Sequence[Any]) -> int:
 
 def _check_places(rows: Iterable[SpanRow]) -> None:
     """No two chunks may claim one slot. Raises CorruptChunkError."""
-    claimed: set[Place] = set()
+    claimed: dict[int, SlotSet] = {}
     for row in rows:
-        num_before = len(claimed)
-        claimed.update(row.places)
-        if len(claimed) != num_before + len(row.places):
-            raise CorruptChunkError("two chunks claim the same slot")
+        for run in row.places.runs():
+            if run.stop > MAX_SLOTS:
+                raise CorruptChunkError(f"a chunk claims slot {run.stop - 1}")
+            if not claimed.setdefault(run.segment, SlotSet()).add(run.start, run.stop):
+                raise CorruptChunkError("two chunks claim the same slot")

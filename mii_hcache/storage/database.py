@@ -113,7 +113,7 @@ class Database:
         )
 
     def _check(self, connection: sqlite3.Connection) -> None:
-        answer = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        answer = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if _text(answer) != "ok":
             raise CorruptChunkError(f"SQLite finds damage: {_text(answer)}")
         if connection.execute("PRAGMA application_id").fetchone()[0] != self._application_id:

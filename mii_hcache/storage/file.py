@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import threading
 import time
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
@@ -24,8 +25,9 @@ from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Room
 from mii_hcache.storage.segment import StaleSlotError
 from mii_hcache.storage.segments import Segments
-from mii_hcache.storage.slots import SlotPool
+from mii_hcache.storage.slots import Places, SlotPool
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.trouble import Trouble
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class FileStore(ChunkStore):
         self._flush_bytes = flush_bytes
         self._commit_lock = threading.Lock()
         self._ticks_due_s = 0.0
+        self._write_trouble = Trouble(_log)
+        self._catalog_trouble = Trouble(_log)
         with ExitStack() as undo:
             self._catalog = Catalog(state_dir.catalog, state_dir.read_store_uuid())
             undo.callback(self._catalog.close)
@@ -191,17 +195,19 @@ class FileStore(ChunkStore):
             places = self._room.reserve(record)
             if places is None:
                 return False
-            span = HeldSpan(record=record, generation=self._index.next_generation(), places=places, crcs=crcs)
+            generation = self._index.next_generation()
+            span = HeldSpan(record=record, generation=generation, places=Places(places), crcs=array("I", crcs))
             try:
                 for chunk_idx, chunk in enumerate(chunks):
                     self._segments.write(places[chunk_idx], self._header(span, chunk_idx), chunk)
             except OSError as error:
-                _log.warning("a span could not be written (%s)", error)
+                self._write_trouble.begin("spans cannot be written to files (%s); they are dropped", error)
                 self._room.erase(places)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     return False
                 self._room.pause_growth()
                 continue
+            self._write_trouble.end()
             if not self._index.publish(span):
                 self._room.give_back(places)
             return True
@@ -269,9 +275,10 @@ class FileStore(ChunkStore):
                 if rows or drop or work.used:
                     self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
             except sqlite3.Error as error:
-                _log.warning("the catalog could not be written (%s); it will be tried again", error)
+                self._catalog_trouble.begin("the catalog cannot be written (%s); new spans are not durable", error)
                 self._index.work_failed(work)
                 return False
+            self._catalog_trouble.end()
             self._index.work_done(work)
             self._room.erase(self._index.take_erasable())
             with self._index.lock:

@@ -13,7 +13,7 @@ from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.storage.format import slot_bytes
 from mii_hcache.storage.reasons import Reasons
 from mii_hcache.storage.recency import Recency
-from mii_hcache.storage.slots import Place, SlotPool
+from mii_hcache.storage.slots import Place, Places, SlotPool
 
 
 @dataclass(kw_only=True, eq=False)
@@ -22,7 +22,7 @@ class HeldSpan:
 
     record: SpanRecord
     generation: int
-    places: Sequence[Place]
+    places: Places
     crcs: Sequence[int]
     num_readers: int = 0
     has_row: bool = False
@@ -300,4 +300,4 @@ class FileIndex:
                 self._erasable.extend(span.places)
             else:
                 self.pool.give(span.places)
-            span.places = ()
+            span.places = Places()

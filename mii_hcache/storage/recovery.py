@@ -9,7 +9,7 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
 from mii_hcache.storage.format import slot_bytes
 from mii_hcache.storage.segments import Segments
-from mii_hcache.storage.slots import SlotPool
+from mii_hcache.storage.slots import SlotPool, SlotSet
 
 _log = logging.getLogger(__name__)
 
@@ -22,19 +22,20 @@ def recover(catalog: Catalog, segments: Segments, pool: SlotPool) -> tuple[list[
     """
     files = segments.files
     pool.reserve_number(segments.last_number)
-    taken: dict[int, set[int]] = {number: set() for number in files}
+    taken = {number: SlotSet() for number in files}
     kept: list[SpanRow] = []
     lost: list[SpanRow] = []
     for row in catalog.rows:
-        size = slot_bytes(row.record.chunk_bytes)
-        pool.reserve_number(max(place.segment for place in row.places))
+        size, runs = slot_bytes(row.record.chunk_bytes), row.places.runs()
+        pool.reserve_number(max(run.segment for run in runs))
+        headers = [files[run.segment].header if run.segment in files else None for run in runs]
         if all(
-            number in files and files[number].header.slot_bytes == size and slot < files[number].header.num_slots
-            for number, slot in row.places
+            header is not None and header.slot_bytes == size and run.stop <= header.num_slots
+            for run, header in zip(runs, headers, strict=True)
         ):
             kept.append(row)
-            for number, slot in row.places:
-                taken[number].add(slot)
+            for run in runs:
+                taken[run.segment].add(run.start, run.stop)
         else:
             lost.append(row)
     for number, file in files.items():

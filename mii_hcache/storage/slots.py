@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from mii_hcache.storage.format import BLOCK_BYTES
+
+MAX_SLOTS = 1 << 24
+"""Slots per segment."""
 
 
 class Place(NamedTuple):
@@ -16,6 +21,72 @@ class Place(NamedTuple):
     segment: int
     """Number of the segment file."""
     slot: int
+
+
+class Run(NamedTuple):
+    """Neighbouring slots `[start, stop)` of one segment."""
+
+    segment: int
+    start: int
+    stop: int
+
+
+class Places(Sequence[Place]):
+    """The places of a span's chunks, packed: a large store keeps millions of them in memory. Immutable."""
+
+    __slots__ = ("_words",)
+
+    def __init__(self, places: Iterable[tuple[int, int]] = ()) -> None:
+        self._words = array("I", itertools.chain.from_iterable(places))
+
+    def __len__(self) -> int:
+        return len(self._words) // 2
+
+    @overload
+    def __getitem__(self, idx: int) -> Place: ...
+    @overload
+    def __getitem__(self, idx: slice) -> list[Place]: ...
+    def __getitem__(self, idx: int | slice) -> Place | list[Place]:
+        if isinstance(idx, slice):
+            return list(self)[idx]
+        segment, slot = self._words[2 * idx : 2 * idx + 2]
+        return Place(segment, slot)
+
+    def __iter__(self) -> Iterator[Place]:
+        words = iter(self._words)
+        return map(Place, words, words)
+
+    def runs(self) -> list[Run]:
+        """The same slots as runs; most spans are one."""
+        segments, slots = self._words[::2], self._words[1::2]
+        if slots and segments.count(segments[0]) == len(slots) and slots == array("I", range(slots[0], slots[-1] + 1)):
+            return [Run(segments[0], slots[0], slots[-1] + 1)]
+        return [Run(segment, slot, slot + 1) for segment, slot in self]
+
+
+class SlotSet:
+    """Some slots of one segment, a byte each."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self.num = 0
+
+    def add(self, start: int, stop: int) -> bool:
+        """Add slots `[start, stop)`. False, and nothing added, when one of them was in already."""
+        if self._bytes.find(1, start, stop) >= 0:
+            return False
+        self._bytes.extend(bytes(max(0, stop - len(self._bytes))))
+        self._bytes[start:stop] = b"\1" * (stop - start)
+        self.num += stop - start
+        return True
+
+    def __contains__(self, slot: int) -> bool:
+        return slot < len(self._bytes) and self._bytes[slot] == 1
+
+    @property
+    def stop(self) -> int:
+        """One more than the highest slot."""
+        return len(self._bytes)
 
 
 @dataclass(kw_only=True)
@@ -73,17 +144,15 @@ class SlotPool:
         """Never use this segment number, or a smaller one, for a new segment."""
         self._next_number = max(self._next_number, number + 1)
 
-    def add_segment(
-        self, number: int, slot_bytes: int, num_slots: int, taken: Collection[int], num_written: int
-    ) -> None:
+    def add_segment(self, number: int, slot_bytes: int, num_slots: int, taken: SlotSet, num_written: int) -> None:
         """Know an existing segment: `taken` slots hold chunks, other slots below `num_written` are free."""
         self.reserve_number(number)
-        fresh = max(num_written, max(taken, default=-1) + 1)
+        fresh = max(num_written, taken.stop)
         self._shelves[number] = _Shelf(
             number=number,
             slot_bytes=slot_bytes,
             num_slots=num_slots,
-            num_taken=len(taken),
+            num_taken=taken.num,
             free=[slot for slot in range(fresh) if slot not in taken],
             fresh=fresh,
         )
@@ -166,7 +235,7 @@ class SlotPool:
         return [shelf for shelf in self._shelves.values() if shelf.slot_bytes == slot_bytes]
 
     def _slots_per_segment(self, slot_bytes: int) -> int:
-        return max(1, (self._segment_bytes - BLOCK_BYTES) // slot_bytes)
+        return min(MAX_SLOTS, max(1, (self._segment_bytes - BLOCK_BYTES) // slot_bytes))
 
     def _new_shelf(self, slot_bytes: int) -> _Shelf:
         number = self._next_number

@@ -18,6 +18,7 @@ from mii_hcache.storage.database import Database
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recency import Recency
 from mii_hcache.storage.rolling import RollingText
+from mii_hcache.storage.trouble import Trouble
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Transcripts:
         """Rows to insert, or None to delete, with the next transaction."""
         self._commit_lock = threading.Lock()
         self._ticks_due_s = 0.0
+        self._trouble = Trouble(_log)
         self.note: str | None = None
         """A sentence for people when a damaged database was set aside."""
         self._database: Database | None = None
@@ -186,10 +188,11 @@ class Transcripts:
                 if unsaved or moved:
                     database.transact(change)
             except sqlite3.Error as error:
-                _log.warning("transcripts could not be saved (%s); it will be tried again", error)
+                self._trouble.begin("transcripts cannot be saved (%s); new ones are not durable", error)
                 with self._lock:
                     self._unsaved = unsaved | self._unsaved
                 return
+            self._trouble.end()
             if moved:
                 self._ticks_due_s = now_s + _TICKS_INTERVAL_S
 

@@ -73,24 +73,32 @@ def test_the_first_writer_wins(kit):
 
 def test_of_racing_writers_one_wins_whole(kit):
     store = kit.open()
-    for round_idx in range(10):
-        record = make_record(f"race{round_idx}")
+    records = [make_record(f"race{round_idx}") for round_idx in range(10)]
+    for record in records:
         start = threading.Barrier(4)
+        seen = []
 
-        def write(writer, record=record, start=start):
+        def write(writer, record=record, start=start, seen=seen):
             start.wait()
             assert put(store, record, writer)
+            seen.append(read_span(store, record))
 
         threads = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        chunks, reason = read_span(store, record)
-        assert reason is None
-        assert chunks in [make_chunks(record, writer) for writer in range(4)]
+        seen.append(read_span(store, record))
+        assert seen == [seen[0]] * 5, "the first one stays"
+        assert seen[0][1] is None
+        assert seen[0][0] in [make_chunks(record, writer) for writer in range(4)]
     store.flush()
-    assert store.stats().num_spans == 10
+    assert (store.stats().num_spans, store.stats().num_bytes) == (10, 10 * SPAN_BYTES)
+    assert store.delete([record.span_id for record in records]) == 10
+    store.flush()
+    assert store.stats().num_bytes == 0
+    if kit.kind != "memory":
+        assert disk_bytes(kit.path) == 0, "losers' slots came back"
 
 
 @pytest.mark.parametrize("bad", ["too few", "too short", "too long"])

@@ -233,6 +233,18 @@ def test_a_catalog_that_makes_no_sense_is_set_aside(saved, sql, why, caplog):
     assert_starts_empty(saved, caplog, why)
 
 
+def test_a_catalog_whose_index_is_damaged_is_set_aside(saved, caplog):
+    """Its rows can be read, but could not be deleted: SQLite itself has to find that."""
+    connection = sqlite3.connect(saved.path / "catalog.sqlite")
+    (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE type = 'index'").fetchone()
+    assert connection.execute("PRAGMA page_size").fetchone() == (4096,)
+    connection.close()
+    with (saved.path / "catalog.sqlite").open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\x0a\x00\x00\x00\x00\x10\x00\x00")  # a leaf of an index without cells
+    assert_starts_empty(saved, caplog, "SQLite finds damage")
+
+
 def test_a_deleted_catalog_starts_empty_and_gives_the_bytes_back(saved):
     (saved.path / "catalog.sqlite").unlink()
     store = saved.open()

@@ -203,7 +203,7 @@ def test_what_cannot_be_synced_is_forgotten(file_kit, monkeypatch):
     assert holds(store, before)
 
 
-def test_a_catalog_that_cannot_be_written_is_tried_again(file_kit, monkeypatch):
+def test_a_catalog_that_cannot_be_written_is_tried_again(file_kit, monkeypatch, caplog):
     store = file_kit.open()
     commit = Catalog.commit
 
@@ -217,8 +217,10 @@ def test_a_catalog_that_cannot_be_written_is_tried_again(file_kit, monkeypatch):
     store.delete([make_record("b").span_id])
     store.flush()
     assert holds(store, make_record("a"))
+    assert len(caplog.records) == 1, "trouble that lasts is told once"
     monkeypatch.setattr(Catalog, "commit", commit)
     store.flush()
+    assert [record.getMessage()[:6] for record in caplog.records] == ["the ca", "over: "]
     store = file_kit.open()
     assert holds(store, make_record("a"))
     assert store.find(make_record("b").span_id) is None

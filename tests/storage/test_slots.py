@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mii_hcache.storage.slots import Place, SlotPool
+from mii_hcache.storage.slots import Place, Places, SlotPool, SlotSet
 
 SIZES = (8192, 12_288, 40_960)
 CAPACITY_BYTES = 200_000
@@ -75,7 +75,9 @@ class PoolMachine(RuleBasedStateMachine):
     def reopen(self):
         pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
         for number, (size, slots) in self.on_disk.items():
-            taken = {place.slot for place in self.taken if place.segment == number}
+            taken = SlotSet()
+            for place in self.taken:
+                assert place.segment != number or taken.add(place.slot, place.slot + 1)
             pool.add_segment(number, size, self.pool.shape(number)[1], taken, max(slots, default=-1) + 1)
         free = pool.take_all_free()
         assert set(free).isdisjoint(self.taken)
@@ -115,3 +117,38 @@ def test_numbers_of_files_that_are_there_are_not_used_again():
     assert pool.take_empty() == [42]
     pool.forget_bytes()
     assert pool.take(8192, 1) == [Place(43, 0)]
+
+
+words = st.integers(0, 2**32 - 2)
+
+
+@given(
+    pairs=st.one_of(
+        st.lists(st.tuples(words, words)),
+        st.tuples(words, st.integers(0, 99), st.integers(0, 20)).map(lambda t: [(t[0], t[1] + i) for i in range(t[2])]),
+    )
+)
+def test_packed_places_are_a_sequence(pairs):
+    places = Places(pairs)
+    assert list(places) == [places[idx] for idx in range(len(places))] == pairs
+    assert places[1:3] == pairs[1:3]
+    assert all(isinstance(place, Place) for place in places)
+    assert [(segment, slot) for segment, start, stop in places.runs() for slot in range(start, stop)] == pairs
+
+
+def test_neighbours_are_one_run():
+    assert Places([(7, 3), (7, 4), (7, 5)]).runs() == [(7, 3, 6)]
+    assert len(Places([(7, 3), (7, 5), (7, 4)]).runs()) == 3
+    assert len(Places([(7, 3), (8, 4)]).runs()) == 2
+
+
+@given(runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 9))))
+def test_slot_sets_are_sets(runs):
+    found = SlotSet()
+    seen: set[int] = set()
+    for start, num in runs:
+        slots = set(range(start, start + num))
+        assert found.add(start, start + num) == seen.isdisjoint(slots)
+        seen |= slots if seen.isdisjoint(slots) else set()
+    assert {slot for slot in range(400) if slot in found} == seen
+    assert (found.num, found.stop) == (len(seen), max(seen, default=-1) + 1)
