@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class HCacheConfig:
     """Background threads that put spans into the store."""
     restore_slice_s: float = 0.010
     """Longest that a restore holds up running sequences at a time."""
+    poison_blocks: bool = field(default_factory=lambda: os.environ.get("MII_HCACHE_POISON_BLOCKS", "") == "1")
+    """Fill free KV blocks with NaN, to hunt corruption: `MII_HCACHE_POISON_BLOCKS=1`."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_NAMES:

@@ -127,13 +127,7 @@ def save_tiny_model(name: str, path: Path) -> None:
 def poisoned_engine(model_dir: Path, *, dtype: str = "float32", num_blocks: int = 400, **kwargs: Any) -> HCacheEngine:
     """An engine whose free blocks hold NaN: whoever reads what it did not write, or what was freed, gives nonsense."""
     engine = build_engine(str(model_dir), dtype=dtype, num_blocks=num_blocks, **kwargs)
-    cache = engine._state_manager._kv_cache._caches[0]
-
-    def poison(blocks: list[int]) -> None:
-        cache[:, blocks] = float("nan")
-
-    engine.allocator.on_free = poison
-    poison(list(range(num_blocks)))
+    engine.poison_free_blocks()
     return engine
 
 

@@ -86,6 +86,10 @@ class BlockAllocator:
         if self.on_free is not None:
             self.on_free(ids)
 
+    def is_free(self, block: int) -> bool:
+        """Whether no sequence holds the block."""
+        return bool(self._is_free[block])
+
     @property
     def free_blocks(self) -> int:
         """How many blocks are free."""

@@ -71,6 +71,9 @@ def _open_engine(config: HCacheConfig, state: OpenedState, state_dir: Path) -> O
         max_sequences=config.max_sequences,
         max_context_tokens=config.max_context_tokens,
     )
+    if config.poison_blocks:
+        engine.poison_free_blocks()
+        notes.append("Free blocks are poisoned with NaN (MII_HCACHE_POISON_BLOCKS=1).")
     method = method_named(config.method) if config.method else default_method(engine.geometry)
     fingerprint = model_fingerprint(
         model_dir=Path(engine.checkpoint_dir),

@@ -167,6 +167,17 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         if self._state_manager.get_sequence(uid) is not None:
             self.flush(uid)
 
+    def poison_free_blocks(self) -> None:
+        """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
+        finite, and its request fails. For tests and for hunting corruption; costs a write per freed block."""
+        cache = self._state_manager._kv_cache._caches[0]
+
+        def poison(blocks: list[int]) -> None:
+            cache[:, blocks] = float("nan")
+
+        self.allocator.on_free = poison
+        poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
+
     def target(self, uid: int) -> SequenceBlocks:
         """The sequence's blocks as they are now."""
         return SequenceBlocks(self, uid)

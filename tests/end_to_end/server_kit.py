@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`python -m mii_hcache.serve` with the demo model."""
+    """`python -m mii_hcache.serve` with the demo model. Freed blocks are poisoned with NaN."""
 
     def __init__(self, root: Path, *arguments: str, name: str = "state") -> None:
         self.port = free_port()
@@ -61,7 +61,7 @@ class Server:
             ],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MII_HCACHE_POISON_BLOCKS": "1"},
         )
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
