@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mii_hcache.core.methods import METHODS
 from mii_hcache.engine.pipeline import AttachedModel
 from mii_hcache.engine.transformers_adapter import SequenceRunner, TransformersEngine, fingerprint_of
 from mii_hcache.errors import ConfigError, HCacheError, RequestError, StateDirBusyError, UnsupportedModelError
+from mii_hcache.runtime.capture import HostCapture
 from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import VOCAB, open_client, poisoned_engine, tiny_hf_model
 
@@ -116,15 +118,15 @@ def test_the_smaller_kind_is_saved_unless_told_otherwise():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_restored_cache_is_the_one_that_was_dropped(name, method, dtype):
     model = tiny_hf_model(name).to(dtype) if dtype is torch.bfloat16 else model_named(name)
-    token_ids = random_ids(3, 330)
+    token_ids = random_ids(3, 650)
     kept = transformers.DynamicCache()
     with torch.no_grad():
-        model(torch.tensor([token_ids[:320]]), past_key_values=kept, use_cache=True)
+        model(torch.tensor([token_ids[:640]]), past_key_values=kept, use_cache=True)
     with attach(model, method=method) as attached:
-        assert attached.save(token_ids) == 320
-        assert attached.restorable_tokens(token_ids) == 320
+        assert attached.save(token_ids) == 640
+        assert attached.restorable_tokens(token_ids) == 640
         restored = attached.restore(token_ids)
-        assert restored.get_seq_length() == 320
+        assert restored.get_seq_length() == 640
         for kept_layer, layer in zip(kept.layers, restored.layers, strict=True):
             for kept_states, states in ((kept_layer.keys, layer.keys), (kept_layer.values, layer.values)):
                 if method == "kv":
@@ -134,7 +136,7 @@ def test_a_restored_cache_is_the_one_that_was_dropped(name, method, dtype):
                     torch.testing.assert_close(states, kept_states, rtol=tolerance, atol=tolerance)
         if dtype is torch.float32:
             assert plain(model, token_ids, cache=restored) == plain(model, token_ids)
-    assert restored.get_seq_length() == 320 + 10 + NUM_NEW - 1 or dtype is torch.bfloat16  # the caller's own
+    assert restored.get_seq_length() == 640 + 10 + NUM_NEW - 1 or dtype is torch.bfloat16  # the caller's own
 
 
 @pytest.mark.parametrize("method", ["hidden", "kv"])
@@ -235,6 +237,43 @@ def test_save_runs_only_what_is_not_saved(monkeypatch):
         assert attached.generate(token_ids[:60], max_new_tokens=1).hcache.miss_reason == "too_short"
 
 
+def test_the_last_token_is_left_to_run():
+    model, prompt = model_named("llama"), random_ids(15, 128)
+    with attach(model) as attached:
+        for restored in (0, 64):
+            result = attached.generate(prompt, max_new_tokens=NUM_NEW)
+            assert (result.token_ids, result.hcache.restored_tokens) == (plain(model, prompt), restored)
+
+
+def test_a_prompt_waits_for_its_own_state(monkeypatch):
+    put = MemoryStore.put
+    monkeypatch.setattr(MemoryStore, "put", lambda self, *args: (time.sleep(0.1), put(self, *args))[1])
+    prompt = random_ids(16, 200)
+    with attach(model_named("llama")) as attached:
+        attached.generate(prompt, max_new_tokens=1)
+        assert attached.generate(prompt, max_new_tokens=1).hcache.restored_tokens == 192
+
+
+def test_rows_that_found_no_room_are_read_from_the_cache(monkeypatch):
+    model, prompt = model_named("llama"), random_ids(17, 200)
+    monkeypatch.setattr(HostCapture, "begin", lambda self, num_rows, wait_s: False)
+    with attach(model, method="hidden") as attached:
+        attached.generate(prompt, max_new_tokens=1)
+        result = attached.generate(prompt, max_new_tokens=NUM_NEW)
+        assert (result.hcache.restored_tokens, result.hcache.method) == (192, "kv")
+        assert result.token_ids == plain(model, prompt)
+
+
+def test_what_save_saved_is_durable(tmp_path, monkeypatch):
+    flushed: list[int] = []
+    with attach(model_named("llama"), tmp_path) as attached:
+        store = attached._state.store
+        monkeypatch.setattr(store, "flush", lambda: flushed.append(store.stats().num_spans))
+        attached.save(random_ids(18, 200))
+        assert flushed == [3]
+        monkeypatch.undo()
+
+
 def test_recompute_saves_nothing():
     with attach(model_named("llama"), method="recompute") as attached:
         prompt = random_ids(4, 200)
@@ -265,6 +304,9 @@ def test_the_fingerprint_covers_weights_config_and_dtype():
     model = tiny_hf_model("qwen3")
     first = fingerprint_of(model)
     assert first == fingerprint_of(model_named("qwen3")) != fingerprint_of(model_named("llama"))
+    model.model.rotary_emb.inv_freq[3] *= 1.5  # in no state_dict, in no config
+    assert fingerprint_of(model) != first
+    model.model.rotary_emb.inv_freq[3] /= 1.5
     model.config.pad_token_id = 0  # what many scripts do; no number changes
     assert fingerprint_of(model) == first
     with torch.no_grad():
@@ -283,7 +325,7 @@ def test_the_fingerprint_covers_weights_config_and_dtype():
 
 def test_the_owners_forwards_are_not_captured():
     model = model_named("llama")
-    prompt, strange = random_ids(9, 150), torch.tensor([random_ids(10, 150)])
+    prompt, strange = random_ids(9, 150), torch.tensor([random_ids(10, 128)])
 
     def run_another(*args: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -315,7 +357,7 @@ def test_any_thread_may_ask():
     model = model_named("llama")
     prompts = [random_ids(seed, 100 + 30 * seed) for seed in range(4)]
     told: dict[int, tuple[int, ...]] = {}
-    with attach(model) as attached:
+    with attach(model, method="hidden") as attached:
 
         def ask(idx: int) -> None:
             told[idx] = attached.generate(prompts[idx], max_new_tokens=6).token_ids
@@ -325,6 +367,9 @@ def test_any_thread_may_ask():
             thread.start()
         for thread in threads:
             thread.join()
+        assert [attached.restorable_tokens(prompt) for prompt in prompts] == [64, 128, 128, 128]
+        counted = attached._runner.counters.snapshot()
+        assert {name for name in counted if name.startswith(("dropped", "healed", "save_errors"))} == set()
     assert told == {idx: plain(model, prompt, 6) for idx, prompt in enumerate(prompts)}
 
 
@@ -353,7 +398,8 @@ def _flip_bits(state_dir: Path, chance: random.Random) -> None:
     for path in sorted(path for path in state_dir.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20):
         with path.open("r+b") as file:
             written = [at for at in range(0, path.stat().st_size, 4096) if os.pread(file.fileno(), 64, at).strip(b"\0")]
-            for at in chance.sample(written, min(len(written), 12)):
+            late = written[2 * len(written) // 3 :]  # later spans: what comes before them is restored
+            for at in chance.sample(late, len(late) // 2):
                 byte = os.pread(file.fileno(), 1, at + 2000)
                 os.pwrite(file.fileno(), bytes([byte[0] ^ 16]), at + 2000)
 
@@ -368,7 +414,7 @@ def test_damage_changes_no_answer(tmp_path, method):
     with attach(model, tmp_path, method=method) as attached:
         result = attached.generate(prompt, max_new_tokens=NUM_NEW)
         assert result.token_ids == told
-        assert result.hcache.restored_tokens < 640 and result.hcache.miss_reason == "corrupt"
+        assert 0 < result.hcache.restored_tokens < 640 and result.hcache.miss_reason == "corrupt"
         healed = attached.generate(prompt, max_new_tokens=NUM_NEW)
         assert healed.token_ids == told
         assert (healed.hcache.restored_tokens, healed.hcache.miss_reason) == (640, None)
