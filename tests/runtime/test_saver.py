@@ -258,7 +258,7 @@ def test_a_store_that_hangs_for_long_does_not_pile_up_steps(bench):
     waiting = bench.savers[-1]._flusher._num_snapshots
     for _ in range(200):
         bench.run((uid, 1))
-    assert bench.savers[-1]._flusher._num_snapshots == waiting
+    assert bench.savers[-1]._flusher._num_snapshots <= waiting
 
 
 # --- healing ---------------------------------------------------------------------------------------------------------
