@@ -207,6 +207,9 @@ class FileStore(ChunkStore):
                     return False
                 self._room.pause_growth()
                 continue
+            except BaseException:
+                self._room.erase(places)
+                raise
             self._write_trouble.end()
             if not self._index.publish(span):
                 self._room.give_back(places)

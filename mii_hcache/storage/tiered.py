@@ -189,6 +189,9 @@ class TieredStore(ChunkStore):
                     self._memory.unpin([span_id])
                     return False
         with self._changed:
+            if self._closing:
+                self._memory.unpin([span_id])
+                return False  # nobody would write it
             if span_id in self._to_write or span_id in self._claimed or self._file.find(span_id) is not None:
                 self._memory.unpin([span_id])  # another writer's copy has a pin of its own
             else:

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import sqlite3
+import threading
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.storage.storage_kit import (
     SPAN_DISK_BYTES,
     disk_bytes,
     holds,
+    make_chunks,
     make_record,
     put,
     reads_of,
@@ -177,6 +179,108 @@ def test_a_read_error_is_damage(file_kit, monkeypatch):
     assert outcome == ReadOutcome(num_ok=4, reason="corrupt")
     assert store.stats().corrupt_chunks == 1
     assert [store.find(record.span_id) is not None for record in records] == [True] * 4 + [False, True]
+
+
+class SlowDisk:
+    """Holds reads back until told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_reading, self.may_read = threading.Event(), threading.Event()
+        original = os.preadv
+
+        def preadv(fd, buffers, offset):
+            self.is_reading.set()
+            assert self.may_read.wait(20)
+            return original(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+
+def read_in_thread(store, record) -> tuple[threading.Thread, list[bool]]:
+    found: list[bool] = []
+    reader = threading.Thread(target=lambda: found.append(holds(store, record)))
+    reader.start()
+    return reader, found
+
+
+def test_a_span_that_is_being_read_is_neither_evicted_nor_overwritten(file_kit, monkeypatch):
+    store = file_kit.open_for(4)
+    records = [make_record(idx) for idx in range(4)]
+    for record in records:
+        put(store, record)
+    disk = SlowDisk(monkeypatch)
+    reader, found = read_in_thread(store, records[0])
+    assert disk.is_reading.wait(20)
+    store.touch([record.span_id for record in records[1:]])
+    for idx in range(10, 16):
+        assert put(store, make_record(idx))
+    assert store.find(records[0].span_id) is not None
+    disk.may_read.set()
+    reader.join()
+    assert found == [True]
+
+
+def test_a_span_that_is_deleted_while_it_is_read_is_not_overwritten(file_kit, monkeypatch):
+    store = file_kit.open_for(2)
+    record = make_record(0)
+    put(store, record)
+    store.flush()
+    disk = SlowDisk(monkeypatch)
+    reads = reads_of(record)
+    outcomes = []
+    reader = threading.Thread(target=lambda: outcomes.append(store.get_into(reads)))
+    reader.start()
+    assert disk.is_reading.wait(20)
+    store.delete([record.span_id])
+    store.flush()
+    num_put = sum(put(store, make_record(idx)) for idx in range(10, 14))
+    assert num_put == 4
+    disk.may_read.set()
+    reader.join()
+    assert outcomes == [ReadOutcome(num_ok=3)], "its slots stayed as they were"
+    assert [read.out for read in reads] == make_chunks(record)
+    store.flush()
+    assert store.disk_bytes == 4096 + SPAN_DISK_BYTES, "and were given back after it"
+
+
+def test_close_waits_for_a_read(file_kit, monkeypatch):
+    store = file_kit.open()
+    put(store, make_record(0))
+    disk = SlowDisk(monkeypatch)
+    reader, found = read_in_thread(store, make_record(0))
+    assert disk.is_reading.wait(20)
+    closer = threading.Thread(target=store.close)
+    closer.start()
+    closer.join(0.1)
+    assert closer.is_alive()
+    disk.may_read.set()
+    closer.join()
+    reader.join()
+    assert found == [True]
+
+
+def test_a_file_that_ends_early_is_damage_even_if_the_buffers_hold_the_bytes(file_kit):
+    store = file_kit.open()
+    put(store, make_record(0))
+    reads = reads_of(make_record(0))[:1]
+    assert store.get_into(reads) == ReadOutcome(num_ok=1)
+    os.truncate(file_kit.path / "segments" / "00000001.seg", 4096)
+    assert store.get_into(reads) == ReadOutcome(num_ok=0, reason="corrupt")
+
+
+def test_an_interrupted_write_leaves_nothing_taken(file_kit, monkeypatch):
+    store = file_kit.open_for(2)
+
+    def interrupted(fd, buffers, offset):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwritev", interrupted)
+    for idx in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            put(store, make_record(idx))
+    monkeypatch.undo()
+    assert all(put(store, make_record(idx)) for idx in range(2))
+    assert all(holds(store, make_record(idx)) for idx in range(2))
 
 
 def test_what_cannot_be_synced_is_forgotten(file_kit, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -71,6 +72,49 @@ def test_readable_at_once_and_pinned_until_written(make, monkeypatch):
     store.flush()
     assert put(store, records[3])
     assert all(holds(store, record) for record in records)
+
+
+def test_racing_writers_leave_no_pin_behind(make, monkeypatch):
+    gate = Gate(monkeypatch)
+    store = make(6)
+    records = [make_record(idx) for idx in range(5)]
+    threads = [
+        threading.Thread(target=lambda writer=writer: [put(store, record, writer) for record in records])
+        for writer in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    gate.is_open.set()
+    for thread in threads:
+        thread.join()
+    store.flush()
+    assert store._memory._recency._pins == {}
+    assert store.stats().num_spans == 5
+
+
+def test_nothing_is_accepted_that_nobody_will_write(tmp_path):
+    state_dir = StateDir(tmp_path)
+    store = TieredStore(MemoryStore(20 * SPAN_BYTES), FileStore(state_dir, 1 << 30), put_wait_s=20.0)
+    accepted = []
+
+    def work(seed: int) -> None:
+        names = ((seed, idx) for idx in range(100_000))
+        accepted.extend(itertools.takewhile(lambda name: put(store, make_record(name)), names))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    store.close()
+    for thread in threads:
+        thread.join()
+    file = FileStore(state_dir, 1 << 30)
+    assert accepted
+    assert all(holds(file, make_record(name)) for name in accepted)
+    assert file.stats().num_spans == len(accepted)
+    file.close()
+    state_dir.close()
 
 
 def test_put_waits_for_room_that_comes(make, monkeypatch):
