@@ -207,7 +207,7 @@ class FakeStore(ChunkStore):
         self.read_gate = threading.Event()
         self.read_gate.set()
         self.mode = "ok"
-        """What becomes of puts: `ok`, `full` or `broken`."""
+        """What becomes of puts: `ok`, `slow`, `full` or `broken`."""
         self.read_delays: Iterable[float] | None = None
         """Seconds that each read takes."""
         self.damage: dict[tuple[SpanId, int], str | Exception] = {}
@@ -239,6 +239,8 @@ class FakeStore(ChunkStore):
             raise OSError("the device is gone")
         if self.mode == "full":
             return False
+        if self.mode == "slow":
+            time.sleep(0.001)
         assert len(chunks) == record.num_chunks
         assert all(chunk.nbytes == record.chunk_bytes and chunk.c_contiguous for chunk in chunks)
         copies = [bytes(chunk) for chunk in chunks]

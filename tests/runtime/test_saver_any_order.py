@@ -1,7 +1,7 @@
 """Whatever happens in whatever order, a span in the store holds the bytes of its own history, in every layer.
 
 The engine reuses one buffer for every layer; ring rows and buffers are NaN before and after they belong to somebody;
-the store hangs, is full, fails and forgets. Rows are a function of the whole history, so any mix-up shows.
+the store hangs, is slow, is full, fails and forgets. Rows are a function of the whole history, so any mix-up shows.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ verbs = st.one_of(
         _verb("hang"),
         _verb("go_on"),
         _verb("drain"),
-        _verb("set_mode", st.sampled_from(["ok", "ok", "full", "broken"])),
+        _verb("set_mode", st.sampled_from(["ok", "slow", "full", "broken"])),
         _verb("forget", st.integers(0, 3)),
         _verb("heal", numbers),
     ),
