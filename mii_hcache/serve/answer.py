@@ -165,8 +165,10 @@ class AnswerText:
         self._detokenizer = Detokenizer(decode, context)
         self._matcher = StopMatcher(stops)
         self._pieces: list[str] = []
-        self._num_chars = 0
-        """Decoded so far, shown or not."""
+        self._num_shown = 0
+        """Characters in `_pieces`."""
+        self.num_chars = 0
+        """Decoded so far, shown or not: where the text of the next token will start."""
         self._cuts: list[tuple[int, int]] = [(0, 0)]
         """(chars, tokens) where text and tokens end together, in order."""
         self._num_tokens = 0
@@ -177,6 +179,14 @@ class AnswerText:
     def text(self) -> str:
         """What has been shown."""
         return "".join(self._pieces)
+
+    @property
+    def num_shown_tokens(self) -> int:
+        """How many of the pushed tokens a reader has seen, wholly or in part. Those without text are seen with what
+        is before them."""
+        idx = bisect_right(self._cuts, (self._num_shown, self._num_tokens))
+        chars, num_tokens = self._cuts[idx - 1]
+        return num_tokens if chars == self._num_shown else self._cuts[idx][1]
 
     def push(self, token_id: int) -> str:
         """The next piece to show, possibly empty. Not for stop tokens."""
@@ -195,6 +205,7 @@ class AnswerText:
     def cut(self, num_chars: int) -> None:
         """Make the text shorter, as if the answer had been stopped there: a client that left saw no more of it."""
         self._pieces = [self.text[:num_chars]]
+        self._num_shown = len(self._pieces[0])
         self.stopped = True
 
     def tokens_of_text(self) -> tuple[int, str]:
@@ -205,14 +216,15 @@ class AnswerText:
         return num_tokens, text[chars:]
 
     def _show(self, text: str) -> str:
-        self._num_chars += len(text)
+        self.num_chars += len(text)
         num_settled = self._num_tokens - self._detokenizer.num_pending
         if num_settled > self._cuts[-1][1]:
-            self._cuts.append((self._num_chars, num_settled))
+            self._cuts.append((self.num_chars, num_settled))
         shown, self.stopped = self._matcher.push(text)
         return self._keep(shown)
 
     def _keep(self, piece: str) -> str:
         if piece:
             self._pieces.append(piece)
+            self._num_shown += len(piece)
         return piece

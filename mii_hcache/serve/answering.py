@@ -15,16 +15,21 @@ from mii_hcache.errors import RequestError
 from mii_hcache.runtime.generation import GenerationService, SamplingParams
 from mii_hcache.serve.body import MAX_BODY_BYTES, read_body
 from mii_hcache.serve.errors import ApiError, ClientGoneError, api_error_of, shutting_down, unknown_model
-from mii_hcache.serve.generations import Finished, Generations, Piece
+from mii_hcache.serve.generations import Finished, Generations
+from mii_hcache.serve.growing import Piece, ShownPrompt, Wanted
+from mii_hcache.serve.logprobs import LogprobsJson, chat_logprobs, completion_logprobs
 from mii_hcache.serve.metrics import ServerMetrics
 from mii_hcache.serve.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, Prompt
 from mii_hcache.serve.replies import Replies, sse
 from mii_hcache.serve.text import EncodedPrompt, KnownTexts, PromptEncoder
+from mii_hcache.serve.token_names import TokenNames
 
 BodyT = TypeVar("BodyT", bound=GenerationBody)
 ResultT = TypeVar("ResultT")
 
 _DEFAULT_TEMPERATURE = 1.0
+_SCORED_IN_PLACE = 64
+"""Logprobs of more tokens (an echoed prompt) are written on another thread."""
 
 
 class Answering:
@@ -46,6 +51,7 @@ class Answering:
         self._service = service
         self._tokenizer = tokenizer
         self._encoder = PromptEncoder(tokenizer, known_texts)
+        self._names = TokenNames(tokenizer)
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._background: set[asyncio.Task[None]] = set()
@@ -95,23 +101,50 @@ class Answering:
     ) -> Response:
         """`default_tokens`: what an answer may have when the client does not say; None: what the context has room
         for."""
-        replies = Replies(chat=isinstance(body, ChatBody), model=self.model_name, with_usage=body.include_usage)
+        wanted = Wanted(
+            stops=body.stop,
+            pieces=bool(body.stream),
+            echo=isinstance(body, CompletionBody) and bool(body.echo),
+            num_top_logprobs=body.num_top_logprobs,
+            nothing_new=body.num_answer_tokens == 0,
+        )
+        replies = Replies(
+            chat=isinstance(body, ChatBody),
+            model=self.model_name,
+            with_usage=body.include_usage,
+            logprobs=self._logprobs_json(body),
+        )
+        sampling = [self._sampling(body, prompt, default_tokens) for prompt in prompts]
         generations = Generations(
             request_id=replies.request_id,
             service=self._service,
             encoder=self._encoder,
             tokenizer=self._tokenizer,
             prompts=prompts,
-            sampling=[self._sampling(body, prompt, default_tokens) for prompt in prompts],
-            stops=body.stop,
-            want_pieces=bool(body.stream),
+            shown=await self._shown(prompts, wanted),
+            sampling=sampling,
+            wanted=wanted,
             background=self._background,
         )
         generations.submit()
         if body.stream:
             return EventStream(self._stream(generations, replies), generations)
         finished = await _unless_gone(request, self._collect(generations))
+        if wanted.logprobs:  # a row for each token: not on the event loop
+            return await asyncio.to_thread(lambda: JSONResponse(replies.whole(finished)))
         return JSONResponse(replies.whole(finished))
+
+    async def _shown(self, prompts: Sequence[EncodedPrompt], wanted: Wanted) -> list[ShownPrompt]:
+        def shown() -> list[ShownPrompt]:
+            return [ShownPrompt.of(prompt, self._tokenizer, wanted) for prompt in prompts]
+
+        return await asyncio.to_thread(shown) if wanted.echo or wanted.logprobs else shown()
+
+    def _logprobs_json(self, body: GenerationBody) -> LogprobsJson | None:
+        if body.num_top_logprobs is None:
+            return None
+        form = chat_logprobs if isinstance(body, ChatBody) else completion_logprobs
+        return form(self._names, body.num_top_logprobs)
 
     def _sampling(self, body: GenerationBody, prompt: EncodedPrompt, default_tokens: int | None) -> SamplingParams:
         num_tokens = body.num_answer_tokens
@@ -120,6 +153,7 @@ class Answering:
             raise self._too_long(body, prompt, num_tokens)
         if num_tokens is None:
             num_tokens = room if default_tokens is None else min(room, default_tokens)
+        num_tokens = max(num_tokens, 1)  # for a prompt that is only scored, too
         stop_token_ids = frozenset(body.stop_token_ids or ())
         return SamplingParams(
             max_new_tokens=num_tokens,
@@ -154,7 +188,7 @@ class Answering:
     async def _counted(self, generations: Generations) -> AsyncIterator[Piece | Finished]:
         async for event in generations.events():
             if isinstance(event, Finished):
-                self._metrics.count_answer(event.result.report, len(event.result.token_ids))
+                self._metrics.count_answer(event.result.report, event.num_tokens)
             yield event
 
     async def _stream(self, generations: Generations, replies: Replies) -> AsyncIterator[str]:
@@ -167,11 +201,12 @@ class Answering:
                     for chunk in replies.opening_chunks(event.answer_idx):
                         yield sse(chunk)
                 if isinstance(event, Piece):
-                    yield sse(replies.piece_chunk(event.answer_idx, event.text))
+                    yield await _piece_event(replies, event)
                     continue
                 finished.append(event)
-                if event.last_piece:
-                    yield sse(replies.piece_chunk(event.answer_idx, event.last_piece))
+                if event.last_piece or event.last_scored:
+                    last = Piece(answer_idx=event.answer_idx, text=event.last_piece, scored=event.last_scored)
+                    yield await _piece_event(replies, last)
                 for chunk in replies.closing_chunks(finished, num_answers=generations.num_answers):
                     yield sse(chunk)
         except Exception as error:  # the status is sent already: the error is an event
@@ -196,6 +231,12 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._generations.close()
+
+
+async def _piece_event(replies: Replies, piece: Piece) -> str:
+    if len(piece.scored) <= _SCORED_IN_PLACE:
+        return sse(replies.piece_chunk(piece))
+    return await asyncio.to_thread(lambda: sse(replies.piece_chunk(piece)))
 
 
 def _tenant(body: GenerationBody) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,10 +13,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mii_hcache.errors import HCacheError, RequestError
+from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 
 _log = logging.getLogger(__name__)
 
+_KINDS = {429: "rate_limit_error"}
+"""`type` of an error; of other statuses below 500 `invalid_request_error`, above it `server_error`."""
 _CLIENT_CLOSED_REQUEST = 499
 """nginx's number for a client that went away; only logs and metrics see it."""
 
@@ -22,16 +26,25 @@ _CLIENT_CLOSED_REQUEST = 499
 class ApiError(Exception):
     """An error with its HTTP status."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = headers
 
     def to_dict(self) -> dict[str, Any]:
         """The body of the answer."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -59,6 +72,9 @@ def api_error_of(error: Exception) -> ApiError:
         return _of_validation(error)
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, QueueFullError):
+        retry_after_s = max(1, math.ceil(error.retry_after_s))
+        return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(retry_after_s)})
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
     if isinstance(error, HCacheError):
@@ -99,7 +115,8 @@ def _answer_to(error: Exception) -> Response:
     if isinstance(error, ClientGoneError):
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     api_error = api_error_of(error)
-    return JSONResponse(api_error.to_dict(), status_code=api_error.status, headers=getattr(error, "headers", None))
+    headers = api_error.headers or getattr(error, "headers", None)
+    return JSONResponse(api_error.to_dict(), status_code=api_error.status, headers=headers)
 
 
 class _AnswerBugs:

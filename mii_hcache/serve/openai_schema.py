@@ -7,7 +7,7 @@ known fields that would change the answer and are not supported here are refused
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -17,18 +17,19 @@ MAX_STOP_CHARS = 65536
 """Of all stop strings together. Their number is not limited."""
 MAX_PROMPTS = 256
 """Per request."""
+MAX_TOP_LOGPROBS = 20
+"""Likeliest tokens that can be asked for at each place."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's `max_tokens` of /v1/completions; a chat answer may fill the context."""
 
 Prompt = str | list[int]
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_Neutral = Mapping[str, tuple[Any, ...]]
+
+_NEUTRAL: _Neutral = {
     "n": (None, 1),
     "best_of": (None, 1),
-    "echo": (None, False),
     "suffix": (None, ""),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
@@ -60,6 +61,11 @@ def _prompts(value: Any) -> Any:
     if len(prompts) > MAX_PROMPTS:
         raise ValueError(f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompts)}")
     return prompts
+
+
+def _no_logprobs(value: Any) -> Any:
+    """Clients of the chat API say `false` here, too."""
+    return None if value is False else value
 
 
 def _is_ids(value: Any) -> bool:
@@ -118,6 +124,7 @@ class GenerationBody(BaseModel):
     """What both kinds of request have in common. `None` is the same as absent."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[_Neutral] = _NEUTRAL
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -144,7 +151,7 @@ class GenerationBody(BaseModel):
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
         if isinstance(body, Mapping):
-            for name, neutral in _NEUTRAL.items():
+            for name, neutral in cls.unsupported.items():
                 if body.get(name) not in neutral:
                     raise RequestError(f"{name} is not supported by this server", param=name, code="unsupported_value")
         return body
@@ -167,25 +174,58 @@ class GenerationBody(BaseModel):
         """The most tokens to generate, if the client says so."""
         return self.max_tokens
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Likeliest tokens to tell with each logprob; None: no logprobs."""
+        return None
+
 
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
+    unsupported: ClassVar[_Neutral] = {**_NEUTRAL, "top_logprobs": (None, 0)}
+
+    max_tokens: int | None = Field(None, ge=0)
+    """0 generates nothing: with `echo` and `logprobs`, the prompt alone is scored."""
+    echo: bool | None = None
+    """Start the answer with its prompt."""
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS), BeforeValidator(_no_logprobs)] = None
     prompt: Annotated[
         list[Prompt],
         BeforeValidator(_prompts),
         WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, _IDS, {"type": "array", "items": _IDS}]}),
     ]
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Likeliest tokens to tell with each logprob; None: no logprobs."""
+        return self.logprobs
+
 
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
+    unsupported: ClassVar[_Neutral] = {**_NEUTRAL, "echo": (None, False)}
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     """OpenAI's newer name of `max_tokens`, and the one that counts when both are there."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """Needs `logprobs`."""
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        return self
 
     @property
     def num_answer_tokens(self) -> int | None:
         """The most tokens to generate, if the client says so."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Likeliest tokens to tell with each logprob; None: no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None

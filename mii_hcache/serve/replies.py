@@ -14,6 +14,8 @@ from typing import Any
 
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.serve.generations import Finished
+from mii_hcache.serve.growing import Piece
+from mii_hcache.serve.logprobs import LogprobsJson, Scored
 
 Json = dict[str, Any]
 
@@ -27,7 +29,7 @@ def sse(event: Json | str) -> str:
 def usage_of(finished: Sequence[Finished]) -> Json:
     """OpenAI's `usage`."""
     prompt = sum(len(end.prompt.token_ids) for end in finished)
-    completion = sum(len(end.result.token_ids) for end in finished)
+    completion = sum(end.num_tokens for end in finished)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -66,22 +68,25 @@ def _union(names: Sequence[str | None]) -> str | None:
 class Replies:
     """Builds what is sent for one request: a whole reply, or the chunks of a stream."""
 
-    def __init__(self, *, chat: bool, model: str, with_usage: bool) -> None:
-        """`with_usage`: of a stream (`stream_options.include_usage`); a whole reply always has it."""
+    def __init__(self, *, chat: bool, model: str, with_usage: bool, logprobs: LogprobsJson | None = None) -> None:
+        """`with_usage`: of a stream (`stream_options.include_usage`); a whole reply always has it. `logprobs`: how
+        they are written, when they are wanted."""
         self.request_id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._chat = chat
         self._model = model
         self._with_usage = with_usage
+        self._logprobs = logprobs
         self._created = int(time.time())
 
     def whole(self, finished: Sequence[Finished]) -> Json:
         """Not streamed."""
         choices = []
         for end in sorted(finished, key=lambda end: end.answer_idx):
-            content: Json = {"text": end.text}
+            before, scored = ("", end.scored) if end.echo is None else (end.echo.text, [*end.echo.scored, *end.scored])
+            content: Json = {"text": before + end.text}
             if self._chat:
                 content = {"message": {"role": "assistant", "content": end.text, "refusal": None}}
-            choices.append(self._choice(end.answer_idx, content, finish_reason=end.finish_reason))
+            choices.append(self._choice(end.answer_idx, content, scored, finish_reason=end.finish_reason))
             if len(finished) > 1:
                 choices[-1]["hcache"] = end.result.report.to_dict()
         object_name = "chat.completion" if self._chat else "text_completion"
@@ -93,9 +98,10 @@ class Replies:
             return []
         return [self._chunk([self._choice(answer_idx, {"delta": {"role": "assistant", "content": ""}})])]
 
-    def piece_chunk(self, answer_idx: int, text: str) -> Json:
+    def piece_chunk(self, piece: Piece) -> Json:
         """Text."""
-        return self._chunk([self._choice(answer_idx, {"delta": {"content": text}} if self._chat else {"text": text})])
+        content = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
+        return self._chunk([self._choice(piece.answer_idx, content, piece.scored or None)])
 
     def closing_chunks(self, finished: Sequence[Finished], *, num_answers: int) -> list[Json]:
         """After the last text of `finished[-1]`. The very last chunk carries the reply's `hcache`."""
@@ -112,8 +118,17 @@ class Replies:
             chunks[-1]["hcache"] = hcache_of(finished)
         return chunks
 
-    def _choice(self, answer_idx: int, content: Mapping[str, Any], *, finish_reason: str | None = None) -> Json:
-        return {"index": answer_idx, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        answer_idx: int,
+        content: Mapping[str, Any],
+        scored: Sequence[Scored] | None = None,
+        *,
+        finish_reason: str | None = None,
+    ) -> Json:
+        """`scored`: None where logprobs do not belong, wanted or not."""
+        logprobs = None if self._logprobs is None or scored is None else self._logprobs(scored)
+        return {"index": answer_idx, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _chunk(self, choices: list[Json]) -> Json:
         chunk = self._reply("chat.completion.chunk" if self._chat else "text_completion", choices)

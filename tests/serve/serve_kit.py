@@ -12,7 +12,13 @@ import uvicorn
 
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.errors import HCacheError, RequestError
-from mii_hcache.runtime.generation import FinishReason, GenerationRequest, GenerationResult, RestoreReport
+from mii_hcache.runtime.generation import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    RestoreReport,
+    TokenLogprob,
+)
 
 MODEL = "demo/model"
 ASK = [{"role": "user", "content": "Tell me about lighthouses."}]
@@ -65,6 +71,12 @@ def tokens_for(request: GenerationRequest) -> list[int]:
     return [2 if rng.random() < 1 / 40 else rng.randrange(6, 2048) for _ in range(count)]
 
 
+def logprob_for(position: int, token_id: int, num_top: int) -> TokenLogprob:
+    """Made up; position and token decide."""
+    top = tuple(((31 * position + 7 * idx) % 2048, -0.5 - idx / 8) for idx in range(num_top))
+    return TokenLogprob(token_id=token_id, logprob=-1.0 - (37 * token_id + position) % 64 / 8, top=top)
+
+
 class FakeService:
     """A `GenerationService` whose answers a test chooses. Steps every running request by one token, on its own thread.
 
@@ -91,6 +103,8 @@ class FakeService:
         self.step_s = 0.0
         self.fail_after: int | None = None
         self.restored_from: str | None = None
+        self.refuse: Callable[[], None] = lambda: None
+        self.is_alive = True
         self.num_generated = 0
         self.submitted: list[GenerationRequest] = []
         self.finished: list[GenerationResult] = []
@@ -105,8 +119,9 @@ class FakeService:
         if not all(0 <= token_id < self.vocab_size for token_id in ids):
             raise RequestError(f"token ids must be in [0, {self.vocab_size})", param="prompt")
         with self._changed:
-            if self._closing:
+            if self._closing or not self.is_alive:
                 raise HCacheError("the service is closed")
+            self.refuse()
             self.submitted.append(request)
             self._running[request.request_id] = _Running(request, self.script(request))
             self._changed.notify()
@@ -152,12 +167,23 @@ class FakeService:
         else:
             token_id = running.tokens[len(running.done)]
             running.ttft_ms = running.ttft_ms or 1e3 * (time.perf_counter() - running.start)
+            self._tell_logprobs(request, len(running.done), token_id)
             running.done.append(token_id)
             self.num_generated += 1
             if request.on_token(token_id) or token_id in request.sampling.stop_token_ids:
                 self._finish(running, FinishReason.STOP)
             elif len(running.done) == request.sampling.max_new_tokens:
                 self._finish(running, FinishReason.LENGTH)
+
+    def _tell_logprobs(self, request: GenerationRequest, num_done: int, token_id: int) -> None:
+        num_top, prompt = request.num_top_logprobs, request.prompt_token_ids
+        if num_top is None:
+            return
+        if num_done == 0 and request.on_prompt_logprobs is not None:
+            told = [logprob_for(idx, prompt_id, num_top) for idx, prompt_id in enumerate(prompt)]
+            request.on_prompt_logprobs([None, *told[1:]])
+        if request.on_logprob is not None:
+            request.on_logprob(logprob_for(len(prompt) + num_done, token_id, num_top))
 
     def _finish(self, running: _Running, reason: FinishReason, error: HCacheError | None = None) -> None:
         request = running.request

@@ -152,19 +152,23 @@ def test_an_empty_stop_string_is_refused():
 @settings(max_examples=500)
 def test_answer_text_and_its_tokens(ids, stops):
     answer = AnswerText(_byte_decode, stops=stops)
-    pieces = []
+    pieces, seen = [], []
     for token_id in ids:
         pieces.append(answer.push(token_id))
         if answer.stopped:
             break
+        seen.append(answer.num_shown_tokens)
     num_pushed = len(pieces)
     pieces.append(answer.finish())
+    assert seen == sorted(seen)
     expected, stopped = _cut_at_first_stop(_byte_decode(ids), stops)
     assert answer.text == "".join(pieces)
     assert (answer.text, answer.stopped) == (expected, stopped)
 
     num_tokens, rest = answer.tokens_of_text()
-    assert num_tokens <= num_pushed
+    assert num_tokens <= answer.num_shown_tokens <= num_pushed
+    assert _byte_decode(ids[: answer.num_shown_tokens]).startswith(answer.text)
+    assert (answer.num_shown_tokens > num_tokens) == (rest != "")
     assert _byte_decode(ids[:num_tokens]) + rest == answer.text
     if not stopped:
         assert (num_tokens, rest) == (len(ids), "")

@@ -6,7 +6,8 @@ import pytest
 from serve_kit import FakeService
 
 from mii_hcache.runtime.generation import SamplingParams
-from mii_hcache.serve.generations import Finished, Generations, Piece
+from mii_hcache.serve.generations import Finished, Generations
+from mii_hcache.serve.growing import Piece, ShownPrompt, Wanted
 from mii_hcache.serve.text import PromptEncoder
 
 
@@ -26,9 +27,9 @@ def _generations(service, tokenizer, known_texts, *, num_prompts=1, want_pieces=
         encoder=encoder,
         tokenizer=tokenizer,
         prompts=[encoder.encode_text(f"Prompt {idx}:") for idx in range(num_prompts)],
+        shown=[ShownPrompt(text="", offsets=())] * num_prompts,
         sampling=[SamplingParams(max_new_tokens=200)] * num_prompts,
-        stops=[],
-        want_pieces=want_pieces,
+        wanted=Wanted(pieces=want_pieces),
         background=background,
     )
     return generations, background
