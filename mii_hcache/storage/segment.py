@@ -13,6 +13,9 @@ from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader, padded_bytes
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
+UNFINISHED_SUFFIX = ".new"
+"""Of segment files that are not yet what their name will say."""
+
 _ZEROS = memoryview(bytes(BLOCK_BYTES))
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -103,14 +106,18 @@ class SegmentFile:
         with self._making:
             if self._fd >= 0:
                 return
-            fd = open_private(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            if self.path.exists():
+                raise FileExistsError(errno.EEXIST, "a segment file appeared", str(self.path))
+            new = self.path.with_suffix(UNFINISHED_SUFFIX)  # a crash must not leave a file without a header
+            fd = open_private(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
                 _write_all(fd, [memoryview(self.header.pack())], 0)
                 os.fsync(fd)
+                new.rename(self.path)
                 sync_dir(self.path.parent)
             except BaseException:
                 os.close(fd)
-                self.path.unlink(missing_ok=True)
+                new.unlink(missing_ok=True)
                 raise
             self._fd = fd
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.format import SegmentHeader, SlotHeader
-from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.segment import UNFINISHED_SUFFIX, SegmentFile
 from mii_hcache.storage.slots import Place
 
 _log = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ class Segments:
         """Highest number that any file here bears, ours or not."""
         self.notes: list[str] = []
         """Sentences for people about files that were left alone."""
+        for path in directory.glob("*" + UNFINISHED_SUFFIX):
+            if path.stem.isdecimal():
+                path.unlink()
         for path in sorted(directory.glob("*.seg")):
             if path.stem.isdecimal():
                 self.last_number = max(self.last_number, int(path.stem))

@@ -192,6 +192,23 @@ def test_slots_are_not_reused_before_their_row_is_gone(file_kit, monkeypatch):
     assert store.stats().evicted_spans > 10
 
 
+def test_death_while_a_segment_file_is_made_leaves_nothing_behind(file_kit, monkeypatch):
+    def dies(fd):
+        raise KeyboardInterrupt
+
+    store = file_kit.open()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", dies)
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        with pytest.raises(KeyboardInterrupt):
+            put(store, make_record("a"))
+    assert [file.name for file in (file_kit.path / "segments").iterdir()] == ["00000001.new"]
+    store = file_kit.open()
+    assert store.notes == []
+    assert not list((file_kit.path / "segments").iterdir())
+    assert put(store, make_record("a"))
+
+
 def test_a_lock_survives_nothing(tmp_path):
     """The directory of a killed writer can be opened at once."""
     run_and_kill(tmp_path, 1, 1)
