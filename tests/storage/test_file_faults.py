@@ -243,6 +243,27 @@ def test_a_span_that_is_deleted_while_it_is_read_is_not_overwritten(file_kit, mo
     assert store.disk_bytes == 4096 + SPAN_DISK_BYTES, "and were given back after it"
 
 
+def test_damage_of_a_deleted_span_does_not_harm_the_one_that_took_its_name(file_kit, monkeypatch):
+    store = file_kit.open()
+    record = make_record(0)
+    put(store, record, writer=1)
+    store.flush()
+    with (file_kit.path / "segments" / "00000001.seg").open("r+b") as file:
+        file.seek(4096 + 6000)
+        file.write(b"damage")
+    disk = SlowDisk(monkeypatch)
+    outcomes = []
+    reader = threading.Thread(target=lambda: outcomes.append(store.get_into(reads_of(record))))
+    reader.start()
+    assert disk.is_reading.wait(20)
+    store.delete([record.span_id])
+    assert put(store, record, writer=2)
+    disk.may_read.set()
+    reader.join()
+    assert outcomes == [ReadOutcome(num_ok=0, reason="corrupt")]
+    assert holds(store, record, writer=2)
+
+
 def test_close_waits_for_a_read(file_kit, monkeypatch):
     store = file_kit.open()
     put(store, make_record(0))
