@@ -122,7 +122,7 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
-        """Read chunks, in order of importance: the outcome says how many leading ones arrived verified.
+        """Read chunks, in order of importance: the outcome says how many leading ones arrived verified. Counts as use.
 
         A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew.
         """
@@ -151,7 +151,7 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def delete(self, span_ids: Iterable[SpanId]) -> int:
-        """Forget spans; how many were there."""
+        """Forget spans; how many were there. Unreadable at once; gone for good, also after a crash, once flushed."""
 
     @abstractmethod
     def flush(self) -> None:

@@ -12,7 +12,8 @@ A store's bytes lie in *segment files*, cut into *slots* of one size. All intege
                      | Q generation | Q payload bytes | I payload crc | zeros | I crc
 
 `crc` is the last field of a block: CRC32C of the 4092 bytes before it. The payload's CRC32C covers the payload without
-its padding. Kinds: 1 hidden, 2 kv. A segment file may be shorter than its slots; what is missing was never written.
+its padding. Kinds: 1 hidden, 2 kv. A segment file may be shorter than its slots and have holes; what is missing was
+never written, or was given back. A file gets its name, NUMBER.seg, when its header is durable; it is NUMBER.new before.
 
 What makes a chunk readable is a row of the catalog, not a slot: the row says where each chunk of a span lies, its CRC
 and the span's generation. A reader accepts a payload only if the slot's header is, byte for byte, the one that the row
