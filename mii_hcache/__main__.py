@@ -12,6 +12,7 @@ from mii_hcache.errors import HCacheError
 COMMANDS = {
     "serve": ("mii_hcache.serve.__main__", "a server with OpenAI's API whose conversations come back fast"),
     "selfcheck": ("mii_hcache.tools.selfcheck", "does a restored conversation say the same here, and how fast is it?"),
+    "inspect": ("mii_hcache.tools.inspection", "what a state directory holds; --verify reads every byte of it"),
 }
 """Name to module with `main(arguments) -> exit status`, and what it is for."""
 

@@ -1,0 +1,236 @@
+"""A state directory seen from outside: nothing in it is written, locked or waited for, whether or not a server runs.
+
+The databases are looked at in private copies. While a server owns the directory the copy is SQLite's own online backup,
+one consistent moment read through the log beside it; else the files are copied as they lie, damage included. Copies are
+opened by the code that a server opens the originals with, so what it would refuse is refused here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from mii_hcache.errors import ConfigError, CorruptChunkError
+from mii_hcache.storage.catalog import Catalog, SpanRow
+from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, UUID_BYTES, SegmentHeader
+from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.transcripts import Transcripts
+
+_OURS = ("catalog*.sqlite*", "transcripts*.sqlite*", "segments", "store.id", "lock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentView:
+    """One segment file."""
+
+    name: str
+    number: int
+    slot_bytes: int
+    num_slots: int
+    num_used: int
+    """Slots that hold chunks of spans in the catalog."""
+    num_free: int
+    """Other slots that were written once."""
+    disk_bytes: int
+    """What the file takes on disk, holes left out."""
+
+
+@dataclass(kw_only=True)
+class StateView:
+    """What a state directory held at one moment."""
+
+    path: Path
+    owner: str | None
+    """Process id of the server that owns the directory, `unknown` if it does not say, None when nobody does."""
+    store_uuid: bytes | None = None
+    format_version: int = FORMAT_VERSION
+    """The one that was read; a store of another version is a problem, not a view."""
+    rows: list[SpanRow] = field(default_factory=list)
+    segments: list[SegmentView] = field(default_factory=list)
+    num_transcripts: int = 0
+    notes: list[str] = field(default_factory=list)
+    """What people should know, and is no damage."""
+    problems: list[str] = field(default_factory=list)
+    """What is damaged or lost, one sentence each."""
+
+
+def look_at(directory: Path) -> StateView:
+    """Read everything but the chunks. Blocks on I/O. Raises ConfigError when this is no state directory or may not be
+    read."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory; give the one that the server's --state-dir names")
+    try:
+        if any(directory.iterdir()) and not any(path for pattern in _OURS for path in directory.glob(pattern)):
+            raise ConfigError(f"{directory} is no state directory: it has files, and none of a server's")
+        view = StateView(path=directory, owner=owner_of(directory), store_uuid=_read_store_uuid(directory))
+        view.rows = read_rows(view)
+        _look_at_transcripts(view)
+        _look_at_segments(view)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be read ({error}); be the user that the server runs as") from error
+    view.notes += [
+        f"{path.name} was set aside as damaged by a server; nobody needs it any more"
+        for path in sorted(directory.glob("*.damaged-*.sqlite"))
+    ]
+    return view
+
+
+def owner_of(directory: Path) -> str | None:
+    """Process id of whoever owns a state directory now, None for nobody. Owners are not disturbed; a server that starts
+    in the very microsecond of the question is refused, and can be started again."""
+    try:
+        fd = os.open(directory / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(fd, 32, 0).decode(errors="replace")
+        return text if text.isdecimal() else "unknown"
+    finally:
+        os.close(fd)
+    return None
+
+
+def read_rows(view: StateView) -> list[SpanRow]:
+    """The catalog's rows now; what is wrong with the catalog is added to the view's problems."""
+    with _frozen(view, "catalog.sqlite") as copy:
+        if copy is None:
+            if any((view.path / "segments").glob("*.seg")):
+                view.problems.append("the catalog is missing, and without it nobody knows what the segments hold")
+            return []
+        catalog = Catalog(copy, view.store_uuid)
+        try:
+            if catalog.note is not None:
+                view.problems.append(f"the catalog is damaged ({_reason(catalog.note)}); a server would start empty")
+            elif view.store_uuid is None:
+                view.store_uuid = catalog.store_uuid
+            return catalog.rows
+        finally:
+            catalog.close()
+
+
+def open_segment(path: Path) -> SegmentFile:
+    """A segment for reading only. Raises CorruptChunkError, OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return SegmentFile(path, SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0)), fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _look_at_transcripts(view: StateView) -> None:
+    with _frozen(view, "transcripts.sqlite") as copy:
+        if copy is None:
+            return
+        transcripts = Transcripts(copy, flush_interval_s=None)
+        view.num_transcripts = len(transcripts)
+        if transcripts.note is not None:
+            view.problems.append(f"the transcripts are damaged ({_reason(transcripts.note)}); they would be forgotten")
+        transcripts.close()
+
+
+def _look_at_segments(view: StateView) -> None:
+    used: dict[int, set[int]] = {}
+    for row in view.rows:
+        for number, slot in row.places:
+            used.setdefault(number, set()).add(slot)
+    for path in sorted((view.path / "segments").glob("*.seg")):
+        try:
+            with closing(open_segment(path)) as file:
+                header, num_written, num_blocks = file.header, file.num_written, path.stat().st_blocks
+        except (CorruptChunkError, FileNotFoundError) as error:
+            if path.exists() and view.owner is None:  # a server may be making or deleting it just now
+                view.problems.append(f"{path.name} is no segment file: {error}")
+            continue
+        if header.store_uuid != view.store_uuid or not path.stem.isdecimal():
+            view.notes.append(f"{path.name} belongs to another store; a server leaves it alone")
+            continue
+        number = int(path.stem)
+        num_used = len(used.get(number, ()))
+        view.segments.append(
+            SegmentView(
+                name=path.name,
+                number=number,
+                slot_bytes=header.slot_bytes,
+                num_slots=header.num_slots,
+                num_used=num_used,
+                num_free=max(0, num_written - num_used),
+                disk_bytes=512 * num_blocks,
+            )
+        )
+    lost = set(used) - {segment.number for segment in view.segments}
+    num_lost = sum(any(place.segment in lost for place in row.places) for row in view.rows)
+    if num_lost and view.owner is None:
+        view.problems.append(f"{num_lost} spans lie in segment files that are gone or unreadable")
+
+
+@contextmanager
+def _frozen(view: StateView, name: str) -> Iterator[Path | None]:
+    """A private copy of a database as it is at one moment, None when there is none."""
+    source = view.path / name
+    log = source.with_name(name + "-wal")
+    with tempfile.TemporaryDirectory(prefix="hcache-inspect-") as folder:
+        copy = Path(folder) / name
+        if view.owner is None:
+            if not source.exists() and not log.exists():
+                yield None
+                return
+            for file in (source, log):
+                if file.exists():
+                    shutil.copyfile(file, copy.with_name(file.name))
+            view.owner = owner_of(view.path)
+        if view.owner is not None:
+            copy.unlink(missing_ok=True)
+            copy.with_name(log.name).unlink(missing_ok=True)
+            _back_up(source, copy)
+        with _silent():
+            yield copy
+
+
+def _back_up(source: Path, copy: Path) -> None:
+    try:
+        with (
+            closing(sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True, timeout=5.0)) as live,
+            closing(sqlite3.connect(copy)) as target,
+        ):
+            live.backup(target)
+    except sqlite3.Error as error:
+        raise ConfigError(f"{source} cannot be read while a server has it ({error}); stop the server first") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Storage warns of what it does to the copy, which is nobody's concern."""
+    log = logging.getLogger("mii_hcache.storage")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _reason(note: str) -> str:
+    """Why storage set a database aside, out of its sentence about the copy."""
+    found = re.search(r"was damaged \((.*)\); it was set aside", note)
+    return found.group(1) if found else note
+
+
+def _read_store_uuid(directory: Path) -> bytes | None:
+    try:
+        raw = bytes.fromhex((directory / "store.id").read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return raw if len(raw) == UUID_BYTES else None
