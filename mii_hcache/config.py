@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,16 @@ def default_state_dir() -> str:
         return chosen
     cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return str(Path(cache_home) / "mii_hcache" / "state")
+
+
+def environment_api_keys() -> list[str]:
+    """Keys in `$MII_HCACHE_API_KEY`, separated by commas or white space."""
+    return os.environ.get("MII_HCACHE_API_KEY", "").replace(",", " ").split()
+
+
+def quiet_libraries() -> None:
+    """Have libraries that are imported from here on say only what is wrong, unless the environment says otherwise."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,7 @@ class HCacheConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not 0 <= self.save_wait <= 10:
             raise ConfigError(f"save_wait must be between 0 and 10 (a share of the step), got {self.save_wait}")
-        if self.restore_slice_s <= 0:
+        if not 0 < self.restore_slice_s < math.inf:
             raise ConfigError(f"restore_slice_s must be > 0, got {self.restore_slice_s}")
 
     @classmethod

@@ -14,7 +14,7 @@ from mii_hcache.engine.residents import Residents
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.lookup import Lookup, look_up
 from mii_hcache.runtime.restorer import Restore, RestoreOutcome, Restorer
-from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.saver import HEAL_WAIT_S, Saver
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkStore
 
@@ -59,9 +59,22 @@ class Admission:
         self.waiting: deque[Job] = deque()
         self.restoring: deque[tuple[Job, Restore]] = deque()
         self.residents = Residents()
+        self._leaving: deque[tuple[int, float]] = deque()
+        """Sequences whose missing spans are still to be saved, and until when; their blocks are not free yet."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.waiting or self.restoring or self._leaving)
+
+    @property
+    def is_evicting(self) -> bool:
+        """Whether blocks will become free without any further eviction."""
+        return bool(self._leaving)
 
     def step(self) -> None:
-        """Admit what fits, then work on the oldest restore."""
+        """Finish evictions, admit what fits, then work on the oldest restore."""
+        self._finish_evictions()
         while self.waiting and len(self._running) + len(self.restoring) < self._max_sequences:
             if not self._try_admit(self.waiting[0]):
                 break
@@ -107,10 +120,21 @@ class Admission:
     # --- leaving GPU memory -------------------------------------------------------------------------------------
 
     def evict(self, uid: int) -> None:
-        """Free a sequence's blocks, saving first what the store lacks."""
-        self._saver.heal(uid)
-        self._saver.close(uid)
-        self._engine.evict(uid)
+        """Free a sequence's blocks, saving first what the store lacks: at once when that needs no waiting, else a few
+        steps later, so that nobody's decoding waits for the disk."""
+        self._leaving.append((uid, time.monotonic() + HEAL_WAIT_S))
+        self._finish_evictions()
+
+    def _finish_evictions(self, wait_s: float = 0.0) -> None:
+        for _ in range(len(self._leaving)):
+            uid, until_s = self._leaving.popleft()
+            if not self._saver.heal(uid, wait_s):
+                if time.monotonic() < until_s:
+                    self._leaving.append((uid, until_s))
+                    continue
+                self._saver.give_up(uid)
+            self._saver.close(uid)
+            self._engine.evict(uid)
 
     def evict_resident(self, but: int | None = None) -> bool:
         """Evict the least recently used resident; False when there is none (other than `but`)."""
@@ -121,6 +145,14 @@ class Admission:
         self.evict(uid)
         self._counters.add("evicted_residents_total")
         return True
+
+    def evict_all(self) -> None:
+        """Evict every resident, waiting for what must be saved. The end."""
+        while self.evict_resident():
+            pass
+        self._finish_evictions(HEAL_WAIT_S)
+        while self._leaving:
+            self._finish_evictions(0.05)
 
     # --- admission ----------------------------------------------------------------------------------------------
 
@@ -171,11 +203,12 @@ class Admission:
         for other in others:
             assert other.uid is not None
             wanted += max(1, engine.blocks_for(len(other.token_ids) + 1) - engine.blocks_of(other.uid))
-        evictable = sum(engine.blocks_of(uid) for uid in self.residents.uids if uid != adopted_uid)
+        leaving = [uid for uid, _ in self._leaving]
+        evictable = sum(engine.blocks_of(uid) for uid in [*self.residents.uids, *leaving] if uid != adopted_uid)
         if others and engine.num_free_blocks + evictable < wanted:
             return False
         while engine.num_free_blocks < wanted or engine.num_tracked >= engine.max_tracked:
-            if not self.evict_resident(but=adopted_uid):
+            if self.is_evicting or not self.evict_resident(but=adopted_uid):
                 return False
         return True
 
@@ -183,7 +216,7 @@ class Admission:
         """Hand a resident to the job, truncated to what they share."""
         self.residents.take(uid)
         if self._engine.seen_tokens(uid) > num_tokens:
-            self._saver.heal(uid)
+            self._saver.heal(uid, 0.0)
             self._saver.truncate(uid, num_tokens)
             self._engine.truncate(uid, num_tokens)
         job.uid = uid

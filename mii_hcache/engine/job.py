@@ -39,6 +39,8 @@ class Job:
     finish_reason: FinishReason | None = None
     error: HCacheError | None = None
     is_cancelled: bool = False
+    is_poisoned: bool = False
+    """Its logits were not finite: neither its blocks nor what was saved of it can be trusted."""
     generator: torch.Generator | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """Grows while the prompt runs, when they were asked for."""

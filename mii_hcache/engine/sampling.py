@@ -21,7 +21,8 @@ def make_generator(params: SamplingParams) -> torch.Generator | None:
 
 def sample(logits: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """One token from `logits` (`[vocab_size]`): temperature, then top-k, then top-p, then a draw. CPU, float32."""
-    scores = logits.to("cpu", torch.float32) / params.temperature
+    scores = logits.to("cpu", torch.float32)
+    scores = (scores - scores.max()) / params.temperature  # the best stays 0, however small the temperature
     if 0 < params.top_k < scores.numel():
         kth = torch.topk(scores, params.top_k).values[-1]
         scores = scores.masked_fill(scores < kth, float("-inf"))

@@ -17,7 +17,7 @@ import torch
 from mii.batching.data_classes import RequestBatch
 from mii.batching.ragged_batching import RaggedBatchBase
 
-from mii_hcache.engine.admission import PENDING_WAIT_S, Admission
+from mii_hcache.engine.admission import Admission
 from mii_hcache.engine.job import Job, JobRequest
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.sampling import logprobs_of, make_generator, sample
@@ -31,6 +31,8 @@ from mii_hcache.storage.base import ChunkStore
 
 _log = logging.getLogger(__name__)
 
+POISONED_WAIT_S = 1.0
+"""Longest wait for a poisoned sequence's spans to reach the store, from where they are deleted."""
 LOGIT_ROWS = 128
 """Prompt positions whose logits are held at once."""
 
@@ -86,7 +88,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
     @property
     def has_work(self) -> bool:
         """Whether `iterate` has anything to do."""
-        return bool(self._running or self._admission.waiting or self._admission.restoring)
+        return bool(self._running) or self._admission.is_busy
 
     @property
     def num_waiting(self) -> int:
@@ -110,7 +112,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._admission.step()
         if not self._running:
             if not self._admission.restoring:
-                time.sleep(0.0005)  # the context's last spans are on their way to the store
+                time.sleep(0.0005)  # spans are on their way to the store: a context's last ones, or healed ones
             return
         try:
             self.generate()
@@ -135,8 +137,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Cancel what is left and evict every context, saving what is missing."""
         for job in [*self._admission.withdraw_all(), *self._running.values()]:
             self._leave(job, FinishReason.CANCELLED)
-        while self._admission.evict_resident():
-            pass
+        self._admission.evict_all()
 
     # --- the life of a running job ------------------------------------------------------------------------------
 
@@ -156,21 +157,22 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         if uid is not None:
             was_running = self._running.pop(uid, None) is not None
             if job.finish_reason is FinishReason.ERROR:
-                self._forget(uid, job)
+                self._throw_away(uid, job)
             elif was_running and self._keep == "lru" and self._engine.seen_tokens(uid) > 0:
-                self._saver.heal(uid)
+                self._saver.heal(uid, 0.0)  # what finds no room now is healed when the resident is evicted
                 self._admission.residents.add(uid, job.seed, job.token_ids[: self._engine.seen_tokens(uid)])
             else:
                 self._admission.evict(uid)
         self._counters.add(f"requests_{job.finish_reason.value if job.finish_reason else 'error'}_total")
         job.request.on_finish(job.result())
 
-    def _forget(self, uid: int, job: Job) -> None:
-        """The job's state cannot be trusted: neither its blocks nor what was saved of it."""
+    def _throw_away(self, uid: int, job: Job) -> None:
+        """The sequence's state cannot be trusted: free its blocks unsaved; a poisoned one is forgotten on disk too."""
         self._saver.close(uid)
         self._engine.evict(uid)
-        self._saver.drain(PENDING_WAIT_S)
-        self._store.delete(job.span_ids())
+        if job.is_poisoned:
+            self._saver.drain(POISONED_WAIT_S)
+            self._store.delete(job.span_ids())
 
     def _fail_running(self, error: HCacheError) -> None:
         self.buffer.clear()
@@ -234,8 +236,10 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
                 continue
             job: Job = request.job
             if not is_sound[row]:
+                job.is_poisoned = True
                 job.fail(HCacheError("the model gave logits that are not finite; this state was thrown away"))
-            elif job.generator is not None:
+                continue
+            if job.generator is not None:
                 greedy[row] = sample(next_token_logits[row], job.request.sampling, job.generator)
             if job.request.num_top_logprobs is not None:
                 one = slice(row, row + 1)
@@ -259,11 +263,15 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Running sequences come before residents."""
         engine = self._engine
         wanted = sum(engine.get_remaining_block_capacity(uid) == 0 for uid in self._running)
-        while engine.num_free_blocks < wanted and self._admission.evict_resident():
-            pass
+        while engine.num_free_blocks < wanted and not self._admission.is_evicting:
+            if not self._admission.evict_resident():
+                return
 
     def reset_request_status(self) -> None:
         """Nothing could be scheduled: free blocks. Residents first, then a restore, then the youngest running job."""
+        if self._admission.is_evicting:
+            time.sleep(0.0005)  # blocks are about to become free
+            return
         if self._admission.evict_resident():
             return
         self._counters.add("preemptions_total")

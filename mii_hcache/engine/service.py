@@ -53,6 +53,7 @@ class EngineService:
             counters=self._counters,
             save_wait=config.save_wait,
             num_threads=config.save_threads,
+            ring_batches=3,  # with two, a full batch may find no room that lies together while one is in flight
             is_worth_saving=sightings.is_worth_saving,
         )
         self._restorer = Restorer(adapter=engine, store=store, counters=self._counters)

@@ -303,7 +303,8 @@ class SequenceRunner:
                 seed = chain_seed(self._fingerprint, tenant_salt)
                 self._saver.open(uid, seed=seed, token_ids=token_ids[: report.restored_tokens])
                 yield uid, report
-                self._saver.heal(uid)
+                if not self._saver.heal(uid):
+                    self._saver.give_up(uid)
             finally:
                 self._saver.close(uid)
                 self.engine.close(uid)

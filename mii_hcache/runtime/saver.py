@@ -119,25 +119,37 @@ class Saver:
         if track is not None:
             self._discard(track.truncate(num_tokens))
 
-    def heal(self, uid: int) -> None:
+    def heal(self, uid: int, wait_s: float = HEAL_WAIT_S) -> bool:
         """Save whole spans that the store lacks (dropped, evicted, damaged), read from the blocks as `kv`. Call before
-        the blocks are freed."""
+        the blocks are freed.
+
+        True when nothing is left to do. False when some span found no buffer within `wait_s` (of the whole call): try
+        again, or count them with `give_up`.
+        """
         track = self._tracks.get(uid)
         if track is None:
-            return
+            return True
         target: KVTarget | None = None
-        wait_s = HEAL_WAIT_S
+        deadline_s = time.monotonic() + wait_s
         for span_idx in range(track.num_spans):
             if self._is_settled(track, span_idx):
                 continue
             target = target or self._adapter.target(uid)
-            buffer = self._kv_buffers.acquire(wait_s)
+            buffer = self._kv_buffers.acquire(max(0.0, deadline_s - time.monotonic()))
             if buffer is None:
-                wait_s = 0.0  # the store hangs: the engine must not
-            if buffer is not None and self._snapshot_kv(track, target, span_idx, buffer):
+                return False
+            if self._snapshot_kv(track, target, span_idx, buffer):
                 self._counters.add("healed_spans_total")
             else:
                 self._counters.add("unhealed_spans_total")
+        return True
+
+    def give_up(self, uid: int) -> None:
+        """Count the spans of a sequence that were never healed; its next turn will prefill from the first of them."""
+        track = self._tracks.get(uid)
+        if track is not None:
+            missing = sum(not self._is_settled(track, span_idx) for span_idx in range(track.num_spans))
+            self._counters.add("unhealed_spans_total", missing)
 
     def close(self, uid: int) -> None:
         """The sequence leaves the engine. What was accepted stays; call `heal` first to lose nothing."""

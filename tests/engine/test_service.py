@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from itertools import pairwise
 
 import pytest
 
 from mii_hcache.errors import HCacheError, RequestError
 from mii_hcache.runtime.generation import FinishReason
+from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import VOCAB, open_client, poisoned_engine
 
 
@@ -80,3 +84,48 @@ def test_seeded_sampling_does_not_depend_on_the_neighbours(tiny_model):
         results.get(timeout=60)
     client.service.close()
     assert alone == again != other
+
+
+def test_no_temperature_is_too_small(tiny_model):
+    client = open_client(poisoned_engine(tiny_model("llama")))
+    greedy = client.ask([5, 6, 7], 10).token_ids
+    for temperature in (1e-3, 1e-30, 1e-45):
+        assert client.ask([5, 6, 7], 10, temperature=temperature, seed=1).token_ids == greedy
+    client.service.close()
+
+
+def test_running_streams_do_not_wait_while_another_context_is_healed(tiny_model):
+    """A store that hangs: what was dropped cannot be healed, and nobody's decoding may wait for it."""
+    store = HangingStore(1 << 30)
+    engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=128)
+    client = open_client(engine, method="kv", keep="none", store=store, save_wait=0.0)
+    times_s: list[float] = []
+
+    def note(token_id: int) -> bool:
+        times_s.append(time.monotonic())
+        return False
+
+    running = client.send([3, 4, 5], 1500, on_token=note)
+    while not times_s:
+        time.sleep(0.001)
+    client.ask(random.Random(2).choices(range(3, VOCAB), k=1800), 2)  # more spans than there are buffers
+    time.sleep(0.3)
+    store.let_go.set()
+    assert len(running.get(timeout=120).token_ids) == 1500
+    metrics = client.service.metrics()
+    client.service.close()
+    assert metrics["dropped_rows_total"] > 0
+    gaps_s = sorted(later - earlier for earlier, later in pairwise(times_s))
+    assert gaps_s[-1] < 1.0, "the longest gap is a prefill step; healing would have waited for two seconds"
+
+
+class HangingStore(MemoryStore):
+    """Puts wait until they are let go."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        super().__init__(capacity_bytes)
+        self.let_go = threading.Event()
+
+    def put(self, record, chunks):
+        self.let_go.wait(60)
+        return super().put(record, chunks)

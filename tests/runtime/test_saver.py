@@ -10,7 +10,6 @@ import pytest
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import spans_of
 from mii_hcache.runtime import flusher as flusher_module
-from mii_hcache.runtime import saver as saver_module
 from mii_hcache.runtime.pace import Pace
 from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.stats import Counters
@@ -298,14 +297,15 @@ def test_healing_saves_nothing_twice(bench):
     assert bench.counters.get("healed_spans_total") == 0
 
 
-def test_a_store_that_hangs_holds_up_an_eviction_once_not_for_every_span(bench, monkeypatch):
-    monkeypatch.setattr(saver_module, "HEAL_WAIT_S", 0.2)
+def test_a_store_that_hangs_holds_up_an_eviction_once_not_for_every_span(bench):
     saver = bench.open_saver()
     bench.store.put_gate.clear()
     uid = bench.open(num_tokens=12 * SPAN_TOKENS)
     started_s = time.monotonic()
-    saver.heal(uid)
+    assert not saver.heal(uid, 0.2)
     assert 0.2 <= time.monotonic() - started_s < 1.2
+    assert not saver.heal(uid, 0.0)
+    saver.give_up(uid)
     assert bench.counters.get("healed_spans_total") + bench.counters.get("unhealed_spans_total") == 12
     saver.close(uid)
     bench.store.put_gate.set()
