@@ -94,7 +94,7 @@ class _Answer:
     def _text_of(self, token_ids: list[int]) -> str:
         context = self.prompt_ids[-CONTEXT_TOKENS:]
         head, text = self._tokenizer.decode(context), self._tokenizer.decode(context + token_ids)
-        if head.endswith("\ufffd") or not text.startswith(head):  # the prompt ends within a character
+        if not text.startswith(head):  # the prompt ends within a character
             return self._tokenizer.decode(token_ids)
         return text[len(head) :]
 

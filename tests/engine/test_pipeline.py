@@ -91,6 +91,27 @@ class EchoService:
         self.cancelled.append(request_id)
 
 
+class SpaceDropping:
+    """A tokenizer whose texts lose the space that they begin with, as Llama 2's do."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids).removeprefix(" ")
+
+    def fingerprint(self) -> bytes:
+        return b"another"
+
+
+def pipeline_over(service: EchoService, tokenizer: Any, transcripts: Transcripts) -> Pipeline:
+    opened: Any = SimpleNamespace(service=service, tokenizer=tokenizer, state=SimpleNamespace(transcripts=transcripts))
+    return Pipeline(opened)
+
+
 @pytest.fixture
 def echo(tokenizer: Tokenizer) -> Callable[..., tuple[Pipeline, EchoService]]:
     """`echo(script, **options)`: a pipeline whose every answer is `script`, a text or token ids."""
@@ -98,8 +119,7 @@ def echo(tokenizer: Tokenizer) -> Callable[..., tuple[Pipeline, EchoService]]:
     def opened(script: str | list[int] = "one two three", **options: Any) -> tuple[Pipeline, EchoService]:
         ids = script if isinstance(script, list) else tokenizer.encode(script, add_special_tokens=False)
         service = EchoService(ids, **options)
-        state = SimpleNamespace(transcripts=Transcripts(None))
-        return Pipeline(SimpleNamespace(service=service, tokenizer=tokenizer, state=state)), service  # type: ignore[arg-type]
+        return pipeline_over(service, tokenizer, Transcripts(None)), service
 
     return opened
 
@@ -254,6 +274,32 @@ def test_stop_strings_cut_where_they_begin(echo, tokenizer, stop, text):
     assert tokenizer.decode(ids) == (f"count: {text}" if text else "")
 
 
+def test_of_stop_strings_within_a_token_the_first_one_cuts(echo, tokenizer):
+    token_id = max(range(tokenizer.vocab_size), key=lambda token_id: len(tokenizer.decode([token_id])))
+    text = tokenizer.decode([token_id])
+    pipe, _ = echo([token_id])
+    [response] = pipe("x", stop=[text[4:7], text[1:3]])
+    assert response.generated_text == text[: text.index(text[1:3])]
+    assert len(text) > 6
+
+
+def test_a_space_at_the_start_of_an_answer_is_kept(tokenizer):
+    service = EchoService(tokenizer.encode(" a space", add_special_tokens=False))
+    pipe = pipeline_over(service, SpaceDropping(tokenizer), Transcripts(None))
+    assert pipe("There is")[0].generated_text == " a space"
+    assert pipe("There is", stop=" s")[0].generated_text == " a"
+
+
+def test_texts_are_known_to_one_tokenizer_only(tokenizer):
+    letters = [tokenizer.encode_continuation(char)[0] for char in "lighthouse"]
+    service, texts = EchoService(letters), Transcripts(None)
+    pipeline_over(service, tokenizer, texts)("The ")
+    known_ids = [*tokenizer.encode("The ", add_special_tokens=True), *letters]
+    for one, is_known in ((tokenizer, True), (SpaceDropping(tokenizer), False)):
+        pipeline_over(service, one, texts)("The lighthouse")
+        assert (service.requests[-1].prompt_token_ids == known_ids) == is_known
+
+
 def test_a_stop_token_is_no_part_of_what_is_remembered(echo, tokenizer):
     eos = tokenizer.eos_token_id
     ids = tokenizer.encode(" fine", add_special_tokens=False)
@@ -293,7 +339,7 @@ def test_characters_of_several_tokens(echo, tokenizer):
     rocket = tokenizer.encode_continuation("🚀")
     pipe, _ = echo(rocket[2:])
     prompt = [*tokenizer.encode("x ", add_special_tokens=True), *rocket[:2]]
-    assert len(pipe(prompt)[0].generated_text) >= 1  # its first half ends the prompt
+    assert pipe(prompt)[0].generated_text == tokenizer.decode(rocket[2:])  # its first half ends the prompt
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
