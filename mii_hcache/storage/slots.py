@@ -59,8 +59,10 @@ class Places(Sequence[Place]):
     def runs(self) -> list[Run]:
         """The same slots as runs; most spans are one."""
         segments, slots = self._words[::2], self._words[1::2]
-        if slots and segments.count(segments[0]) == len(slots) and slots == array("I", range(slots[0], slots[-1] + 1)):
-            return [Run(segments[0], slots[0], slots[-1] + 1)]
+        num = len(slots)
+        is_run = num and slots[-1] - slots[0] == num - 1 and segments.count(segments[0]) == num
+        if is_run and slots == array("I", range(slots[0], slots[0] + num)):
+            return [Run(segments[0], slots[0], slots[0] + num)]
         return [Run(segment, slot, slot + 1) for segment, slot in self]
 
 

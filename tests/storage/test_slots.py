@@ -140,6 +140,7 @@ def test_neighbours_are_one_run():
     assert Places([(7, 3), (7, 4), (7, 5)]).runs() == [(7, 3, 6)]
     assert len(Places([(7, 3), (7, 5), (7, 4)]).runs()) == 3
     assert len(Places([(7, 3), (8, 4)]).runs()) == 2
+    assert len(Places([(7, 0), (7, 2**32 - 2)]).runs()) == 2  # in no time
 
 
 @given(runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 9))))
