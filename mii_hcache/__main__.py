@@ -12,6 +12,7 @@ from mii_hcache.errors import HCacheError
 COMMANDS = {
     "serve": ("mii_hcache.serve.__main__", "a server with OpenAI's API whose conversations come back fast"),
     "selfcheck": ("mii_hcache.tools.selfcheck", "does a restored conversation say the same here, and how fast is it?"),
+    "doctor": ("mii_hcache.tools.doctor", "what is on, what is off, why, and what to do about it"),
     "inspect": ("mii_hcache.tools.inspection", "what a state directory holds; --verify reads every byte of it"),
 }
 """Name to module with `main(arguments) -> exit status`, and what it is for."""
@@ -52,6 +53,7 @@ def _usage() -> str:
             *(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()),
             "",
             "first steps:",
+            "  python -m mii_hcache doctor                      is everything here that a server needs?",
             "  python -m mii_hcache selfcheck --model ./llama   prove it on your model, in about a minute",
             "  python -m mii_hcache serve --model ./llama       then serve it",
             "",

@@ -25,6 +25,7 @@ SHARED = random.Random(1).choices(range(3, VOCAB), k=130)
 PROMPTS = [SHARED + random.Random(seed).choices(range(3, VOCAB), k=length) for seed, length in ((2, 200), (3, 400))]
 """Two contexts with two spans in common: 330 and 530 tokens, 5 and 8 spans."""
 SPAN_BYTES = 3 * 64 * 128 * 4
+ROOT = Path(__file__).resolve().parents[2]
 Inspect = Callable[..., tuple[int, dict[str, Any]]]
 
 
@@ -236,6 +237,6 @@ def test_a_log_that_a_crash_left_is_read_too(state_dir, inspect):
 
 def test_as_a_process(filled):
     command = [sys.executable, "-m", "mii_hcache", "inspect", str(filled), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_spans"] == 11

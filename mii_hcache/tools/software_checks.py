@@ -1,0 +1,172 @@
+"""Is the software there that a server stands on, in versions that it was tried with?"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mii_hcache.core.geometry import DTYPE_BYTES, ChunkKind, ModelGeometry
+from mii_hcache.core.methods import default_method
+from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.tools.findings import Check, Finding, off, ok, problem
+from mii_hcache.tools.machine import package_version
+
+_SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "safetensors", "tokenizers", "crc32c")
+_INSTALL = "run scripts/bootstrap.sh, or pip install -c constraints.txt -e ."
+_NOT_BUILT = {
+    "io_uring": "files are read and written by plain system calls",
+    "SPDK": "NVMe drives are used through the file system",
+    "GDRCopy": "state goes to the GPU through pinned host memory",
+    "cuFile": "state goes from files to the GPU through host memory",
+}
+
+
+def software_checks(model: str | None) -> list[tuple[str, Check]]:
+    """In the order in which they should be told."""
+    return [
+        ("python", _python),
+        ("torch", _torch),
+        ("deepspeed", partial(_tried, "deepspeed")),
+        ("deepspeed-mii", partial(_tried, "deepspeed-mii")),
+        ("transformers", partial(_installed, "transformers")),
+        ("server", _server_packages),
+        ("host's names", _host),
+        ("families", _families),
+        ("method", partial(_method, model)),
+    ]
+
+
+def not_built_checks() -> list[tuple[str, Check]]:
+    """What is planned and not there."""
+    return [(name, partial(off, name, f"not built yet: {instead}")) for name, instead in _NOT_BUILT.items()]
+
+
+def _python() -> Finding:
+    return ok("python", f"{platform.python_version()}, {sys.executable}")
+
+
+def _installed(name: str) -> Finding:
+    number = package_version(name)
+    return ok(name, number) if number else problem(name, "not installed", _INSTALL, prevents_serving=True)
+
+
+def _torch() -> Finding:
+    if package_version("torch") is None:
+        return problem("torch", "not installed", _INSTALL, prevents_serving=True)
+    import torch
+
+    return ok(
+        "torch", f"{torch.__version__}, built {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'for CPUs'}"
+    )
+
+
+def _tried(name: str) -> Finding:
+    number = package_version(name)
+    if number is None:
+        return problem(name, "not installed", _INSTALL, prevents_serving=True)
+    from mii_hcache.engine.compat import TRIED_VERSIONS
+
+    tried = TRIED_VERSIONS[name]
+    if number != tried:
+        return problem(name, f"{number}; only {tried} was tried", f"pip install {name}=={tried}")
+    return ok(name, f"{number}, the version that was tried")
+
+
+def _server_packages() -> Finding:
+    missing = [name for name in _SERVER_PACKAGES if package_version(name) is None]
+    if missing:
+        return problem("server", f"not installed: {', '.join(missing)}", _INSTALL, prevents_serving=True)
+    return ok("server", ", ".join(f"{name} {package_version(name)}" for name in _SERVER_PACKAGES[:2]))
+
+
+def _host() -> Finding:
+    """The canary of `engine.compat`: everything upstream that is patched or leaned on must be where it was."""
+    from mii_hcache.engine import compat
+
+    missing = compat.missing_names()
+    if missing:
+        where = f"{len(missing)} of {len(compat.NEEDED_NAMES)} are missing, first {missing[0]}"
+        return problem("host's names", where, f"install the tried versions: {_INSTALL}", prevents_serving=True)
+    try:
+        compat.install()
+    except HCacheError as error:
+        return problem("host's names", str(error), _INSTALL, prevents_serving=True)
+    return ok("host's names", f"all {len(compat.NEEDED_NAMES)} names of DeepSpeed and MII that are leaned on are there")
+
+
+def _families() -> Finding:
+    from mii_hcache.engine.families import FAMILIES
+
+    return ok("families", "; ".join(family.summary for family in FAMILIES.values()))
+
+
+def _method(model: str | None) -> Finding:
+    """Hidden states or K and V: whichever is smaller for the model is saved by default."""
+    if model is None:
+        from mii_hcache.engine.demo_model import ensure_demo_model
+
+        with tempfile.TemporaryDirectory(prefix="hcache-doctor-") as folder:
+            config = read_config(str(ensure_demo_model(Path(folder))))
+        name = "the demo model"
+    else:
+        try:
+            config = read_config(model)
+        except ConfigError as error:
+            return problem("method", str(error), "check --model", prevents_serving=True)
+        name = model
+    from mii_hcache.engine.families import FAMILIES
+
+    if config.get("model_type") not in FAMILIES:
+        reason = f"{name} is of type {config.get('model_type')!r}, which is not served"
+        return problem("method", reason, f"choose one of {', '.join(FAMILIES)}", prevents_serving=True)
+    geometry = geometry_of(config)
+    hidden, kv = (geometry.bytes_per_token(kind) / 1024 for kind in (ChunkKind.HIDDEN, ChunkKind.KV))
+    method = default_method(geometry)
+    return ok(
+        "method", f"{method.name} for {name}: a token takes {hidden:.1f} KiB as hidden states, {kv:.1f} KiB as K and V"
+    )
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """The `config.json` of a checkpoint: a folder or a hub id. Raises ConfigError."""
+    try:
+        if Path(model).expanduser().is_dir():
+            path = Path(model).expanduser() / "config.json"
+        else:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import HfHubHTTPError
+
+            try:
+                path = Path(hf_hub_download(model, "config.json"))
+            except HfHubHTTPError as error:
+                raise ConfigError(f"model {model!r} cannot be looked up: {error}") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"model {model!r} cannot be looked up: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"model {model!r} has a config.json that is no object")
+    return config
+
+
+def geometry_of(config: dict[str, Any]) -> ModelGeometry:
+    """Sizes as a checkpoint's config tells them. Raises ConfigError when one is missing."""
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    try:
+        num_heads = int(config["num_attention_heads"])
+        return ModelGeometry(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            num_heads=num_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_size=int(config.get("head_dim") or config["hidden_size"] // num_heads),
+            dtype=dtype if dtype in DTYPE_BYTES else "float32",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the model's config lacks a size ({error})") from error

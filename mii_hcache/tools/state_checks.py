@@ -1,0 +1,113 @@
+"""Can a server keep its state here?"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+from mii_hcache.config import HCacheConfig
+from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
+from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.tools.findings import Check, Finding, off, ok, problem
+from mii_hcache.tools.machine import filesystem_of
+from mii_hcache.tools.state_view import owner_of
+from mii_hcache.tools.table import size
+
+
+def state_checks(directory: Path) -> list[tuple[str, Check]]:
+    """In the order in which they should be told."""
+    return [
+        ("state directory", partial(_directory, directory)),
+        ("disk", partial(_disk, directory)),
+        ("O_DIRECT", partial(_direct, directory)),
+        ("hole punching", partial(_punching, directory)),
+    ]
+
+
+def _standing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that exists."""
+    directory = directory.absolute()
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    return directory
+
+
+def _directory(directory: Path) -> Finding:
+    name, choose = "state directory", "choose another --state-dir"
+    standing = _standing(directory)
+    if not standing.is_dir():
+        return problem(name, f"{standing} is a file", choose, prevents_serving=True)
+    try:
+        with _probe(standing):
+            pass
+    except OSError as error:
+        return problem(name, f"{standing} cannot be written ({error.strerror})", choose, prevents_serving=True)
+    if standing != directory.absolute():
+        return ok(name, f"{directory} does not exist yet; a server makes it")
+    if os.geteuid() not in (0, directory.stat().st_uid):
+        return problem(name, f"{directory} belongs to another user", choose, prevents_serving=True)
+    owner = owner_of(directory)
+    if owner is not None:
+        reason = f"{directory} is in use by the server with process id {owner}"
+        return ok(name, reason, "a second server needs a --state-dir of its own")
+    return ok(name, f"{directory}, not in use")
+
+
+def _disk(directory: Path) -> Finding:
+    standing = _standing(directory)
+    kind, usage, capacity = filesystem_of(standing), shutil.disk_usage(standing), HCacheConfig().state_capacity_bytes
+    held = sum(path.stat().st_blocks * 512 for path in (directory / "segments").glob("*.seg"))
+    reason = f"{kind}, {size(usage.free)} of {size(usage.total)} free, {size(held)} taken by saved state"
+    if kind in ("tmpfs", "ramfs"):
+        return problem(
+            "disk", f"{reason}; all of it is memory", "choose a --state-dir on a disk: this one survives nothing"
+        )
+    if usage.free + held < capacity:
+        reason += f"; a server takes up to {size(capacity)}"
+        return problem("disk", reason, "take a smaller --state-capacity, or another --state-dir")
+    return ok("disk", reason)
+
+
+def _direct(directory: Path) -> Finding:
+    try:
+        with _probe(_standing(directory)) as path:
+            fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+            try:
+                os.pwrite(fd, mmap.mmap(-1, BLOCK_BYTES), 0)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        return off("O_DIRECT", f"the file system refuses it ({error.strerror}); it is not used yet")
+    return ok("O_DIRECT", "the file system takes it; it is not used yet")
+
+
+def _punching(directory: Path) -> Finding:
+    header = SegmentHeader(store_uuid=bytes(16), slot_bytes=2 * BLOCK_BYTES, num_slots=1)
+    try:
+        with _probe(_standing(directory)) as path:
+            os.truncate(path, 4 * BLOCK_BYTES)
+            with closing(SegmentFile(path, header, os.open(path, os.O_RDWR))) as file:
+                works = file.punch(0)
+    except OSError as error:
+        return off("hole punching", f"could not be tried ({error.strerror})")
+    if works:
+        return ok("hole punching", "bytes of deleted conversations leave the disk at once")
+    reason = "the file system cannot: deleted conversations stay on the disk until their place is used again"
+    return off("hole punching", reason, "choose a --state-dir on ext4, XFS or Btrfs if that matters")
+
+
+@contextmanager
+def _probe(directory: Path) -> Iterator[Path]:
+    """A file of ours for a moment, to try things on. Raises OSError."""
+    fd, name = tempfile.mkstemp(prefix=".hcache-probe-", dir=directory)
+    os.close(fd)
+    try:
+        yield Path(name)
+    finally:
+        os.unlink(name)
