@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mii_hcache.config import HCacheConfig
-    from mii_hcache.engine.pipeline import attach, pipeline
+    from mii_hcache.engine.attached import attach
+    from mii_hcache.engine.pipeline import pipeline
 
 __version__ = "0.1.0"
 
@@ -16,7 +17,7 @@ __all__ = ["HCacheConfig", "__version__", "attach", "pipeline"]
 
 _HOMES = {
     "HCacheConfig": "mii_hcache.config",
-    "attach": "mii_hcache.engine.pipeline",
+    "attach": "mii_hcache.engine.attached",
     "pipeline": "mii_hcache.engine.pipeline",
 }
 

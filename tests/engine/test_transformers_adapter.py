@@ -19,7 +19,7 @@ import transformers
 import mii_hcache
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import METHODS
-from mii_hcache.engine.pipeline import AttachedModel
+from mii_hcache.engine.attached import AttachedModel
 from mii_hcache.engine.transformers_adapter import SequenceRunner, TransformersEngine, fingerprint_of
 from mii_hcache.errors import ConfigError, HCacheError, RequestError, StateDirBusyError, UnsupportedModelError
 from mii_hcache.runtime.capture import HostCapture
