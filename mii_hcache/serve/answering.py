@@ -15,12 +15,15 @@ from mii_hcache.errors import RequestError
 from mii_hcache.runtime.generation import GenerationService, SamplingParams
 from mii_hcache.serve.body import MAX_BODY_BYTES, read_body
 from mii_hcache.serve.errors import ApiError, ClientGoneError, api_error_of, shutting_down, unknown_model
+from mii_hcache.serve.gate import TENANT
 from mii_hcache.serve.generations import Finished, Generations
 from mii_hcache.serve.growing import Piece, ShownPrompt, Wanted
+from mii_hcache.serve.keys import ANYBODY, Tenant
 from mii_hcache.serve.logprobs import LogprobsJson, chat_logprobs, completion_logprobs
 from mii_hcache.serve.metrics import ServerMetrics
 from mii_hcache.serve.openai_schema import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerationBody, Prompt
 from mii_hcache.serve.replies import Replies, sse
+from mii_hcache.serve.request_log import NOTE, RequestNote
 from mii_hcache.serve.text import EncodedPrompt, KnownTexts, PromptEncoder
 from mii_hcache.serve.token_names import TokenNames
 
@@ -61,10 +64,15 @@ class Answering:
         """The service's."""
         return self._service.max_context_tokens
 
+    @property
+    def engine_is_alive(self) -> bool:
+        """Whether there is somebody to answer."""
+        return bool(getattr(self._service, "is_alive", True))
+
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         body = await self._read(request, CompletionBody)
-        tenant = _tenant(body)
+        tenant = _salt(request, body)
 
         def encode(prompt: Prompt) -> EncodedPrompt:
             if isinstance(prompt, str):
@@ -80,7 +88,7 @@ class Answering:
         """`POST /v1/chat/completions`."""
         body = await self._read(request, ChatBody)
         turns = [message.turn() for message in body.messages]
-        prompt = await asyncio.to_thread(self._encoder.encode_chat, turns, tenant=_tenant(body))
+        prompt = await asyncio.to_thread(self._encoder.encode_chat, turns, tenant=_salt(request, body))
         return await self._answer(request, body, [prompt], default_tokens=None)
 
     async def wait_for_cancelled(self) -> None:
@@ -126,10 +134,12 @@ class Answering:
             wanted=wanted,
             background=self._background,
         )
+        note: RequestNote = request.scope.get(NOTE) or RequestNote()
+        note.request_id, note.num_answers = replies.request_id, generations.num_answers
         generations.submit()
         if body.stream:
-            return EventStream(self._stream(generations, replies), generations)
-        finished = await _unless_gone(request, self._collect(generations))
+            return EventStream(self._stream(generations, replies, note), generations)
+        finished = await _unless_gone(request, self._collect(generations, note))
         if wanted.logprobs:  # a row for each token: not on the event loop
             return await asyncio.to_thread(lambda: JSONResponse(replies.whole(finished)))
         return JSONResponse(replies.whole(finished))
@@ -182,20 +192,21 @@ class Answering:
             code="context_length_exceeded",
         )
 
-    async def _collect(self, generations: Generations) -> list[Finished]:
-        return [event async for event in self._counted(generations) if isinstance(event, Finished)]
+    async def _collect(self, generations: Generations, note: RequestNote) -> list[Finished]:
+        return [event async for event in self._noted(generations, note) if isinstance(event, Finished)]
 
-    async def _counted(self, generations: Generations) -> AsyncIterator[Piece | Finished]:
+    async def _noted(self, generations: Generations, note: RequestNote) -> AsyncIterator[Piece | Finished]:
         async for event in generations.events():
             if isinstance(event, Finished):
+                note.finished.append(event)
                 self._metrics.count_answer(event.result.report, event.num_tokens)
             yield event
 
-    async def _stream(self, generations: Generations, replies: Replies) -> AsyncIterator[str]:
+    async def _stream(self, generations: Generations, replies: Replies, note: RequestNote) -> AsyncIterator[str]:
         opened: set[int] = set()
         finished: list[Finished] = []
         try:
-            async for event in self._counted(generations):
+            async for event in self._noted(generations, note):
                 if event.answer_idx not in opened:
                     opened.add(event.answer_idx)
                     for chunk in replies.opening_chunks(event.answer_idx):
@@ -239,8 +250,9 @@ async def _piece_event(replies: Replies, piece: Piece) -> str:
     return await asyncio.to_thread(lambda: sse(replies.piece_chunk(piece)))
 
 
-def _tenant(body: GenerationBody) -> bytes:
-    return (body.cache_salt or "").encode()
+def _salt(request: Request, body: GenerationBody) -> bytes:
+    tenant: Tenant = request.scope.get(TENANT, ANYBODY)
+    return tenant.salt(body.cache_salt)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:

@@ -9,15 +9,19 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 
 from mii_hcache import __version__
 from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.runtime.generation import GenerationService
+from mii_hcache.serve.access import Access
 from mii_hcache.serve.answering import Answering
 from mii_hcache.serve.body import MAX_BODY_BYTES, openapi_body
 from mii_hcache.serve.errors import install_error_answers, unknown_model
+from mii_hcache.serve.gate import KnownHosts, NeedsKey
 from mii_hcache.serve.metrics import CONTENT_TYPE, CountRequests, ServerMetrics
 from mii_hcache.serve.openai_schema import ChatBody, CompletionBody
+from mii_hcache.serve.request_log import LogRequests
 from mii_hcache.serve.text import KnownTexts
 
 
@@ -28,8 +32,10 @@ def create_app(
     model_name: str,
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
+    access: Access | None = None,
 ) -> FastAPI:
-    """An application for one event loop. It closes nothing of what it is given.
+    """An application for one event loop. It closes nothing of what it is given. `access`: by default everybody's who
+    can reach it under a loopback name.
 
     `app.state.answering` is the `Answering` behind the routes; set its `draining` to refuse new work.
     """
@@ -56,11 +62,23 @@ def create_app(
         redoc_url=None,
     )
     app.state.answering = answering
-    install_error_answers(app)
-    app.add_middleware(CountRequests, metrics=metrics)  # outermost: sees the status of every answer
+    _add_middleware(app, access or Access(), metrics)
     _add_openai_routes(app, answering)
     _add_watching_routes(app, answering, metrics)
     return app
+
+
+def _add_middleware(app: FastAPI, access: Access, metrics: ServerMetrics) -> None:
+    """From the innermost to the outermost two, which see the status of every answer."""
+    app.add_middleware(NeedsKey, keys=access.keys)
+    if access.origins:  # a browser asks before it sends a key, without the key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(access.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(KnownHosts, access=access)
+    install_error_answers(app)
+    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(LogRequests)
 
 
 def _add_openai_routes(app: FastAPI, answering: Answering) -> None:
@@ -94,14 +112,16 @@ def _add_openai_routes(app: FastAPI, answering: Answering) -> None:
 def _add_watching_routes(app: FastAPI, answering: Answering, metrics: ServerMetrics) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """200 while requests are taken, 503 while the last ones finish."""
+        """200 while requests are taken, 503 while the last ones finish (`draining`) or when the engine has died
+        (`failed`)."""
+        status = "failed" if not answering.engine_is_alive else "draining" if answering.draining else "ok"
         return JSONResponse(
             {
-                "status": "draining" if answering.draining else "ok",
+                "status": status,
                 "model": answering.model_name,
                 "max_context_tokens": answering.max_context_tokens,
             },
-            status_code=503 if answering.draining else 200,
+            status_code=200 if status == "ok" else 503,
         )
 
     @app.get("/metrics")

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 _KINDS = {429: "rate_limit_error"}
 """`type` of an error; of other statuses below 500 `invalid_request_error`, above it `server_error`."""
-_CLIENT_CLOSED_REQUEST = 499
+CLIENT_CLOSED_REQUEST = 499
 """nginx's number for a client that went away; only logs and metrics see it."""
 
 
@@ -64,6 +64,11 @@ def shutting_down() -> ApiError:
     return ApiError(503, "The server is shutting down.", code="shutting_down")
 
 
+def engine_failed() -> ApiError:
+    """503."""
+    return ApiError(503, "The engine has failed; the server's log says why. It must be started again.", code="failed")
+
+
 def api_error_of(error: Exception) -> ApiError:
     """What a client is told about an error. Errors that are not ours are logged and stay unexplained."""
     if isinstance(error, ApiError):
@@ -104,16 +109,17 @@ def install_error_answers(app: FastAPI) -> None:
     """Every error that leaves `app` has OpenAI's shape: those of routing (404, 405) and of bugs (500) too."""
 
     async def answer(_request: Request, error: Exception) -> Response:
-        return _answer_to(error)
+        return answer_to(error)
 
     for kind in (ApiError, ClientGoneError, HCacheError, ValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
     app.add_middleware(_AnswerBugs)
 
 
-def _answer_to(error: Exception) -> Response:
+def answer_to(error: Exception) -> Response:
+    """The answer to a request that failed. It is an ASGI application, too."""
     if isinstance(error, ClientGoneError):
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     api_error = api_error_of(error)
     headers = api_error.headers or getattr(error, "headers", None)
     return JSONResponse(api_error.to_dict(), status_code=api_error.status, headers=headers)
@@ -139,4 +145,4 @@ class _AnswerBugs:
         except Exception as error:
             if started or scope["type"] != "http":
                 raise
-            await _answer_to(error)(scope, receive, send)
+            await answer_to(error)(scope, receive, send)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import FinishReason, GenerationResult, GenerationService, SamplingParams
-from mii_hcache.serve.errors import shutting_down
+from mii_hcache.serve.errors import engine_failed, shutting_down
 from mii_hcache.serve.growing import End, GrowingAnswer, Piece, ShownPrompt, Wanted
 from mii_hcache.serve.logprobs import Scored
 from mii_hcache.serve.text import EncodedPrompt, PromptEncoder
@@ -116,7 +116,7 @@ class Generations:
             raise
         except HCacheError as error:
             self.close()
-            raise shutting_down() from error
+            raise (shutting_down() if getattr(self._service, "is_alive", True) else engine_failed()) from error
 
     async def events(self) -> AsyncIterator[Piece | Finished]:
         """Pieces as they come, and for each answer its end. Raises what made an answer fail; then the others are

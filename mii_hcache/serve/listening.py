@@ -60,10 +60,8 @@ class Server(uvicorn.Server):
     For the main thread. `taking_signals` may reach beyond `run`, around what has to be closed after it.
     """
 
-    def __init__(self, app: FastAPI, *, on_started: Callable[[], None], access_log: bool) -> None:
-        super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=access_log, lifespan="on", server_header=False)
-        )
+    def __init__(self, app: FastAPI, *, on_started: Callable[[], None]) -> None:
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", server_header=False))
         self._app = app
         self._on_started = on_started
         self._is_running = False

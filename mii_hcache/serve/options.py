@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mii_hcache.config import DTYPE_NAMES, KEEP_POLICIES, HCacheConfig, default_state_dir
+from mii_hcache.config import DTYPE_NAMES, KEEP_POLICIES, HCacheConfig, default_state_dir, environment_api_keys
 from mii_hcache.core.methods import METHODS
 from mii_hcache.errors import ConfigError
-
-LOG_LEVELS = ("debug", "info", "warning", "error")
+from mii_hcache.serve.access import ANY, Access, host_name
+from mii_hcache.serve.keys import collect_keys
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _DESCRIPTION = """\
@@ -28,6 +28,8 @@ examples:
       a model of the Hugging Face hub, with room for many conversations on a fast disk
   python -m mii_hcache.serve --model ./my-checkpoint --keep none
       evict after every turn, so that each turn is restored: for measuring
+  MII_HCACHE_API_KEY=... python -m mii_hcache.serve --model ./my-checkpoint --host 0.0.0.0 --allowed-host llm.example
+      for other machines, which call it llm.example
 
 Ctrl-C or SIGTERM finishes the running answers, writes what is not on disk yet and exits. A second one does not wait.
 """
@@ -41,7 +43,11 @@ class Options:
     host: str
     port: int
     """0: any free port."""
-    log_level: str
+    access: Access
+    allow_no_key: bool
+    """Listen to other machines without any key."""
+    verbose: bool
+    log_json: bool
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
@@ -58,11 +64,24 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         keep=values.keep,
         kv_blocks=values.kv_blocks,
         max_batch_tokens=values.max_batch_tokens,
+        max_waiting=values.max_waiting,
         max_context_tokens=values.max_context,
         save_wait=values.save_wait,
         restore_slice_s=values.restore_slice / 1e3,
     )
-    return Options(config=config, host=values.host, port=values.port, log_level=values.log_level)
+    return Options(
+        config=config,
+        host=values.host,
+        port=values.port,
+        access=Access(
+            keys=collect_keys(values.api_key, values.api_key_file, environment_api_keys()),
+            hosts=(values.host, *values.allowed_host),
+            origins=tuple(values.allowed_origin),
+        ),
+        allow_no_key=values.allow_no_key,
+        verbose=values.verbose,
+        log_json=values.log_json,
+    )
 
 
 def _state_dir(text: str | None) -> str | None:
@@ -95,6 +114,18 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; write a number from 1 to 65535, or 0 for any free one")
     return int(text)
+
+
+def _host(text: str) -> str:
+    if text != ANY and host_name(text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no host; write a name, a name and a port, or * for any")
+    return text
+
+
+def _origin(text: str) -> str:
+    if text != ANY and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+/?", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin; write scheme://host or scheme://host:port, or *")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,17 +213,55 @@ def _parser() -> argparse.ArgumentParser:
         help="longest that a restore holds up running answers at a time (default: %(default)g)",
     )
 
+    engine.add_argument(
+        "--max-waiting",
+        type=int,
+        default=defaults.max_waiting,
+        metavar="N",
+        help="most requests that wait for a place; one more is told to come back later (default: %(default)s)",
+    )
+    _add_server_options(parser)
+    return parser
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; there is no authentication, so think before you open it (default: %(default)s)",
+        "--host", default="127.0.0.1", help="address to listen on; another than this needs a key (default: %(default)s)"
     )
     server.add_argument("--port", type=_port, default=8000, help="0 takes any free one (default: %(default)s)")
+    server.add_argument("--verbose", "-v", action="store_true", help="a line for each request, and what libraries say")
     server.add_argument(
-        "--log-level",
-        choices=LOG_LEVELS,
-        default="info",
-        help="info logs each request, debug adds tracebacks (default: %(default)s)",
+        "--log-json", action="store_true", help="write lines of JSON to stderr, one for each request of the API"
     )
-    return parser
+
+    access = parser.add_argument_group("access")
+    access.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="ask for this key, everywhere but at /health; may be given several times, two keys never share state. "
+        "Other users of this machine can read it here: $MII_HCACHE_API_KEY or a file is better",
+    )
+    access.add_argument(
+        "--api-key-file", action="append", default=[], metavar="FILE", help="a file of such keys, one a line"
+    )
+    access.add_argument("--allow-no-key", action="store_true", help="listen to other machines although there is no key")
+    access.add_argument(
+        "--allowed-host",
+        action="append",
+        type=_host,
+        default=[],
+        metavar="HOST",
+        help="a name that clients call this server by, beside localhost, --host and the address they reach; "
+        "may be given several times",
+    )
+    access.add_argument(
+        "--allowed-origin",
+        action="append",
+        type=_origin,
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may use this server, such as https://chat.example; may be given several times",
+    )

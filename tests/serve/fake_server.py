@@ -1,9 +1,13 @@
 """`python fake_server.py ...`: the server's command over a fake engine and bytes for tokens; starts in a second."""
 
+import logging
 import sys
 import types
+from collections.abc import Callable
 
 from serve_kit import DictTexts, FakeService
+
+from mii_hcache.core.methods import METHODS
 
 
 class ByteTokenizer:
@@ -33,11 +37,13 @@ class Opened:
 
     model_name = "demo"
     notes = ("a note",)
+    method = METHODS["hidden"]
 
     def __init__(self) -> None:
         self.service = FakeService()
         self.service.max_context_tokens = 10_000
         self.service.step_s = 0.01
+        self.service.values |= {"blocks": 100.0, "store_spans": 3.0}
         self.tokenizer = ByteTokenizer()
         self.transcripts = DictTexts()
 
@@ -47,14 +53,26 @@ class Opened:
         self.service.close(drain=drain)
 
 
-def open_service(config: object) -> Opened:
+def open_service(config: object, progress: Callable[[str, int, int], None]) -> Opened:
     """As the engine's, in no time."""
+    logging.getLogger("DeepSpeed").warning("noise of a library")
+    progress("reading weights", 1, 2)
+    progress("reading weights", 2, 2)
+    progress("looking around", 0, 0)
     return Opened()
+
+
+def noisy_logger() -> None:
+    """DeepSpeed's: it writes to stdout whatever the root logger is set to."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.propagate = False
+    logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
 fake_open = types.ModuleType("mii_hcache.engine.open")
 fake_open.open_service = open_service
 sys.modules["mii_hcache.engine.open"] = fake_open
+noisy_logger()
 
 from mii_hcache.serve.__main__ import main  # noqa: E402
 

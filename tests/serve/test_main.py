@@ -1,5 +1,6 @@
 """The command as a process: how it starts, what it says, how it ends."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from mii_hcache.config import default_state_dir
 from mii_hcache.serve.listening import Server
 
 _HERE = Path(__file__).resolve().parent
@@ -27,6 +29,7 @@ class Process:
         self._output = output
         with output.open("wb") as file:
             env = {**os.environ, "PYTHONPATH": str(_ROOT)}
+            env.pop("MII_HCACHE_API_KEY", None)
             self.popen = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=_HERE, env=env)
 
     @property
@@ -110,18 +113,121 @@ def test_a_start_says_where_what_and_how(start):
     process = start()
     url = process.url()
     assert httpx.get(url + "/health").json()["status"] == "ok"
-    assert "model    demo, conversations up to 10000 tokens" in process.text and "note     a note" in process.text
+    for words in (
+        "model    demo, float32, 4 layers of 256; conversations up to 10,000 tokens",
+        "method   hidden, chosen because hidden states are smaller: a token takes 3KiB as hidden states, "
+        "8KiB as K and V",
+        "KV pool  1,600 tokens in 100 blocks; they stay after a turn until they are needed (--keep lru)",
+        f"state    {default_state_dir()}: 192 tokens in 3 spans are there",
+        "room     for 6,990,464 tokens on disk (20GiB), 699,008 of them in memory as well (2GiB)",
+        "access   this machine only, without a key",
+        "note     a note",
+    ):
+        assert f"  {words}\n" in process.text
     (curl,) = re.findall(r"^  (curl .*)$", process.text, re.MULTILINE)
     reply = subprocess.run(["bash", "-c", curl + " -s"], capture_output=True, text=True, timeout=20)
     assert '"hcache"' in reply.stdout
     assert process.end(signal.SIGTERM) == 0
 
 
-def test_an_open_host_is_warned_about(start):
+def test_an_open_host_needs_a_key_or_a_word(start, tmp_path):
     process = start("--host", "0.0.0.0")
+    assert process.popen.wait(30) == 2
+    (line,) = process.text.splitlines()
+    assert "--allow-no-key" in line and "MII_HCACHE_API_KEY" in line
+    process = start("--host", "0.0.0.0", "--allow-no-key")
     assert httpx.get(process.url() + "/health").status_code == 200
-    assert "Other machines can reach this server" in process.text
+    assert "access   ANYBODY who can reach this machine" in process.text
     assert process.end(signal.SIGINT) == 0
+
+
+def test_keys(start, tmp_path):
+    (tmp_path / "keys").write_text("sk-one\nsk-two\n")
+    process = start("--host", "0.0.0.0", "--api-key-file", str(tmp_path / "keys"))
+    url = process.url() + "/v1/models"
+    assert "access   2 API keys; no two of them share state" in process.text
+    assert [httpx.get(url, headers={"Authorization": f"Bearer sk-{key}"}).status_code for key in ("two", "x")] == [
+        200,
+        401,
+    ]
+    (curl,) = re.findall(r"^  (curl .*)$", process.text, re.MULTILINE)
+    env = {**os.environ, "MII_HCACHE_API_KEY": "sk-one"}
+    reply = subprocess.run(["bash", "-c", curl + " -s"], capture_output=True, text=True, timeout=20, env=env)
+    assert '"hcache"' in reply.stdout
+    assert process.end(signal.SIGTERM) == 0
+    assert "sk-" not in process.text
+
+
+def _ask(url, body=None):
+    body = {"prompt": [5, 6], "max_tokens": 3, "ignore_eos": True} if body is None else body
+    return httpx.post(url + "/v1/completions", json=body).json()
+
+
+def test_quiet_by_default(start):
+    process = start()
+    url = process.url()
+    before = process.text
+    assert "noise of a library" not in before
+    _ask(url)
+    _ask(url, {"prompt": []})
+    httpx.get(url + "/nothing")
+    assert process.end(signal.SIGTERM) == 0
+    assert process.text.removeprefix(before) == "closed with drain\nSaved state is on disk. Good bye.\n"
+
+
+def test_verbose(start):
+    process = start("--verbose")
+    url = process.url()
+    assert process.text.count("noise of a library") == 1
+    reply = _ask(url)
+    _ask(url, {"prompt": []})
+    httpx.get(url + "/health")
+    httpx.get(url + "/no%0Athing")
+    assert process.end(signal.SIGTERM) == 0
+    for line in (
+        rf"POST /v1/completions 200 in 0\.\d+ s, {reply['id']}, 2 prompt tokens \(0 resident, 0 restored\), "
+        r"3 generated, first token after \d+ ms",
+        r"POST /v1/completions 400 in 0\.\d+ s",
+        r"GET /health 200 in 0\.\d+ s",
+        r"GET /no%0Athing 404 in 0\.\d+ s",
+    ):
+        assert re.search(f"mii_hcache.serve.requests: {line}$", process.text, re.MULTILINE)
+
+
+def test_lines_of_json(start):
+    process = start("--log-json")
+    lines = []
+    while not any(line["message"] == "ready" for line in lines):
+        assert process.popen.poll() is None
+        lines = [json.loads(line) for line in process.text.splitlines()]
+        time.sleep(0.02)
+    url, ready = lines[-1]["url"], lines[-1]
+    assert (ready["hidden_bytes_per_token"], ready["kv_bytes_per_token"], ready["saved_tokens"]) == (3072, 8192, 192)
+    assert "reading weights" in [line["message"] for line in lines]
+    reply = _ask(url)
+    body = {"prompt": [5, 6], "max_tokens": 9000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    _ask(url, {"prompt": []})
+    httpx.get(url + "/health")
+    assert process.end(signal.SIGTERM) == 0
+    text = process.text.replace("closed with drain\n", "")  # of the fake engine
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert all(list(line)[:4] == ["time", "level", "logger", "message"] for line in lines)
+    whole, left, refused = [line for line in lines if line["logger"] == "mii_hcache.serve.requests"]
+    assert (whole["id"], whole["status"], whole["finished"]) == (reply["id"], 200, True)
+    assert (whole["prompt_tokens"], whole["completion_tokens"]) == (2, 3)
+    assert whole["hcache"] == reply["hcache"] and whole["ttft_ms"] == reply["hcache"]["ttft_ms"]
+    assert whole["duration_ms"] > 20
+    assert left["finished"] is False and "hcache" not in left
+    assert refused["status"] == 400 and "id" not in refused
+
+
+def test_what_is_wrong_is_a_line_of_json(start):
+    process = start("--log-json", "--host", "0.0.0.0")
+    assert process.popen.wait(30) == 2
+    (line,) = [json.loads(line) for line in process.text.splitlines()]
+    assert line["level"] == "error" and "--allow-no-key" in line["message"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -164,7 +270,7 @@ def test_no_requests_no_wait(start):
 def test_what_signals_do():
     app = FastAPI()
     app.state.answering = SimpleNamespace(draining=False)
-    server = Server(app, on_started=lambda: None, access_log=False)
+    server = Server(app, on_started=lambda: None)
     server._is_running = True
     with server.taking_signals():
         signal.raise_signal(signal.SIGTERM)

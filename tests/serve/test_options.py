@@ -9,6 +9,11 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.serve.options import format_size, parse_options, parse_size
 
 
+@pytest.fixture(autouse=True)
+def no_keys_around(monkeypatch):
+    monkeypatch.delenv("MII_HCACHE_API_KEY", raising=False)
+
+
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
@@ -36,13 +41,17 @@ def test_no_arguments_are_the_defaults(monkeypatch):
     options = parse_options([])
     assert options.config == HCacheConfig()
     assert (options.host, options.port) == ("127.0.0.1", 8000)  # nobody else's machine by default
+    assert not (len(options.access.keys) or options.access.origins or options.allow_no_key)
+    assert not (options.verbose or options.log_json)
 
 
 def test_every_setting_arrives(tmp_path):
     options = parse_options(
         "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
         "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 --restore-slice 2.5 "
-        f"--host 0.0.0.0 --port 0 --log-level debug --state-dir {tmp_path / 'new'}".split()
+        "--max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
+        "--allowed-host llm.example --allowed-host *:8 --allowed-origin https://a.example "
+        f"--state-dir {tmp_path / 'new'}".split()
     )
     assert options.config == HCacheConfig(
         model="m",
@@ -55,11 +64,16 @@ def test_every_setting_arrives(tmp_path):
         keep="none",
         kv_blocks=7,
         max_batch_tokens=5,
+        max_waiting=3,
         max_context_tokens=99,
         save_wait=0.5,
         restore_slice_s=0.0025,
     )
-    assert (options.host, options.port, options.log_level) == ("0.0.0.0", 0, "debug")
+    assert (options.host, options.port) == ("0.0.0.0", 0)
+    assert options.verbose and options.log_json and options.allow_no_key
+    assert options.access.keys.tenant_of(b"one") and options.access.keys.tenant_of(b"two")
+    assert options.access.hosts == ("0.0.0.0", "llm.example", "*:8")
+    assert options.access.origins == ("https://a.example",)
 
 
 def test_auto_method_is_left_to_the_engine():
@@ -83,6 +97,9 @@ def test_home_directories_are_found(monkeypatch, tmp_path):
         ("--dtype int8", "bfloat16"),
         ("--nothing", "unrecognized arguments: --nothing"),
         ("--mod x", "unrecognized arguments: --mod"),
+        ("--allowed-host a/b", "'a/b' is no host; write a name"),
+        ("--allowed-origin chat.example", "'chat.example' is no origin; write scheme://host"),
+        ("--allowed-origin https://chat.example/page", "is no origin"),
     ],
 )
 def test_mistakes_that_argparse_sees(capsys, arguments, message):
@@ -91,7 +108,9 @@ def test_mistakes_that_argparse_sees(capsys, arguments, message):
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", ["--kv-blocks 0", "--state-capacity 5", "--restore-slice 0", "--save-wait -1"])
+@pytest.mark.parametrize(
+    "arguments", ["--kv-blocks 0", "--max-waiting 0", "--state-capacity 5", "--restore-slice 0", "--save-wait -1"]
+)
 def test_mistakes_that_the_settings_see(arguments):
     with pytest.raises(ConfigError):
         parse_options(arguments.split())

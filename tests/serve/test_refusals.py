@@ -1,6 +1,7 @@
 """Requests that are refused: with OpenAI's status, shape and the name of the field."""
 
 import socket
+import time
 
 import httpx
 import openai
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_kit import ASK, MODEL, tokens_for, wait_until
 
-from mii_hcache.errors import RequestError
+from mii_hcache.errors import QueueFullError, RequestError
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,40 @@ def test_one_bad_prompt_of_several_refuses_all(client, service):
     assert len(service.cancelled) == 2  # those before it were handed to the engine and taken back
 
 
+def _too_many(retry_after_s):
+    raise QueueFullError("3 requests are waiting, which is the most; try again later", retry_after_s=retry_after_s)
+
+
+@pytest.mark.parametrize(("retry_after_s", "header"), [(0.0, "1"), (0.2, "1"), (2.0, "2"), (2.1, "3")])
+def test_a_full_queue_says_when_to_come_back(client, service, retry_after_s, header):
+    service.refuse = lambda: _too_many(retry_after_s)
+    with pytest.raises(openai.RateLimitError, match="3 requests are waiting") as caught:
+        client.chat.completions.create(model=MODEL, messages=ASK)
+    assert (caught.value.code, caught.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+    assert caught.value.response.headers["retry-after"] == header
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_openais_client_comes_back(live, service, stream):
+    refusals = [0.1]
+    service.refuse = lambda: _too_many(refusals.pop()) if refusals else None
+    with openai.OpenAI(base_url=live[3] + "/v1", api_key="none", max_retries=1, timeout=10) as client:
+        begin = time.monotonic()
+        reply = client.chat.completions.create(model=MODEL, messages=ASK, max_tokens=3, stream=stream)
+        assert list(reply) if stream else reply.choices
+    assert time.monotonic() - begin > 0.9  # it waited as it was told, not as it would by itself
+    assert len(service.submitted) == 1
+
+
+def test_prompts_of_a_batch_that_found_no_place_take_the_others_back(client, service):
+    service.refuse = lambda: _too_many(1) if len(service.submitted) == 2 else None
+    service.step_s = 0.01
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(model=MODEL, prompt=[[5], [6], [7]], max_tokens=400)
+    wait_until(lambda: len(service.finished) == 2)
+    assert len(service.cancelled) == 2
+
+
 def test_an_unknown_model(client):
     with pytest.raises(openai.NotFoundError, match=r"`gpt-4` does not exist.*serves `demo/model`") as caught:
         client.chat.completions.create(model="gpt-4", messages=ASK)
@@ -148,7 +183,12 @@ def test_a_body_without_a_length_is_limited_too(http):
 def test_a_body_that_is_announced_too_large_is_refused_unread(live):
     url = httpx.URL(live[3])
     with socket.create_connection((url.host, url.port), timeout=5) as sock:
-        head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 999999"]
+        head = [
+            "POST /v1/completions HTTP/1.1",
+            "Host: 127.0.0.1",
+            "Content-Type: application/json",
+            "Content-Length: 999999",
+        ]
         sock.sendall("\r\n".join([*head, "", ""]).encode())
         assert sock.recv(1000).startswith(b"HTTP/1.1 413")
 

@@ -25,6 +25,15 @@ def test_health(http):
     assert response.json() == {"status": "ok", "model": MODEL, "max_context_tokens": 512}
 
 
+def test_a_dead_engine_is_noticed(http, client, service):
+    service.is_alive = False
+    response = http.get("/health")
+    assert (response.status_code, response.json()["status"]) == (503, "failed")
+    with pytest.raises(openai.InternalServerError, match="engine has failed") as caught:
+        client.chat.completions.create(model=MODEL, messages=ASK)
+    assert caught.value.status_code == 503
+
+
 def test_the_schema_describes_the_bodies(http):
     paths = http.get("/openapi.json").json()["paths"]
     schema = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

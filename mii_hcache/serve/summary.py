@@ -1,0 +1,133 @@
+"""What a server says once it is ready: what it serves, how it saves, how much room there is, where to ask."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mii_hcache.config import default_state_dir
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.serve.options import Options, format_size
+
+if TYPE_CHECKING:
+    from mii_hcache.engine.open import OpenedService
+
+_KEEP_WORDS = {
+    "lru": "they stay after a turn until they are needed",
+    "none": "they are evicted after every turn",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One server's."""
+
+    options: Options
+    opened: OpenedService
+    url: str
+    is_loopback: bool
+    seconds: float
+    """From the start to being ready."""
+
+    def text(self) -> str:
+        """For people."""
+        rows = {
+            "model": self._model(),
+            "method": self._method(),
+            "KV pool": self._pool(),
+            "state": self._state(),
+            "room": self._room(),
+            "address": f"{self.url}  (OpenAI's API under /v1, /health, /metrics)",
+            "access": self._access(),
+        }
+        lines = ["", *(f"  {name:<9}{words}" for name, words in rows.items())]
+        lines += [f"  {'note':<9}{note}" for note in self.opened.notes]
+        lines += ["", f"Ready after {self.seconds:.1f} s. Try it:", "", f"  {self._curl_line()}", ""]
+        return "\n".join(lines)
+
+    def fields(self) -> dict[str, Any]:
+        """For programs."""
+        config, service = self.options.config, self.opened.service
+        geometry, metrics = service.geometry, service.metrics()
+        return {
+            "model": self.opened.model_name,
+            "dtype": geometry.dtype,
+            "max_context_tokens": service.max_context_tokens,
+            "method": self.opened.method.name,
+            "hidden_bytes_per_token": geometry.bytes_per_token(ChunkKind.HIDDEN),
+            "kv_bytes_per_token": geometry.bytes_per_token(ChunkKind.KV),
+            "kv_blocks": int(metrics.get("blocks", 0)),
+            "block_size": config.block_size,
+            "keep": config.keep,
+            "state_dir": config.state_dir or default_state_dir(),
+            "state_capacity_tokens": self._tokens_in(config.state_capacity_bytes),
+            "saved_tokens": SPAN_TOKENS * int(metrics.get("store_spans", 0)),
+            "url": self.url,
+            "num_api_keys": len(self.options.access.keys),
+            "notes": list(self.opened.notes),
+            "elapsed_s": round(self.seconds, 1),
+        }
+
+    def _model(self) -> str:
+        service = self.opened.service
+        geometry = service.geometry
+        return (
+            f"{self.opened.model_name}, {geometry.dtype}, {geometry.num_layers} layers of {geometry.hidden_size}; "
+            f"conversations up to {service.max_context_tokens:,} tokens"
+        )
+
+    def _method(self) -> str:
+        geometry, method = self.opened.service.geometry, self.opened.method
+        hidden, kv = (geometry.bytes_per_token(kind) for kind in (ChunkKind.HIDDEN, ChunkKind.KV))
+        smaller = "hidden states are" if hidden < kv else "K and V are"
+        why = "chosen by --method" if self.options.config.method else f"chosen because {smaller} smaller"
+        return (
+            f"{method.name}, {why}: a token takes {format_size(round(hidden))} as hidden states, "
+            f"{format_size(round(kv))} as K and V"
+        )
+
+    def _pool(self) -> str:
+        block_size, keep = self.options.config.block_size, self.options.config.keep
+        num_blocks = int(self.opened.service.metrics().get("blocks", 0))
+        return f"{num_blocks * block_size:,} tokens in {num_blocks:,} blocks; {_KEEP_WORDS[keep]} (--keep {keep})"
+
+    def _state(self) -> str:
+        config = self.options.config
+        directory = config.state_dir or default_state_dir()
+        num_spans = int(self.opened.service.metrics().get("store_spans", 0))
+        there = f"{num_spans * SPAN_TOKENS:,} tokens in {num_spans:,} spans are there" if num_spans else "nothing yet"
+        return f"{directory}: {there}"
+
+    def _room(self) -> str:
+        config = self.options.config
+        on_disk, in_memory = self._tokens_in(config.state_capacity_bytes), self._tokens_in(config.dram_capacity_bytes)
+        if on_disk is None:
+            return "nothing will be saved"
+        disk, dram = format_size(config.state_capacity_bytes), format_size(config.dram_capacity_bytes)
+        return f"for {on_disk:,} tokens on disk ({disk}), {in_memory:,} of them in memory as well ({dram})"
+
+    def _tokens_in(self, num_bytes: int) -> int | None:
+        """Whole spans; None when nothing is saved."""
+        kind = self.opened.method.saved_kind
+        if kind is None:
+            return None
+        return SPAN_TOKENS * (num_bytes // self.opened.service.geometry.span_bytes(kind))
+
+    def _access(self) -> str:
+        num_keys = len(self.options.access.keys)
+        if num_keys:
+            return f"{num_keys} API key{'s' * (num_keys > 1)}; no two of them share state"
+        if self.is_loopback:
+            return "this machine only, without a key"
+        return "ANYBODY who can reach this machine: there is no key, as --allow-no-key says"
+
+    def _curl_line(self) -> str:
+        if self.opened.tokenizer.has_chat_template:
+            path = "chat/completions"
+            body: dict[str, object] = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 50}
+        else:  # a base model
+            path, body = "completions", {"prompt": "Once upon a time", "max_tokens": 50}
+        key = ' -H "Authorization: Bearer $MII_HCACHE_API_KEY"' if len(self.options.access.keys) else ""
+        return f"curl {self.url}/v1/{path} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
