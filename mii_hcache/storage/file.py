@@ -35,6 +35,8 @@ _MIN_SEGMENT_BYTES = 64 << 20
 _SEGMENTS_PER_STORE = 128
 _TICKS_INTERVAL_S = 30.0
 """How often last uses of old spans are written; a crash forgets that much of the order of eviction."""
+_RELIEF_INTERVAL_S = 60.0
+"""How long evictions for the catalog's sake wait after one that did not help."""
 
 
 class FileStore(ChunkStore):
@@ -70,7 +72,7 @@ class FileStore(ChunkStore):
         self._capacity_bytes = capacity_bytes
         self._flush_bytes = flush_bytes
         self._commit_lock = threading.Lock()
-        self._ticks_due_s = 0.0
+        self._ticks_due_s = self._relief_due_s = 0.0
         self._write_trouble = Trouble(_log)
         self._catalog_trouble = Trouble(_log)
         with ExitStack() as undo:
@@ -201,7 +203,7 @@ class FileStore(ChunkStore):
                 for chunk_idx, chunk in enumerate(chunks):
                     self._segments.write(places[chunk_idx], self._header(span, chunk_idx), chunk)
             except OSError as error:
-                self._write_trouble.begin("spans cannot be written to files (%s); they are dropped", error)
+                self._write_trouble.tell("spans cannot be written to files (%s): evicting, else dropping them", error)
                 self._room.erase(places)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     return False
@@ -210,7 +212,6 @@ class FileStore(ChunkStore):
             except BaseException:
                 self._room.erase(places)
                 raise
-            self._write_trouble.end()
             if not self._index.publish(span):
                 self._room.give_back(places)
             return True
@@ -263,26 +264,15 @@ class FileStore(ChunkStore):
     def _commit(self, *, publish: bool) -> bool:
         """One transaction: deletions, with `publish` also waiting spans. False when the catalog refused it."""
         with self._commit_lock:
-            now_s = time.monotonic()
-            ticks = publish and now_s >= self._ticks_due_s
-            if ticks:
-                self._ticks_due_s = now_s + _TICKS_INTERVAL_S
-            work = self._index.take_work(publish=publish, ticks=ticks)
-            failed = self._segments.sync({place.segment for span in work.add for place in span.places})
-            for span in work.add:
-                if any(place.segment in failed for place in span.places):
-                    self._drop(span)
-            rows = self._index.rows_of(work)
-            drop = [(span.record.span_id, span.generation) for span in work.drop]
-            try:
-                if rows or drop or work.used:
-                    self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
-            except sqlite3.Error as error:
-                self._catalog_trouble.begin("the catalog cannot be written (%s); new spans are not durable", error)
-                self._index.work_failed(work)
+            error = self._transact(publish=publish)
+            if error is not None and "full" in str(error) and time.monotonic() >= self._relief_due_s:
+                self._room.relieve()
+                error = self._transact(publish=publish)
+                if error is not None:  # others eat what is given back: do not feed them everything
+                    self._relief_due_s = time.monotonic() + _RELIEF_INTERVAL_S
+            if error is not None:
+                self._catalog_trouble.tell("the catalog cannot be written (%s); new spans are not durable", error)
                 return False
-            self._catalog_trouble.end()
-            self._index.work_done(work)
             self._room.erase(self._index.take_erasable())
             with self._index.lock:
                 empty = self._index.pool.take_empty()
@@ -291,3 +281,25 @@ class FileStore(ChunkStore):
                 with self._index.lock:
                     self._index.pool.forget_bytes()
             return True
+
+    def _transact(self, *, publish: bool) -> sqlite3.Error | None:
+        """One try of a commit; the error when the catalog refused it. Commit lock held."""
+        now_s = time.monotonic()
+        ticks = publish and now_s >= self._ticks_due_s
+        if ticks:
+            self._ticks_due_s = now_s + _TICKS_INTERVAL_S
+        work = self._index.take_work(publish=publish, ticks=ticks)
+        failed = self._segments.sync({place.segment for span in work.add for place in span.places})
+        for span in work.add:
+            if any(place.segment in failed for place in span.places):
+                self._drop(span)
+        rows = self._index.rows_of(work)
+        drop = [(span.record.span_id, span.generation) for span in work.drop]
+        try:
+            if rows or drop or work.used:
+                self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
+        except sqlite3.Error as error:
+            self._index.work_failed(work)
+            return error
+        self._index.work_done(work)
+        return None

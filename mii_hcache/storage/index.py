@@ -211,6 +211,11 @@ class FileIndex:
             self.counters.evicted_spans += len(victims)
             return True
 
+    def dead_places(self) -> list[Place]:
+        """Slots of removed spans that nobody reads, but that rows still name."""
+        with self.lock:
+            return [place for span in self._dead if not span.num_readers for place in span.places]
+
     def take_work(self, *, publish: bool, ticks: bool) -> CatalogWork:
         """What the next transaction is to do: deletions, new spans if `publish`, last uses if `ticks`. One taker at a
         time, who then calls `work_done` or `work_failed`."""

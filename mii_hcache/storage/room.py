@@ -14,6 +14,9 @@ from mii_hcache.storage.slots import Place
 _FULL_DISK_PAUSE_S = 5.0
 """After the disk said that it is full, spans only replace others for so long."""
 
+_RELIEF_BYTES = 4 << 20
+"""What is evicted when the catalog finds no room on the disk: as much as SQLite's log may take."""
+
 
 class Room:
     """Finds slots: free ones first, then growth of the files, then holes in place of other sizes, then eviction.
@@ -66,6 +69,19 @@ class Room:
     def pause_growth(self) -> None:
         """The disk is full: only replace other spans for a while."""
         self._full_until_s = time.monotonic() + _FULL_DISK_PAUSE_S
+
+    def relieve(self) -> None:
+        """The disk is too full even for the catalog's log, which has to say what was evicted before slots are reused:
+        evict a little, and give back the bytes of all that is free or evicted. A row may then name a hole, which is
+        as good as damage, so a crash costs nothing else."""
+        self.pause_growth()
+        with self._index.lock:
+            relief_bytes = min(_RELIEF_BYTES, self._index.pool.disk_bytes // 16)
+        self._index.evict(relief_bytes)
+        if self._segments.punch(self._index.dead_places()):
+            with self._index.lock:
+                free = self._index.pool.take_all_free()
+            self.erase(free)
 
     def shrink(self) -> None:
         """Give all free bytes back to the disk, and evict until the files fit the capacity. For opening: no other

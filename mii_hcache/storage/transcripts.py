@@ -188,11 +188,10 @@ class Transcripts:
                 if unsaved or moved:
                     database.transact(change)
             except sqlite3.Error as error:
-                self._trouble.begin("transcripts cannot be saved (%s); new ones are not durable", error)
+                self._trouble.tell("transcripts cannot be saved (%s); new ones are not durable", error)
                 with self._lock:
                     self._unsaved = unsaved | self._unsaved
                 return
-            self._trouble.end()
             if moved:
                 self._ticks_due_s = now_s + _TICKS_INTERVAL_S
 

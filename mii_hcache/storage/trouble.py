@@ -1,25 +1,23 @@
-"""Trouble that lasts is worth one line of log, not one per attempt."""
+"""Trouble that lasts is worth a line of log now and then, not one per attempt."""
 
 from __future__ import annotations
 
 import logging
+import time
+
+_SILENCE_S = 60.0
 
 
 class Trouble:
-    """Warns when trouble begins, and says when it is over. Any thread; a rare second line does no harm."""
+    """Warns at most once a minute. Any thread; a rare second line does no harm."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
-        self._message: str | None = None
+        self._quiet_until_s = 0.0
 
-    def begin(self, message: str, error: Exception) -> None:
-        """Warn, unless the same trouble lasts already. `message` has one `%s`, for the error."""
-        if self._message is None:
+    def tell(self, message: str, error: Exception) -> None:
+        """Warn, unless that was done lately. `message` has one `%s`, for the error."""
+        now_s = time.monotonic()
+        if now_s >= self._quiet_until_s:
+            self._quiet_until_s = now_s + _SILENCE_S
             self._log.warning(message, error)
-        self._message = message % error
-
-    def end(self) -> None:
-        """All is well (again)."""
-        if self._message is not None:
-            self._log.warning("over: %s", self._message)
-            self._message = None
