@@ -23,16 +23,16 @@ class Lanes:
         Blocks. A single job runs on the calling thread alone.
         """
         batch = _Batch(num_jobs, job)
-        helpers = []
+        others = []
         try:
             with contextlib.suppress(RuntimeError):  # closed meanwhile: this thread does it all
                 for _ in range(min(self._num_threads, num_jobs) - 1):
-                    helpers.append(self._pool.submit(batch.work))
+                    others.append(self._pool.submit(batch.work))
             batch.work()
         finally:
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+            for other in others:
+                if not other.cancel():
+                    other.result()
         return batch.stop, batch.reason
 
     def close(self) -> None:
