@@ -31,6 +31,10 @@ BodyT = TypeVar("BodyT", bound=GenerationBody)
 ResultT = TypeVar("ResultT")
 
 _DEFAULT_TEMPERATURE = 1.0
+_LEAST_TEMPERATURE = 1e-5
+"""Below it, logits divided by it are no numbers any more; greedy is what is meant."""
+_LEAST_TOP_P = 1e-6
+"""It keeps the likeliest token alone, as anything below would."""
 _SCORED_IN_PLACE = 64
 """Logprobs of more tokens (an echoed prompt) are written on another thread."""
 
@@ -165,10 +169,11 @@ class Answering:
             num_tokens = room if default_tokens is None else min(room, default_tokens)
         num_tokens = max(num_tokens, 1)  # for a prompt that is only scored, too
         stop_token_ids = frozenset(body.stop_token_ids or ())
+        temperature = _DEFAULT_TEMPERATURE if body.temperature is None else body.temperature
         return SamplingParams(
             max_new_tokens=num_tokens,
-            temperature=_DEFAULT_TEMPERATURE if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
+            temperature=temperature if temperature >= _LEAST_TEMPERATURE else 0.0,
+            top_p=1.0 if body.top_p is None else max(body.top_p, _LEAST_TOP_P),
             top_k=max(body.top_k or 0, 0),
             seed=body.seed,
             stop_token_ids=stop_token_ids if body.ignore_eos else stop_token_ids | self._tokenizer.stop_token_ids,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from mii_hcache import __version__
@@ -21,6 +20,15 @@ from mii_hcache.serve.errors import install_error_answers, unknown_model
 from mii_hcache.serve.gate import KnownHosts, NeedsKey
 from mii_hcache.serve.metrics import CONTENT_TYPE, CountRequests, ServerMetrics
 from mii_hcache.serve.openai_schema import ChatBody, CompletionBody
+from mii_hcache.serve.reply_schema import (
+    ChatReply,
+    CompletionReply,
+    ModelCard,
+    ModelList,
+    health_responses,
+    metrics_responses,
+    responses_of,
+)
 from mii_hcache.serve.request_log import LogRequests
 from mii_hcache.serve.text import KnownTexts
 
@@ -90,27 +98,41 @@ def _add_openai_routes(app: FastAPI, answering: Answering) -> None:
         "max_model_len": answering.max_context_tokens,
     }
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    model_param = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    generation_errors = (404, 413, 429, 500, 503)
 
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        if model != answering.model_name:
-            raise unknown_model(model, answering.model_name)
-        return card
+    @app.get("/v1/models", responses=responses_of(ModelList))
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card]})
 
-    @app.post("/v1/completions", openapi_extra=openapi_body(CompletionBody))
+    @app.get(
+        "/v1/models/{model:path}", responses=responses_of(ModelCard, 404), openapi_extra={"parameters": [model_param]}
+    )
+    async def model(request: Request) -> Response:
+        name = request.path_params["model"]
+        if name != answering.model_name:
+            raise unknown_model(name, answering.model_name)
+        return JSONResponse(card)
+
+    @app.post(
+        "/v1/completions",
+        responses=responses_of(CompletionReply, *generation_errors, streams=True),
+        openapi_extra=openapi_body(CompletionBody),
+    )
     async def completions(request: Request) -> Response:
         return await answering.complete(request)
 
-    @app.post("/v1/chat/completions", openapi_extra=openapi_body(ChatBody))
+    @app.post(
+        "/v1/chat/completions",
+        responses=responses_of(ChatReply, *generation_errors, streams=True),
+        openapi_extra=openapi_body(ChatBody),
+    )
     async def chat_completions(request: Request) -> Response:
         return await answering.chat(request)
 
 
 def _add_watching_routes(app: FastAPI, answering: Answering, metrics: ServerMetrics) -> None:
-    @app.get("/health")
+    @app.get("/health", responses=health_responses())
     async def health() -> Response:
         """200 while requests are taken, 503 while the last ones finish (`draining`) or when the engine has died
         (`failed`)."""
@@ -124,7 +146,7 @@ def _add_watching_routes(app: FastAPI, answering: Answering, metrics: ServerMetr
             status_code=200 if status == "ok" else 503,
         )
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=metrics_responses(), response_class=PlainTextResponse)
     def metrics_text() -> Response:
         """Prometheus's text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)

@@ -38,16 +38,21 @@ async def read_body(request: Request, model: type[BodyT], *, max_bytes: int = MA
 
 def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads this body."""
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, schema)}}}}
+    schema = inlined(model.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _inlined(node: Any, root: dict[str, Any]) -> Any:
-    """A schema without references (ours do not recurse)."""
-    if isinstance(node, list):
-        return [_inlined(item, root) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        return _inlined(root["$defs"][node["$ref"].rpartition("/")[2]], root)
-    return {key: _inlined(value, root) for key, value in node.items() if key != "$defs"}
+def inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without references (ours do not recurse), to stand anywhere in a document."""
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(schema["$defs"][node["$ref"].rpartition("/")[2]])
+        return {key: inline(value) for key, value in node.items() if key != "$defs"}
+
+    described: dict[str, Any] = inline(schema)
+    return described

@@ -85,7 +85,13 @@ def _text_of(content: Any) -> Any:
 
 
 _TEXT = {"type": "string"}
-_IDS = {"type": "array", "items": {"type": "integer"}}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_PROMPTS = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+    "required": ["type", "text"],
+}
 
 
 class StreamOptions(BaseModel):
@@ -105,7 +111,7 @@ class ChatMessage(BaseModel):
     content: Annotated[
         str,
         BeforeValidator(_text_of),
-        WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}}]}),
+        WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _PART}]}),
     ]
 
     @model_validator(mode="before")
@@ -123,7 +129,7 @@ class ChatMessage(BaseModel):
 class GenerationBody(BaseModel):
     """What both kinds of request have in common. `None` is the same as absent."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
     unsupported: ClassVar[_Neutral] = _NEUTRAL
 
     model: str | None = None
@@ -193,7 +199,7 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[
         list[Prompt],
         BeforeValidator(_prompts),
-        WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, _IDS, {"type": "array", "items": _IDS}]}),
+        WithJsonSchema({"anyOf": [_TEXT, {**_PROMPTS, "items": _TEXT}, _IDS, {**_PROMPTS, "items": _IDS}]}),
     ]
 
     @property

@@ -154,6 +154,14 @@ def test_sampling_settings_reach_the_engine(client, service, tokenizer):
     assert two.stop_token_ids == frozenset()
 
 
+def test_sampling_settings_that_are_too_small_to_compute_with(client, service):
+    """One such request would fail the step of all that run beside it."""
+    for temperature, top_p in ((1e-310, 1.0), (1e-6, 5e-324), (1.0, 1e-300), (1e-5, 1e-6)):
+        client.chat.completions.create(model=MODEL, messages=ASK, max_tokens=1, temperature=temperature, top_p=top_p)
+    settings = [(request.sampling.temperature, request.sampling.top_p) for request in service.submitted]
+    assert settings == [(0.0, 1.0), (0.0, 1e-6), (1.0, 1e-6), (1e-5, 1e-6)]
+
+
 def test_finish_reason_length(client, service, tokenizer):
     says(service, tokenizer, "one two three four five six seven eight")
     reply = client.chat.completions.create(model=MODEL, messages=ASK, max_tokens=3)
