@@ -10,6 +10,9 @@ from mii_hcache.tools.conversation import ANSWER_TOKENS, MESSAGE_TOKENS, least_h
 
 REPEATS = 3
 """Timed runs of each row, time permitting; the table shows their median."""
+MANY_REPEATS = 7
+"""Where that takes only `MANY_SHARE` of the time left."""
+MANY_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,8 @@ class Budget:
     def cost_s(self, planned: Round) -> float:
         """About how long a round takes."""
         prefills = 1 + self._num_turns / 2 + planned.num_repeats + self._num_splits  # the reference, recompute, noise
-        prefills += planned.num_repeats * (self._num_kinds > 0)  # cold
-        prefills += self._num_kinds * (1 + 0.25 * 2 * (self._num_turns + planned.num_repeats))
+        prefills += (2 + planned.num_repeats) * (self._num_kinds > 0)  # cold
+        prefills += self._num_kinds * (3 + 0.25 * 2 * (self._num_turns + planned.num_repeats))
         answers = self._num_turns * (2 + self._num_kinds) + self._num_kinds + self._num_splits
         seconds = prefills * planned.history_tokens * self._token_s + answers * ANSWER_TOKENS * self._step_s
         return self._correction * seconds
@@ -73,11 +76,11 @@ class Budget:
             told = f"history {wanted_tokens}: the shortest that can be checked in so many turns is {history_tokens}"
         done_tokens = max(done_histories, default=0)
         for num_tokens in (history_tokens, history_tokens // 2, history_tokens // 4, history_tokens // 8):
-            for num_repeats in (REPEATS, 1):
+            for num_repeats, share in ((MANY_REPEATS, MANY_SHARE), (REPEATS, 1.0), (1, 1.0)):
                 planned = Round(history_tokens=num_tokens, num_repeats=num_repeats)
                 if num_tokens < self.least_tokens or num_tokens <= done_tokens:
                     continue
-                if self.cost_s(planned) <= self.left_s:
+                if self.cost_s(planned) <= share * self.left_s:
                     if num_tokens < history_tokens:
                         told = f"history {wanted_tokens}: shortened to {num_tokens} for want of time"
                     return planned, told

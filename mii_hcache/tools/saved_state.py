@@ -44,10 +44,11 @@ class SavedState:
         max_tokens: int,
         num_contexts: int = 2,
         in_memory: bool = True,
-        save_wait: float = 10.0,
+        is_patient: bool = True,
     ) -> None:
-        """`in_memory` False leaves out DRAM: what is read comes from files. `save_wait`: see `HCacheConfig`; by default
-        a step waits for as long as need be."""
+        """`in_memory` False leaves out DRAM: what is read comes from files. `is_patient`: the engine is to wait before
+        each batch until all before it is saved, so that nothing is dropped and healed; a server does not wait so."""
+        self.is_patient = is_patient
         self.kind = kind
         self._engine = engine
         payload_bytes = num_contexts * (1 + max_tokens // SPAN_TOKENS) * engine.geometry.span_bytes(kind)
@@ -61,7 +62,6 @@ class SavedState:
             kind=kind,
             max_batch_tokens=engine.max_batch_tokens,
             counters=counters,
-            save_wait=save_wait,
         )
         self._restorer = Restorer(adapter=engine, store=self._state.store, counters=counters)
         self._seed = chain_seed(b"selfcheck")

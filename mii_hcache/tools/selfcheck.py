@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_hcache.config import DTYPE_NAMES
-from mii_hcache.core.methods import METHODS, default_method, method_named
+from mii_hcache.core.methods import METHODS, Method, default_method, method_named
 from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.tools.checkpoint import read_config
 from mii_hcache.tools.conversation import ANSWER_TOKENS, MESSAGE_TOKENS, least_history_tokens
 from mii_hcache.tools.injection import Injection
 from mii_hcache.tools.progress import Progress
@@ -60,32 +61,34 @@ exit status: 0 all is within its bounds, 1 something is not (the last lines say 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 when all is within its bounds, else 1. Raises HCacheError when it could not be run."""
     options = _parser().parse_args(arguments)
-    kinds_wanted = [method_named(name) for name in options.methods]
+    methods = [method_named(name) for name in options.methods]
     injection = Injection.parse(options.inject) if options.inject else None
     progress = Progress()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
-        report = _check(options, kinds_wanted, injection, progress)
+        report = _check(options, methods, injection, progress)
     progress.clear()
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.to_text())
     return 1 if report.problems else 0
 
 
-def _check(options: argparse.Namespace, methods: list[Any], injection: Injection | None, progress: Progress) -> Report:
+def _check(
+    options: argparse.Namespace, methods: list[Method], injection: Injection | None, progress: Progress
+) -> Report:
     from mii_hcache.tools.machine import device_name, filesystem_of, software
 
     with _work_dir(options.state_dir) as directory:
         progress.show(f"loading {options.model or 'the demo model'}")
-        engine = _load(options, directory)
-        started_s = time.perf_counter()
-        report = Report(
-            model=options.model or "the demo model",
-            dtype=engine.geometry.dtype,
-            machine=device_name(engine.device),
-            software=software(),
-            state_dir=str(directory),
-            filesystem=filesystem_of(directory),
-        )
         try:
+            engine = _load(options, directory)
+            started_s = time.perf_counter()
+            report = Report(
+                model=options.model or "the demo model",
+                dtype=engine.geometry.dtype,
+                machine=device_name(engine.device),
+                software=software(),
+                state_dir=str(directory),
+                filesystem=filesystem_of(directory),
+            )
             _measure(options, methods, engine, injection, directory, report, progress)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
@@ -97,7 +100,7 @@ def _check(options: argparse.Namespace, methods: list[Any], injection: Injection
 
 def _measure(
     options: argparse.Namespace,
-    methods: list[Any],
+    methods: list[Method],
     engine: HCacheEngine,
     injection: Injection | None,
     directory: Path,
@@ -137,8 +140,7 @@ def _measure(
             continue
         round_started_s = time.perf_counter()
         ways = Ways(session, planned, num_turns=options.turns, seed=SEED, tell=progress.show)
-        for row in ways.rows(kinds, cold_kind, directory / f"history-{planned.history_tokens}"):
-            report.rows.append(row)
+        report.rows += ways.rows(kinds, cold_kind, directory / f"history-{planned.history_tokens}")
         budget.learn(planned, time.perf_counter() - round_started_s)
 
 
@@ -151,7 +153,9 @@ def _load(options: argparse.Namespace, directory: Path) -> HCacheEngine:
 
         model = str(ensure_demo_model(directory))
     block_size = 16
-    longest = max(*options.history, least_history_tokens(options.turns)) + MESSAGE_TOKENS + 2 * ANSWER_TOKENS
+    longest = max(*options.history, least_history_tokens(options.turns)) + MESSAGE_TOKENS + ANSWER_TOKENS + 1
+    most = read_config(model).get("max_position_embeddings")  # no pool for what the model cannot hold
+    longest = min(longest, most) if isinstance(most, int) else longest
     return build_engine(
         model,
         dtype=options.dtype,

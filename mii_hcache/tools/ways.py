@@ -7,13 +7,13 @@ answers. All are timed alike: from having the prompt's token ids to having the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.tools.budget import Round
+from mii_hcache.tools.budget import REPEATS, Round
 from mii_hcache.tools.conversation import ANSWER_TOKENS, make_conversation
 from mii_hcache.tools.limits import SPLITS, Agreement, Limits, logit_difference
 from mii_hcache.tools.report import Row
@@ -40,19 +40,19 @@ class Ways:
         )
         self._last = num_turns - 1
         self._reference: list[torch.Tensor] = []
+        self._controls: list[Turn] = []
+        """Timed runs of recompute; one more after every other way, so that a busy moment shows."""
 
-    def rows(self, kinds: Sequence[ChunkKind], cold_kind: ChunkKind | None, directory: Path) -> Iterator[Row]:
-        """Each way when it is done. `cold_kind` is saved by the cold way, None leaves it out; `directory` takes the
+    def rows(self, kinds: Sequence[ChunkKind], cold_kind: ChunkKind | None, directory: Path) -> list[Row]:
+        """A row for each way. `cold_kind` is what the cold way saves, None leaves that way out; `directory` takes the
         state, one folder a kind."""
         resident = self._resident()
         recomputed = self._recompute()
-        limits = self._limits(recomputed[0])
-        yield resident
-        yield self._judge("recompute", *recomputed, limits)
-        if cold_kind is not None:
-            yield self._cold(cold_kind, directory / f"cold-{cold_kind.value}", limits)
+        limits = self._limits(recomputed)
+        others = [] if cold_kind is None else [self._cold(cold_kind, directory / f"cold-{cold_kind.value}", limits)]
         for kind in kinds:
-            yield from self._restored(kind, directory / kind.value, limits)
+            others += self._restored(kind, directory / kind.value, limits)
+        return [resident, self._judge("recompute", recomputed, self._controls, limits), *others]
 
     # --- without saved state --------------------------------------------------------------------------------------
 
@@ -79,22 +79,27 @@ class Ways:
             times_s=times_s,
         )
 
-    def _recompute(self) -> tuple[Agreement, list[Turn]]:
+    def _recompute(self) -> Agreement:
         agreement = Agreement()
         for turn in range(1, self._talk.num_turns):
             self._tell(f"recompute, turn {turn + 1}")
             taken = self._take(turn, "recompute")
             agreement.add(taken.logits, self._reference[turn])
             self._session.evict(taken.uid)
-        return agreement, [self._first_token(idx, "recompute") for idx in range(self._num_repeats)]
+        for _ in range(self._num_repeats):
+            self._control()
+        return agreement
+
+    def _control(self) -> None:
+        self._controls.append(self._first_token("recompute"))
 
     def _cold(self, kind: ChunkKind, directory: Path, limits: Limits) -> Row:
         """Nothing is saved yet, all is prefilled and saved: what saving costs the first token."""
         way = f"cold/{kind.value}"
         agreement = Agreement()
-        with self._saved_state(kind, directory, save_wait=0.1) as state:
+        with self._saved_state(kind, directory, is_patient=False) as state:
             turns = []
-            for idx in range(self._num_repeats + 1):
+            for idx in range(min(REPEATS, self._num_repeats) + 1):  # each one writes the whole history
                 state.start_over(f"cold {idx}")
                 self._tell(f"{way}, run {idx + 1}")
                 taken = self._take(self._last, way, state=state, save=True)
@@ -102,6 +107,7 @@ class Ways:
                 self._session.evict(taken.uid)
                 agreement.add(taken.logits, self._reference[self._last])
                 turns.append(taken)
+        self._control()
         return self._judge(way, agreement, turns[1:], limits)  # the first one made the buffers
 
     def _limits(self, recomputed: Agreement) -> Limits:
@@ -121,13 +127,14 @@ class Ways:
 
     # --- restored ---------------------------------------------------------------------------------------------------
 
-    def _restored(self, kind: ChunkKind, directory: Path, limits: Limits) -> Iterator[Row]:
+    def _restored(self, kind: ChunkKind, directory: Path, limits: Limits) -> list[Row]:
         """Every turn restored from memory what the turns before saved, then the last one from files after a restart."""
         memory, file = f"{kind.value}/memory", f"{kind.value}/file"
         with self._saved_state(kind, directory) as state:
             agreement, problems, original = self._play_evicted(state, memory)
-            turns = [self._first_token(idx, memory, state) for idx in range(self._num_repeats)]
-        yield self._judge(memory, agreement, turns, limits, kind, problems)
+            turns = [self._first_token(memory, state) for _ in range(self._num_repeats)]
+        from_memory = self._judge(memory, agreement, turns, limits, kind, problems)
+        self._control()
         with self._saved_state(kind, directory, in_memory=False) as state:
             self._tell(f"{file}, turn {self._last + 1}")
             state.drop_page_cache()
@@ -136,10 +143,11 @@ class Ways:
             problems = self._compare(agreement, taken, self._last, original, kind, file)
             self._session.evict(taken.uid, original)
             turns = []
-            for idx in range(self._num_repeats):
+            for _ in range(self._num_repeats):
                 state.drop_page_cache()
-                turns.append(self._first_token(idx, file, state))
-        yield self._judge(file, agreement, turns, limits, kind, problems)
+                turns.append(self._first_token(file, state))
+        self._control()
+        return [from_memory, self._judge(file, agreement, turns, limits, kind, problems)]
 
     def _play_evicted(self, state: SavedState, way: str) -> tuple[Agreement, list[str], int]:
         """All turns, evicted after each. Returns the one whose blocks the last turn must find again, still live."""
@@ -192,15 +200,15 @@ class Ways:
     def _tell(self, text: str) -> None:
         self._tell_progress(f"history {self._talk.history_tokens}: {text}")
 
-    def _first_token(self, idx: int, way: str, state: SavedState | None = None) -> Turn:
+    def _first_token(self, way: str, state: SavedState | None = None) -> Turn:
         """The last turn up to its first token, to be timed; nothing is saved."""
-        self._tell(f"{way}, timed run {idx + 1}")
+        self._tell(f"{way}, timed runs")
         taken = self._take(self._last, way, state=state, num_answer=1)
         self._session.evict(taken.uid)
         return taken
 
     def _saved_state(
-        self, kind: ChunkKind, directory: Path, *, in_memory: bool = True, save_wait: float = 10.0
+        self, kind: ChunkKind, directory: Path, *, in_memory: bool = True, is_patient: bool = True
     ) -> SavedState:
         return SavedState(
             self._session.engine,
@@ -208,7 +216,7 @@ class Ways:
             kind=kind,
             max_tokens=self._talk.num_tokens(),
             in_memory=in_memory,
-            save_wait=save_wait,
+            is_patient=is_patient,
         )
 
     def _judge(

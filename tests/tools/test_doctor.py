@@ -18,6 +18,7 @@ from mii_hcache.engine import compat
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.tools import machine_checks, software_checks, state_checks
+from mii_hcache.tools.checkpoint import read_config
 from mii_hcache.tools.findings import Finding, find_out, ok
 from mii_hcache.tools.machine import filesystem_of
 
@@ -97,7 +98,7 @@ def test_models_that_cannot_be_served(doctor, tmp_path, config, complaint):
 
 def test_a_hub_id_that_is_not_here():
     with pytest.raises(ConfigError, match="'nobody/nothing' cannot be looked up"):
-        software_checks.read_config("nobody/nothing")
+        read_config("nobody/nothing")
 
 
 def test_another_version_is_a_problem_and_a_missing_one_prevents(monkeypatch):
@@ -158,6 +159,7 @@ def test_a_small_disk_and_one_that_is_memory(monkeypatch, tmp_path):
 def test_graphics_cards_that_torch_does_not_see(monkeypatch, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this one sees one")
+    monkeypatch.setattr(machine_checks, "_DRIVER", tmp_path / "nothing")
     assert one(machine_checks.machine_checks(), "GPU").state == "off"
     monkeypatch.setattr(machine_checks, "_DRIVER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -46,7 +46,11 @@ def test_float32_passes_with_a_row_for_every_way(check):
     assert (status, report["ok"], report["problems"]) == (0, True, [])
     assert list(rows) == ["resident", "recompute", "cold/hidden", *RESTORED]
     for way, row in rows.items():
-        assert row["ok"] and row["ttft_ms"] > 0 and len(row["timed_runs_ms"]) in (1, 3)
+        assert (
+            row["ok"]
+            and row["ttft_ms"] > 0
+            and len(row["timed_runs_ms"]) in ((6, 8, 12) if way == "recompute" else (1, 3, 7))
+        )
         if way != "resident":
             assert row["num_equal"] == row["num_tokens"] >= 16
             assert row["max_logit_difference"] <= row["logit_bound"]
@@ -111,7 +115,7 @@ def test_the_table_names_the_machine_and_the_verdict(tiny_model, tmp_path, capsy
 def test_what_cannot_be_run_is_refused(tiny_model, tmp_path, capsys):
     model = str(tiny_model("llama"))
     for options, complaint in (
-        (["--model", str(tmp_path / "nothing")], "cannot be loaded"),
+        (["--model", str(tmp_path / "nothing")], "cannot be looked up"),
         (["--model", model, "--state-dir", str(tmp_path / "nothing")], "must be a directory that exists"),
         (["--model", model, "--inject", "rain"], "swap-rows"),
         (["--model", model, "--turns", "200"], "take fewer"),

@@ -94,11 +94,12 @@ def _budget(seconds: float = 100.0, **changes: float) -> Budget:
     return Budget(seconds=seconds, **{**settings, "token_s": 1e-3, "step_s": 1e-3, **changes})
 
 
-def test_with_time_every_history_is_checked_three_times():
-    budget, done = _budget(), []
+@pytest.mark.parametrize(("seconds", "num_repeats"), [(60.0, 3), (1000.0, 7)])
+def test_with_time_every_history_is_timed_three_times_and_more(seconds, num_repeats):
+    budget, done = _budget(seconds), []
     for wanted in (512, 2048):
         planned, told = budget.choose(wanted, done)
-        assert (planned, told) == (Round(history_tokens=wanted, num_repeats=3), None)
+        assert (planned, told) == (Round(history_tokens=wanted, num_repeats=num_repeats), None)
         done.append(wanted)
 
 
