@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.open import open_state
+
+_log = logging.getLogger(__name__)
 
 DRAIN_S = 60.0
 
@@ -77,14 +80,19 @@ class SavedState:
         self._seed = chain_seed(b"selfcheck", salt.encode())
 
     def bring_back(self, uid: int, prompt: Sequence[int], max_tokens: int) -> Brought:
-        """Restore what there is of the prompt's first `max_tokens` tokens into a new sequence, as the server does."""
+        """Restore what there is of the prompt's first `max_tokens` tokens into a new sequence, as the server does: also
+        in that a restore that fails leaves all of it to be prefilled."""
         lookup = look_up(self._state.store, list(spans_of(self._seed, prompt)), max_tokens=max_tokens)
         self._engine.reserve(uid, lookup.num_tokens)
         if not lookup.records:
             return Brought(why_short=lookup.why_missing)
         restore = self._restorer.start(self._engine.target(uid), lookup.records, prompt)
-        while (outcome := restore.step(60.0, wait=True)) is None:
-            pass
+        try:
+            while (outcome := restore.step(60.0, wait=True)) is None:
+                pass
+        except Exception as error:
+            _log.exception("a restore failed")
+            return Brought(why_short=f"{type(error).__name__}: {error}")
         return Brought(
             num_tokens=outcome.num_tokens,
             read_bytes=outcome.read_bytes,

@@ -101,6 +101,17 @@ def test_state_that_does_not_come_back_is_a_failure(check, monkeypatch):
     assert "history 128, kv/file: 0 of 128 tokens were restored (not_saved)" in report["problems"]
 
 
+def test_a_restore_that_breaks_is_a_failure_and_the_check_goes_on(check, monkeypatch):
+    def broken(*_: object) -> None:
+        raise IndexError("no such block")
+
+    monkeypatch.setattr("mii_hcache.engine.ragged_engine.SequenceBlocks.write_kv", broken)
+    status, report = check("--turns", "2")
+    assert status == 1
+    assert [row["way"] for row in report["rows"] if not row["ok"]] == ["kv/memory", "kv/file"]
+    assert "0 of 128 tokens were restored (IndexError: no such block)" in report["problems"][0]
+
+
 def test_the_table_names_the_machine_and_the_verdict(tiny_model, tmp_path, capsys):
     options = ["--model", str(tiny_model("llama")), "--history", "128,5000", "--turns", "2", "--methods", "hidden"]
     assert main(["selfcheck", *options, "--seconds", "10"]) == 0
