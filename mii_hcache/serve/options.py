@@ -67,6 +67,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         max_waiting=values.max_waiting,
         max_context_tokens=values.max_context,
         save_wait=values.save_wait,
+        save_after=values.save_after,
         restore_slice_s=values.restore_slice / 1e3,
     )
     return Options(
@@ -185,6 +186,13 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.save_wait,
         metavar="SHARE",
         help="share of a prefill step that it may wait for room to save its state (default: %(default)s)",
+    )
+    state.add_argument(
+        "--save-after",
+        type=int,
+        default=defaults.save_after,
+        metavar="N",
+        help="save what this many earlier prompts had, for one-shot traffic; 0 saves everything (default: %(default)s)",
     )
 
     engine = parser.add_argument_group("engine")

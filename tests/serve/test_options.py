@@ -48,8 +48,8 @@ def test_no_arguments_are_the_defaults(monkeypatch):
 def test_every_setting_arrives(tmp_path):
     options = parse_options(
         "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
-        "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 --restore-slice 2.5 "
-        "--max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
+        "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 "
+        "--save-after 2 --restore-slice 2.5 --max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
         "--allowed-host llm.example --allowed-host *:8 --allowed-origin https://a.example "
         f"--state-dir {tmp_path / 'new'}".split()
     )
@@ -67,6 +67,7 @@ def test_every_setting_arrives(tmp_path):
         max_waiting=3,
         max_context_tokens=99,
         save_wait=0.5,
+        save_after=2,
         restore_slice_s=0.0025,
     )
     assert (options.host, options.port) == ("0.0.0.0", 0)
@@ -109,7 +110,15 @@ def test_mistakes_that_argparse_sees(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--kv-blocks 0", "--max-waiting 0", "--state-capacity 5", "--restore-slice 0", "--save-wait -1"]
+    "arguments",
+    [
+        "--kv-blocks 0",
+        "--max-waiting 0",
+        "--state-capacity 5",
+        "--restore-slice 0",
+        "--save-wait -1",
+        "--save-after -1",
+    ],
 )
 def test_mistakes_that_the_settings_see(arguments):
     with pytest.raises(ConfigError):
