@@ -1,0 +1,279 @@
+"""Many clients at once, some of whom leave in the middle: no error, and nothing is left behind.
+
+`MII_HCACHE_SOAK_S` is how long each part lasts; 60 is the full run. `pytest -rP` shows the figures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.end_to_end.server_kit import WORDS, Chat, Server, serving, text_of
+
+SOAK_S = float(os.environ.get("MII_HCACHE_SOAK_S", "15"))
+WARM_UP_S = max(5.0, SOAK_S / 6)
+NUM_CLIENTS = 32
+NUM_BLOCKS, BLOCK_SIZE = 180, 16
+POOL_TOKENS = NUM_BLOCKS * BLOCK_SIZE
+"""A quarter of what all clients would like to hold: running answers are preempted."""
+MAX_GROWTH_BYTES = 48 << 20
+
+
+@dataclass
+class Crowd:
+    """What the clients of a soak have seen."""
+
+    num_finished: int = 0
+    num_left: int = 0
+    num_restored: int = 0
+    errors: list[str] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    """Between a stream's pieces of text."""
+    ttfts_s: list[float] = field(default_factory=list)
+
+
+async def _answer(http: httpx.AsyncClient, body: dict[str, Any], crowd: Crowd, num_pieces: int | None) -> str:
+    """One answer; the client leaves after `num_pieces` when told so."""
+    text, last, at_s, begin_s = "", {}, None, time.perf_counter()
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            crowd.errors.append(f"{response.status_code} {(await response.aread()).decode()}")
+            return ""
+        async for line in response.aiter_lines():
+            if line == "data: [DONE]":
+                break
+            if not line.startswith("data: "):
+                continue
+            last = json.loads(line.removeprefix("data: "))
+            if "error" in last:
+                crowd.errors.append(line)
+                return text
+            piece = last["choices"][0]["delta"].get("content")
+            if piece:
+                now_s = time.perf_counter()
+                if at_s is None:
+                    crowd.ttfts_s.append(now_s - begin_s)
+                else:
+                    crowd.gaps_s.append(now_s - at_s)
+                text, at_s = text + piece, now_s
+            if num_pieces is not None and len(text) >= num_pieces:
+                crowd.num_left += 1
+                return text
+        else:
+            crowd.errors.append("a stream ended without [DONE]")
+            return text
+    crowd.num_finished += 1
+    crowd.num_restored += last["hcache"]["restored_tokens"] > 0
+    return text
+
+
+async def _talk(http: httpx.AsyncClient, seed: int, crowd: Crowd, deadline_s: float) -> None:
+    """One client: conversations of a few turns, one after the other."""
+    chance = random.Random(seed)
+    while True:
+        messages: list[dict[str, str]] = []
+        for _ in range(chance.randrange(2, 6)):
+            if time.perf_counter() > deadline_s or crowd.errors:
+                return
+            messages.append({"role": "user", "content": " ".join(chance.choices(WORDS, k=chance.randrange(3, 30)))})
+            body = {"messages": messages, "max_tokens": chance.randrange(20, 300), "stream": True, "ignore_eos": True}
+            leaves = chance.random() < 0.25
+            text = await _answer(http, body, crowd, chance.randrange(0, 60) if leaves else None)
+            messages.append({"role": "assistant", "content": text})
+
+
+def _soak(server: Server, seconds: float, first_seed: int) -> Crowd:
+    async def everybody() -> Crowd:
+        crowd = Crowd()
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+            deadline_s = time.perf_counter() + seconds
+            await asyncio.gather(*(_talk(http, first_seed + idx, crowd, deadline_s) for idx in range(NUM_CLIENTS)))
+        return crowd
+
+    return asyncio.run(everybody())
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a server holds."""
+
+    num_threads: int
+    num_sockets: int
+    rss_bytes: int
+
+    @classmethod
+    def of(cls, server: Server) -> Footprint:
+        """Read from /proc."""
+        proc = Path(f"/proc/{server.process.pid}")
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        links = []
+        for file in (proc / "fd").iterdir():
+            try:
+                links.append(os.readlink(file))
+            except FileNotFoundError:  # closed meanwhile
+                continue
+        sockets = [link for link in links if link.startswith("socket:")]
+        return cls(int(status["Threads"]), len(sockets), int(status["VmRSS"].split()[0]) << 10)
+
+
+def _at_rest(server: Server) -> dict[str, float]:
+    """Metrics, once nothing is going on."""
+    deadline_s = time.monotonic() + 30
+    busy = ("requests_running", "requests_waiting", "requests_restoring", "spans_pending")
+    while True:
+        metrics = {name.removeprefix("mii_hcache_"): value for name, value in server.metrics().items()}
+        if not any(metrics[name] for name in busy):
+            return metrics
+        assert time.monotonic() < deadline_s, {name: metrics[name] for name in busy}
+        time.sleep(0.1)
+
+
+def _ask_for_all_blocks(server: Server) -> None:
+    """A prompt that fills the pool to the last block. One that is lost would keep it waiting for ever."""
+    body = {"prompt": [5 + idx % 1000 for idx in range(POOL_TOKENS - 1)], "max_tokens": 1, "cache_salt": "all"}
+    reply = server.http.post("/v1/completions", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100)[percent - 1]
+
+
+@pytest.mark.timeout(120 + 3 * SOAK_S)
+@pytest.mark.parametrize("keep", ["none", "lru"])
+def test_a_crowd_leaves_nothing_behind(tmp_path, keep):
+    sizes = ("--kv-blocks", str(NUM_BLOCKS), "--dram-capacity", "16MiB", "--state-capacity", "96MiB")
+    with serving(tmp_path, "--keep", keep, *sizes) as server:
+        question = Chat(seed=1).next_body(40)
+        before = server.http.post("/v1/chat/completions", json=question).json()
+        warm_up = _soak(server, WARM_UP_S, first_seed=1000)
+        _ask_for_all_blocks(server)
+        _at_rest(server)
+        first = Footprint.of(server)
+
+        crowd = _soak(server, SOAK_S, first_seed=0)
+        _ask_for_all_blocks(server)
+        metrics = _at_rest(server)
+        last = Footprint.of(server)
+        after = server.http.post("/v1/chat/completions", json=question).json()
+        log = server.log_path.read_text()
+
+    print(
+        f"keep {keep}, {SOAK_S:g} s: {crowd.num_finished} answers ({crowd.num_restored} restored), {crowd.num_left} "
+        f"left in the middle, {len(crowd.gaps_s)} pieces; {metrics.get('preemptions_total', 0):.0f} preemptions, "
+        f"{metrics['restores_total']:.0f} restores of {metrics['restored_tokens_total']:.0f} tokens; between pieces "
+        f"p50 {1e3 * _percentile(crowd.gaps_s, 50):.1f} ms, p99 {1e3 * _percentile(crowd.gaps_s, 99):.1f} ms, "
+        f"max {1e3 * max(crowd.gaps_s):.0f} ms; first piece p50 {_percentile(crowd.ttfts_s, 50):.2f} s, "
+        f"p99 {_percentile(crowd.ttfts_s, 99):.2f} s; at rest {first} -> {last}"
+    )
+    assert warm_up.errors == crowd.errors == []
+    assert "Traceback" not in log and "ERROR" not in log and "WARNING" not in log, log
+    assert crowd.num_finished > NUM_CLIENTS // 2 and crowd.num_left > NUM_CLIENTS // 4 and crowd.num_restored > 0
+    for name in ("preemptions_total", "restores_total", "requests_cancelled_total"):
+        assert metrics.get(name, 0) > 0, name
+    if keep == "none":
+        assert metrics["blocks_free"] == metrics["blocks"] == NUM_BLOCKS and metrics["resident_contexts"] == 0
+    assert abs(last.num_threads - first.num_threads) <= 2
+    assert abs(last.num_sockets - first.num_sockets) <= 2
+    assert last.rss_bytes - first.rss_bytes < MAX_GROWTH_BYTES
+    assert text_of(after) == text_of(before)  # state that went through all of this is what it was
+
+
+SLICE_S = 0.004
+HISTORY_TOKENS = 3000
+NUM_RESTORES = 6
+
+
+def test_a_restore_holds_up_a_running_stream_by_its_slice(tmp_path):
+    """Longer histories are restored while an answer is running: meanwhile it goes on, a slice and a step at a time."""
+    arguments = ("--keep", "none", "--restore-slice", str(1e3 * SLICE_S))
+    with serving(tmp_path, *arguments) as server:
+        histories = [_history(idx) for idx in range(NUM_RESTORES)]
+        for history in histories:
+            _complete(server, history, 1)
+        _complete(server, _history(99)[:64], 50)
+        _at_rest(server)
+        stream = _Running(server)
+        stream.wait_for(40)
+        alone_s = statistics.median(stream.gaps(0.0, time.perf_counter()))
+        meanwhile, restore_s = [], []
+        for history in histories:
+            begin_s = time.perf_counter()
+            hcache = _complete(server, [*history, 7, 8, 9], 1)
+            assert hcache["restored_tokens"] >= HISTORY_TOKENS - 64
+            restore_s.append(hcache["restore_ms"] / 1e3)
+            meanwhile.append(stream.gaps(begin_s, time.perf_counter()))
+        stream.stop()
+    gaps_s = list(itertools.chain(*meanwhile))
+    print(
+        f"between tokens {1e3 * alone_s:.1f} ms alone; while {NUM_RESTORES} restores of {HISTORY_TOKENS} tokens took "
+        f"{1e3 * statistics.median(restore_s):.0f} ms each, at slices of {1e3 * SLICE_S:g} ms: median "
+        f"{1e3 * statistics.median(gaps_s):.1f} ms, max {1e3 * max(gaps_s):.1f} ms, {len(gaps_s)} tokens"
+    )
+    # A restore that did not let others in between would leave room for one or two tokens.
+    bound_s = 2 * (alone_s + SLICE_S)
+    assert statistics.median(restore_s) > 4 * bound_s, "the histories are too short to tell"
+    assert statistics.median(gaps_s) < bound_s
+    assert len(gaps_s) > sum(restore_s) / bound_s
+
+
+def _history(idx: int) -> list[int]:
+    return random.Random(idx).choices(range(6, 2048), k=HISTORY_TOKENS)
+
+
+def _complete(server: Server, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    """The answer's `hcache`."""
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    reply = server.http.post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    return dict(reply.json()["hcache"])
+
+
+class _Running:
+    """An answer that is being streamed, and when its pieces came. Read on a thread of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self._times_s: list[float] = []
+        self._leave = threading.Event()
+        body = {"prompt": [5, 6, 7], "max_tokens": 3500, "ignore_eos": True, "stream": True, "logprobs": 0}
+        self._thread = threading.Thread(target=self._read, args=(server.url, body), daemon=True)
+        self._thread.start()
+
+    def wait_for(self, num_pieces: int) -> None:
+        """Until so many have come."""
+        deadline_s = time.monotonic() + 60
+        while len(self._times_s) < num_pieces:
+            assert self._thread.is_alive() and time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+    def gaps(self, start_s: float, stop_s: float) -> list[float]:
+        """Between pieces that came in a time."""
+        times_s = list(self._times_s)
+        return [b - a for a, b in itertools.pairwise(times_s) if start_s <= b < stop_s]
+
+    def stop(self) -> None:
+        """Leave; the answer must still have been running."""
+        assert self._thread.is_alive()
+        self._leave.set()
+        self._thread.join()
+
+    def _read(self, url: str, body: dict[str, Any]) -> None:
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    self._times_s.append(time.perf_counter())
+                if self._leave.is_set():
+                    return
