@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mii_hcache.config import HCacheConfig, default_state_dir
-from mii_hcache.core.geometry import ChunkKind, ModelGeometry
 from mii_hcache.core.methods import Method, default_method, method_named
 from mii_hcache.engine.fingerprint import model_fingerprint
 from mii_hcache.engine.ragged_engine import build_engine
@@ -84,14 +83,7 @@ def _open_engine(config: HCacheConfig, state: OpenedState, state_dir: Path) -> O
     )
     tokenizer = Tokenizer(model)
     service = EngineService(engine=engine, store=state.store, method=method, fingerprint=fingerprint, config=config)
-    notes.append(_describe_method(engine.geometry, method))
     assert model_name is not None
     return OpenedService(
         service=service, tokenizer=tokenizer, state=state, model_name=model_name, method=method, notes=notes
     )
-
-
-def _describe_method(geometry: ModelGeometry, method: Method) -> str:
-    hidden_kib = geometry.bytes_per_token(ChunkKind.HIDDEN) / 1024
-    kv_kib = geometry.bytes_per_token(ChunkKind.KV) / 1024
-    return f"Method {method.name}: a token takes {hidden_kib:.1f} KiB as hidden states, {kv_kib:.1f} KiB as K and V."
