@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_hcache import __version__
@@ -72,11 +73,15 @@ def _serve(options: Options) -> int:
 
 
 def _open(options: Options, loading: Loading) -> OpenedService:
+    from mii_hcache.serve.loading import FETCHING
+
     with loading:
         loading.phase("starting")
         from mii_hcache.engine.open import open_service
 
-        loading.phase("loading the model and its saved state")
+        model = options.config.model
+        is_here = model is None or Path(model).is_dir()
+        loading.phase("loading the model and its saved state" if is_here else f"{FETCHING} and loading {model}")
         if "progress" in inspect.signature(open_service).parameters:
             return open_service(options.config, progress=loading.phase)
         return open_service(options.config)

@@ -13,6 +13,8 @@ _log = logging.getLogger("mii_hcache.serve.start")
 
 _TICK_S = 0.2
 _BAR_CHARS = 30
+FETCHING = "fetching"
+"""Phases whose names start so are left alone: the library that downloads draws bars of its own."""
 _REMIND_S = 10.0
 """Without a terminal, a phase that takes longer says how far it is so often."""
 
@@ -45,6 +47,8 @@ class Loading:
                 self._finish_line()
                 self._name, self._phase_s = name, time.monotonic()
                 self._say(name)
+                if self._is_terminal:
+                    self._draw(end="\n" if name.startswith(FETCHING) else "")
             self._num_done, self._num_all = num_done, num_all
             if time.monotonic() - self._said_s > _REMIND_S:
                 self._say(f"{name}: {self._percent()}")
@@ -83,7 +87,7 @@ class Loading:
     def _tick(self) -> None:
         while not self._ended.wait(_TICK_S):
             with self._lock:
-                if self._name:
+                if self._name and not self._name.startswith(FETCHING):
                     self._draw()
 
     def _draw(self, end: str = "") -> None:

@@ -66,6 +66,7 @@ def noisy_logger() -> None:
     """DeepSpeed's: it writes to stdout whatever the root logger is set to."""
     logger = logging.getLogger("DeepSpeed")
     logger.propagate = False
+    logger.setLevel(logging.WARNING)
     logger.addHandler(logging.StreamHandler(sys.stdout))
 
 

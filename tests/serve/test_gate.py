@@ -5,6 +5,7 @@ import json
 import socket
 
 import httpx
+import openai
 import pytest
 from fastapi.testclient import TestClient
 from serve_kit import MODEL, DictTexts, FakeService
@@ -155,6 +156,16 @@ def test_pages_of_an_allowed_origin_ask_and_read(service, tokenizer):
         answer = client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1}, headers=headers)
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "https://chat.example")
     assert client.get("/v1/models", headers={"Origin": "https://other.example"}).status_code == 403
+
+
+def test_openais_client_says_what_it_is(live):
+    headers = {"Origin": "http://evil.example"}
+    with (
+        openai.OpenAI(base_url=live[3] + "/v1", api_key="none", max_retries=0, default_headers=headers) as client,
+        pytest.raises(openai.PermissionDeniedError, match="may not use this server") as caught,
+    ):
+        client.models.list()
+    assert caught.value.code == "origin_not_allowed"
 
 
 def test_over_a_socket(live):

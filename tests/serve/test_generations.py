@@ -18,7 +18,7 @@ def service():
     service.close(drain=False)
 
 
-def _generations(service, tokenizer, known_texts, *, num_prompts=1, want_pieces=True):
+def _generations(service, tokenizer, known_texts, *, num_prompts=1, want_pieces=True, echo=False):
     encoder = PromptEncoder(tokenizer, known_texts)
     background = set()
     generations = Generations(
@@ -27,9 +27,9 @@ def _generations(service, tokenizer, known_texts, *, num_prompts=1, want_pieces=
         encoder=encoder,
         tokenizer=tokenizer,
         prompts=[encoder.encode_text(f"Prompt {idx}:") for idx in range(num_prompts)],
-        shown=[ShownPrompt(text="", offsets=())] * num_prompts,
+        shown=[ShownPrompt(text="Prompt 0:", offsets=())] * num_prompts,
         sampling=[SamplingParams(max_new_tokens=200)] * num_prompts,
-        wanted=Wanted(pieces=want_pieces),
+        wanted=Wanted(pieces=want_pieces, echo=echo),
         background=background,
     )
     return generations, background
@@ -79,6 +79,20 @@ def test_nothing_shown_nothing_remembered(service, tokenizer, known_texts):
 
     asyncio.run(leave_at_once())
     assert service.cancelled == ["r-0"] and known_texts.texts == {}
+
+
+def test_a_prompt_that_was_shown_is_not_an_answer_that_was_shown(service, tokenizer, known_texts):
+    service.step_s = 0.001
+
+    async def leave_after_the_echo():
+        generations, background = _generations(service, tokenizer, known_texts, echo=True)
+        generations.submit()
+        shown = await _take(generations, 1, service)
+        await asyncio.wait(set(background))
+        return shown
+
+    assert asyncio.run(leave_after_the_echo()) == "Prompt 0:"
+    assert known_texts.texts == {}
 
 
 def test_an_answer_is_remembered_before_its_end_is_told(service, tokenizer, known_texts):

@@ -39,6 +39,17 @@ def test_on_a_terminal_a_bar_moves():
     assert rest == ""
 
 
+def test_a_library_that_draws_bars_of_its_own_is_not_drawn_over(monkeypatch):
+    stream = _Terminal()
+    monkeypatch.setattr("mii_hcache.serve.loading._TICK_S", 0.001)
+    with Loading(stream) as loading:
+        loading.phase("fetching weights")
+        drawn = stream.getvalue()
+        time.sleep(0.05)
+        assert stream.getvalue() == drawn and drawn.endswith("fetching weights\n")
+        loading.phase("reading weights")
+
+
 def test_elsewhere_a_line_for_each_phase():
     stream = io.StringIO()
     with Loading(stream) as loading:

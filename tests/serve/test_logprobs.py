@@ -161,6 +161,14 @@ def test_only_tokens_of_the_shown_text_are_listed(client, service, tokenizer):
     assert streamed == choice.logprobs.content
 
 
+def test_a_stream_lists_no_token_before_its_text(client, service, tokenizer):
+    """The second `b` comes while the first `bc` is let go, and is then cut as the start of the stop string."""
+    service.script = lambda request: bytes_of(tokenizer, "bcbcd")
+    arguments = {"model": MODEL, "prompt": "x", "max_tokens": 5, "logprobs": 1, "stop": ["bcd"], "stream": True}
+    text, logprobs = _merged(client.completions.create(**arguments))
+    assert (text, logprobs["tokens"]) == ("bc", ["b", "c"])
+
+
 @pytest.mark.parametrize("logprobs", [-1, 21, True, 1.5, "1"])
 def test_counts_out_of_range(client, logprobs):
     with pytest.raises(openai.BadRequestError) as caught:
