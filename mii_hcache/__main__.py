@@ -13,6 +13,8 @@ COMMANDS = {
     "serve": ("mii_hcache.serve.__main__", "a server with OpenAI's API whose conversations come back fast"),
     "selfcheck": ("mii_hcache.tools.selfcheck", "does a restored conversation say the same here, and how fast is it?"),
     "doctor": ("mii_hcache.tools.doctor", "what is on, what is off, why, and what to do about it"),
+    "plan": ("mii_hcache.tools.plan", "what would be stored for a model, and how fast histories would come back"),
+    "profile": ("mii_hcache.tools.profile", "measure this machine for a model: what plans are made of"),
     "inspect": ("mii_hcache.tools.inspection", "what a state directory holds; --verify reads every byte of it"),
 }
 """Name to module with `main(arguments) -> exit status`, and what it is for."""

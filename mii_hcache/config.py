@@ -51,7 +51,7 @@ class HCacheConfig:
     dram_capacity_bytes: int = 2 << 30
     """Most that saved state may take in host memory, in front of the disk."""
     method: str | None = None
-    """How state is saved and restored: hidden, kv or recompute; None takes the smaller of hidden and kv."""
+    """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"
     """`lru`: finished contexts stay in GPU memory until their blocks are needed. `none`: evicted after every turn."""
     kv_blocks: int | None = None
@@ -74,6 +74,8 @@ class HCacheConfig:
     """Background threads that put spans into the store."""
     restore_slice_s: float = 0.010
     """Longest that a restore holds up running sequences at a time."""
+    trace: str | None = None
+    """File that every restore's timeline is written to, for Perfetto or chrome://tracing."""
     poison_blocks: bool = field(default_factory=lambda: os.environ.get("MII_HCACHE_POISON_BLOCKS", "") == "1")
     """Fill free KV blocks with NaN, to hunt corruption: `MII_HCACHE_POISON_BLOCKS=1`."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mii_hcache.config import HCacheConfig
+from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.methods import METHODS
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine, token_tensors
 from mii_hcache.engine.service import EngineService
@@ -177,7 +178,12 @@ class Client:
 
 
 def open_client(
-    engine: HCacheEngine, *, store: ChunkStore | None = None, method: str = "hidden", **settings: Any
+    engine: HCacheEngine,
+    *,
+    store: ChunkStore | None = None,
+    method: str = "hidden",
+    costs: Mapping[str, LayerCost] | None = None,
+    **settings: Any,
 ) -> Client:
     """A service over an engine; the store is DRAM unless given."""
     return Client(
@@ -187,6 +193,7 @@ def open_client(
             method=METHODS[method],
             fingerprint=b"test",
             config=HCacheConfig(method=method, **settings),
+            costs=costs,
         )
     )
 

@@ -34,11 +34,15 @@ class ModelGeometry:
     head_size: int
     dtype: str
     """Torch's name of the activation dtype: float32, bfloat16 or float16."""
+    ffn_weights: int = 0
+    """Weights of a layer's feed-forward part that one token uses; 0: unknown."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.ffn_weights < 0:
+            raise ConfigError(f"ffn_weights must be >= 0, got {self.ffn_weights}")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
 

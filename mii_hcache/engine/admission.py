@@ -7,16 +7,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.engine.job import Job
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.residents import Residents
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.lookup import Lookup, look_up
-from mii_hcache.runtime.restorer import Restore, RestoreOutcome, Restorer
+from mii_hcache.runtime.policy import RestoreChoice, RestorePolicy
+from mii_hcache.runtime.restore import Restore, RestoreOutcome
+from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import HEAL_WAIT_S, Saver
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.storage.base import ChunkStore
+from mii_hcache.runtime.timeline import TraceFile
+from mii_hcache.storage.base import ChunkStore, SpanRecord
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +29,16 @@ ALONE_SLICE_S = 0.1
 """Restore slice while nothing else runs: only new requests and cancellations wait for it."""
 PENDING_WAIT_S = 5.0
 """Longest that a request waits for its own context's last spans to reach the store."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Restoring:
+    """A job whose history is on its way back."""
+
+    job: Job
+    restore: Restore
+    choice: RestoreChoice
+    records: list[SpanRecord]
 
 
 class Admission:
@@ -39,6 +54,8 @@ class Admission:
         store: ChunkStore,
         saver: Saver,
         restorer: Restorer,
+        policy: RestorePolicy,
+        trace: TraceFile | None,
         counters: Counters,
         restore_slice_s: float,
         max_sequences: int,
@@ -50,6 +67,8 @@ class Admission:
         self._store = store
         self._saver = saver
         self._restorer = restorer
+        self._policy = policy
+        self._trace = trace
         self._counters = counters
         self._restore_slice_s = restore_slice_s
         self._max_sequences = max_sequences
@@ -57,7 +76,7 @@ class Admission:
         self._enqueue = enqueue
         self._uids = itertools.count(1)
         self.waiting: deque[Job] = deque()
-        self.restoring: deque[tuple[Job, Restore]] = deque()
+        self.restoring: deque[Restoring] = deque()
         self.residents = Residents()
         self._leaving: deque[tuple[int, float]] = deque()
         """Sequences whose missing spans are still to be saved, and until when; their blocks are not free yet."""
@@ -73,7 +92,7 @@ class Admission:
         return bool(self._leaving)
 
     def step(self) -> None:
-        """Finish evictions, admit what fits, then work on the oldest restore."""
+        """Finish evictions, admit what fits, then work on the restores."""
         self._finish_evictions()
         while self.waiting and len(self._running) + len(self.restoring) < self._max_sequences:
             if not self._try_admit(self.waiting[0]):
@@ -86,17 +105,17 @@ class Admission:
         withdrawn = [job for job in self.waiting if job.is_cancelled]
         for job in withdrawn:
             self.waiting.remove(job)
-        for job, restore in [pair for pair in self.restoring if pair[0].is_cancelled]:
-            self.restoring.remove((job, restore))
-            restore.cancel()
-            withdrawn.append(job)
+        for restoring in [restoring for restoring in self.restoring if restoring.job.is_cancelled]:
+            self.restoring.remove(restoring)
+            restoring.restore.cancel()
+            withdrawn.append(restoring.job)
         return withdrawn
 
     def withdraw_all(self) -> list[Job]:
         """Take every job out; the caller ends them."""
-        for _, restore in self.restoring:
-            restore.cancel()
-        withdrawn = [*(job for job, _ in self.restoring), *self.waiting]
+        for restoring in self.restoring:
+            restoring.restore.cancel()
+        withdrawn = [*(restoring.job for restoring in self.restoring), *self.waiting]
         self.restoring.clear()
         self.waiting.clear()
         return withdrawn
@@ -112,9 +131,9 @@ class Admission:
         """Give up the restore that started last; False when there is none."""
         if not self.restoring:
             return False
-        job, restore = self.restoring.pop()
-        restore.cancel()
-        self.suspend(job)
+        restoring = self.restoring.pop()
+        restoring.restore.cancel()
+        self.suspend(restoring.job)
         return True
 
     # --- leaving GPU memory -------------------------------------------------------------------------------------
@@ -165,7 +184,7 @@ class Admission:
             max_reused = 0
             job.prompt_logprobs = [None]
             lookup = Lookup(records=[], next_span=None, why_missing="prompt_logprobs")
-        elif self._saver.kind is None:
+        elif self._policy.storage is None:
             lookup = Lookup(records=[], next_span=None, why_missing="recompute")
         else:
             lookup = look_up(self._store, job.spans(), max_tokens=max_reused)
@@ -182,12 +201,42 @@ class Admission:
             self._adopt(job, found[0].uid, num_resident)
             return True
         job.uid = next(self._uids)
-        self._engine.reserve(job.uid, lookup.num_tokens)
-        if lookup.records:
-            restore = self._restorer.start(self._engine.target(job.uid), lookup.records, job.token_ids)
-            self.restoring.append((job, restore))
-        else:
+        if not (lookup.records and self._restore(job, lookup.records)):
+            self._engine.reserve(job.uid, 0)
             self._start(job, 0)
+        return True
+
+    def _fail_restore(self, job: Job) -> None:
+        """To be called where an exception was caught."""
+        _log.exception("a restore failed; the history is prefilled instead")
+        self._counters.add("restore_errors_total")
+        job.report.miss_reason = "restore_failed"
+
+    def _restore(self, job: Job, records: list[SpanRecord]) -> bool:
+        """Start a restore, as the policy has it. False: prefilling is faster."""
+        assert job.uid is not None
+        store = self._store
+        tiers = [store.tier_of(record.span_id) or store.name for record in records]
+        try:
+            choice = self._policy.choose(records, tiers)
+        except Exception:
+            self._fail_restore(job)
+            return False
+        if choice.is_prefill:
+            self._counters.add("restores_not_worth_it_total")
+            if job.num_generated == 0 and job.report.miss_reason is None:
+                job.report.miss_reason = "slower"
+            return False
+        self._engine.reserve(job.uid, len(records) * SPAN_TOKENS)
+        restore = self._restorer.start(
+            self._engine.target(job.uid),
+            records,
+            job.token_ids,
+            recompute_tokens=choice.recompute_tokens,
+            recompute_layers=choice.recompute_layers,
+        )
+        restore.read_ahead()
+        self.restoring.append(Restoring(job=job, restore=restore, choice=choice, records=records))
         return True
 
     def _make_room(self, job: Job, adopted_uid: int | None) -> bool:
@@ -199,7 +248,7 @@ class Admission:
         engine = self._engine
         held = engine.blocks_of(adopted_uid) if adopted_uid is not None else 0
         wanted = engine.blocks_for(len(job.token_ids) + 1) - held
-        others = [*self._running.values(), *(other for other, _ in self.restoring)]
+        others = [*self._running.values(), *(restoring.job for restoring in self.restoring)]
         for other in others:
             assert other.uid is not None
             wanted += max(1, engine.blocks_for(len(other.token_ids) + 1) - engine.blocks_of(other.uid))
@@ -234,40 +283,84 @@ class Admission:
     # --- restoring ----------------------------------------------------------------------------------------------
 
     def _restore_slice(self) -> None:
-        """Work on the oldest restore; longer when nothing else could run meanwhile."""
-        if not self.restoring:
-            return
-        job, restore = self.restoring[0]
+        """Work on the restores, the oldest first, others when it waits for the store; longer when nothing else could
+        run meanwhile."""
         is_alone = not self._running
-        try:
-            outcome = restore.step(ALONE_SLICE_S if is_alone else self._restore_slice_s, wait=is_alone)
-        except Exception:
-            _log.exception("a restore failed; the history is prefilled instead")
-            self._counters.add("restore_errors_total")
-            self.restoring.popleft()
-            job.report.miss_reason = "restore_failed"
-            self._start(job, 0)
-            return
-        if outcome is not None:
-            self.restoring.popleft()
-            self._report(job, outcome)
-            self._start(job, outcome.num_tokens)
+        started_s = time.perf_counter()
+        budget_s = ALONE_SLICE_S if is_alone else self._restore_slice_s
+        for restoring in list(self.restoring):
+            left_s = budget_s - (time.perf_counter() - started_s)
+            if left_s <= 0 or self._advance(restoring, left_s, wait=is_alone and len(self.restoring) == 1):
+                return
+        left_s = budget_s - (time.perf_counter() - started_s)
+        if is_alone and self.restoring and left_s > 0:  # all of them wait for the store
+            self._advance(self.restoring[0], left_s, wait=True)
 
-    def _report(self, job: Job, outcome: RestoreOutcome) -> None:
+    def _advance(self, restoring: Restoring, budget_s: float, *, wait: bool) -> bool:
+        """Work on one restore. True when it is over."""
+        try:
+            outcome = restoring.restore.step(budget_s, wait=wait)
+        except Exception:
+            self._fail_restore(restoring.job)
+            self.restoring.remove(restoring)
+            self._start(restoring.job, 0)
+            return True
+        if outcome is None:
+            return False
+        self.restoring.remove(restoring)
+        try:
+            self._policy.learn(restoring.choice, restoring.restore, restoring.records)
+        except Exception:
+            _log.exception("nothing was learnt from a restore")
+        self._report(restoring, outcome)
+        self._start(restoring.job, outcome.num_tokens)
+        return True
+
+    def _report(self, restoring: Restoring, outcome: RestoreOutcome) -> None:
+        job, timeline = restoring.job, restoring.restore.timeline
         elapsed_s = time.perf_counter() - job.admitted_s
+        restored_tokens = max(0, outcome.num_tokens - outcome.recomputed_tokens)
         self._counters.add("restores_total")
-        self._counters.add("restored_tokens_total", outcome.num_tokens)
+        self._counters.add("restored_tokens_total", restored_tokens)
+        self._counters.add("recomputed_tokens_total", outcome.recomputed_tokens)
         self._counters.add("restored_bytes_total", outcome.read_bytes)
         self._counters.add("restore_seconds_total", elapsed_s)
+        self._counters.add("restore_io_seconds_total", timeline.io_s)
+        self._counters.add("restore_compute_seconds_total", timeline.compute_s)
+        self._counters.add("restore_bubble_seconds_total", timeline.bubble_s)
+        if self._trace is not None:
+            self._trace.write(job.request.request_id, timeline, _about(restoring, outcome))
         if job.num_generated > 0:
             return  # resumed after a preemption: the report tells how the prompt came in
         report = job.report
-        report.restored_tokens = outcome.num_tokens
+        report.restored_tokens = restored_tokens
+        report.recomputed_tokens = outcome.recomputed_tokens
+        plan = restoring.choice.plan
+        report.planned_ms = None if plan is None else 1e3 * plan.timeline.makespan_s
         report.restore_ms = 1e3 * elapsed_s
         report.miss_reason = outcome.cut_reason or report.miss_reason
-        if outcome.num_tokens:
+        if restored_tokens:
             report.restored_from = "+".join(outcome.tiers)
             report.method = "+".join(outcome.kinds)
+
+
+def _about(restoring: Restoring, outcome: RestoreOutcome) -> dict[str, float | str]:
+    """What a trace says of a restore as a whole."""
+    timeline = restoring.restore.timeline
+    about: dict[str, float | str] = {
+        "tokens": outcome.num_tokens,
+        "recomputed_tokens": outcome.recomputed_tokens,
+        "ways": "+".join(outcome.kinds),
+        "tiers": "+".join(outcome.tiers),
+        "io_s": timeline.io_s,
+        "compute_s": timeline.compute_s,
+        "makespan_s": timeline.makespan_s,
+        "bubble_s": timeline.bubble_s,
+    }
+    plan = restoring.choice.plan
+    if plan is not None:
+        about |= {"predicted_makespan_s": plan.timeline.makespan_s, "predicted_io_s": plan.timeline.io_s}
+    return about
 
 
 def _miss_reason(job: Job, lookup: Lookup, num_resident: int) -> str | None:

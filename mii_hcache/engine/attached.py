@@ -13,7 +13,8 @@ from transformers import DynamicCache
 
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.methods import default_method, method_named
-from mii_hcache.engine.transformers_adapter import SequenceRunner, TransformersEngine, fingerprint_of
+from mii_hcache.engine.sequence_runner import SequenceRunner
+from mii_hcache.engine.transformers_adapter import TransformersEngine, fingerprint_of
 from mii_hcache.errors import ConfigError, RequestError
 from mii_hcache.runtime.generation import (
     FinishReason,

@@ -210,16 +210,19 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
             self.mlp_1(hidden, layer.mlp_1_w, layer.mlp_1_b), layer.mlp_2_w, layer.mlp_2_b
         )
 
-    def forward(self, wrapped_batch: Any) -> torch.Tensor:
-        """One ragged batch. Returns logits of each sequence's last token, `[num_sequences, vocab_size]`."""
+    def _run_layers(
+        self, wrapped_batch: Any, stop_layer: int, tap: QkvInputTap | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layers `[0, stop_layer)` of a batch. Returns the residual stream behind them, and the QKV input of layer
+        `stop_layer` (in the norm's own buffer; of no meaning behind the last layer): `[num_tokens, hidden_size]`."""
         plan = self.attn.plan
         scale = self.attn._config.scale_factor
         residual = self.embed_tokens(wrapped_batch.input_ids(), plan.positions)
         first = self.layers[0]
         residual, hidden = self.norm(residual, None, first.attn_norm_gamma, first.attn_norm_beta)
-        for layer_idx, layer in enumerate(self.layers):
-            if self.qkv_input_tap is not None:
-                self.qkv_input_tap(layer_idx, hidden)
+        for layer_idx, layer in enumerate(self.layers[:stop_layer]):
+            if tap is not None:
+                tap(layer_idx, hidden)
             kv_cache = self.state_manager.get_cache(layer_idx)
             qkv = self.project_qkv(layer, hidden)
             attended = self.attn(qkv, kv_cache, wrapped_batch, self.inv_freq, scale, window=self.windows[layer_idx])
@@ -231,10 +234,24 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
                 residual, hidden = self.norm(residual, delta, following.attn_norm_gamma, following.attn_norm_beta)
             else:
                 residual.add_(delta)
+        return residual, hidden
+
+    def forward(self, wrapped_batch: Any) -> torch.Tensor:
+        """One ragged batch. Returns logits of each sequence's last token, `[num_sequences, vocab_size]`."""
+        residual, _ = self._run_layers(wrapped_batch, len(self.layers), self.qkv_input_tap)
         if self.output_tap is not None:
             self.output_tap(residual)
-        last_rows = [sequence.start + sequence.num_tokens - 1 for sequence in plan.sequences]
+        last_rows = [sequence.start + sequence.num_tokens - 1 for sequence in self.attn.plan.sequences]
         return self.logits_of(residual, torch.tensor(last_rows, device=residual.device))
+
+    def fill(self, wrapped_batch: Any, num_layers: int) -> None:
+        """Write K and V of a batch's tokens in layers `[0, num_layers)`: a forward without logits, whose last layer
+        is only a projection. Nothing is captured."""
+        last = num_layers - 1
+        plan = self.attn.plan
+        _, hidden = self._run_layers(wrapped_batch, last, None)
+        kv_cache = self.state_manager.get_cache(last)
+        kv_cache.view(-1, *kv_cache.shape[2:])[plan.slots] = self.project_kv(last, hidden, plan.positions)
 
     def logits_of(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of chosen rows (`[num_rows]`, int64) of the last layer's output: `[num_rows, vocab_size]`."""

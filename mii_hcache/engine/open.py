@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mii_hcache.config import HCacheConfig, default_state_dir
+from mii_hcache.core.cost import MeasuredProfile
 from mii_hcache.core.methods import Method, default_method, method_named
+from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.fingerprint import model_fingerprint
-from mii_hcache.engine.ragged_engine import build_engine
+from mii_hcache.engine.measuring import can_measure, measured_profile
+from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.storage.open import OpenedState, open_state
@@ -23,6 +27,10 @@ class OpenedService:
     state: OpenedState
     model_name: str
     method: Method
+    why_method: str
+    """For people: `chosen by --method`, `planned from ...`."""
+    storage: StoragePlan | None
+    """What is saved; None when nothing is."""
     notes: list[str] = field(default_factory=list)
     """What the operator should know, one sentence each."""
 
@@ -37,26 +45,37 @@ class OpenedService:
         self.state.close()
 
 
-def open_service(config: HCacheConfig) -> OpenedService:
-    """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
-    state_dir = Path(config.state_dir or default_state_dir())
-    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes)
-    try:
-        return _open_engine(config, state, state_dir)
-    except BaseException:
-        state.close()
-        raise
+Progress = Callable[[str, int, int], None]
+"""`progress(what, num_done, num_all)`: something begins or goes on; 0 of 0 where it cannot be counted."""
 
 
-def _open_engine(config: HCacheConfig, state: OpenedState, state_dir: Path) -> OpenedService:
-    notes = list(state.notes)
+def _quiet(what: str, num_done: int, num_all: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEngine:
+    """A model, ready to run, and what it is called."""
+
+    engine: HCacheEngine
+    fingerprint: bytes
+    path: str
+    """Directory or hub id that it was loaded from."""
+    name: str
+    """What clients call it."""
+    notes: list[str] = field(default_factory=list)
+
+
+def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _quiet) -> LoadedEngine:
+    """Load the model. `state_dir` remembers digests of its weights. Raises HCacheError."""
+    notes = []
     model = config.model
-    model_name = config.served_model_name or (Path(model).name if model and Path(model).is_dir() else model)
+    name = config.served_model_name or (Path(model).name if model and Path(model).is_dir() else model)
     if model is None:
         from mii_hcache.engine.demo_model import ensure_demo_model
 
         model = str(ensure_demo_model(state_dir.parent / "demo-model"))
-        model_name = config.served_model_name or "mii-hcache-demo"
+        name = config.served_model_name or "mii-hcache-demo"
         notes.append(
             "No --model was given: this is a small model with random weights. It talks gibberish; it exists to "
             "exercise the machinery."
@@ -73,7 +92,7 @@ def _open_engine(config: HCacheConfig, state: OpenedState, state_dir: Path) -> O
     if config.poison_blocks:
         engine.poison_free_blocks()
         notes.append("Free blocks are poisoned with NaN (MII_HCACHE_POISON_BLOCKS=1).")
-    method = method_named(config.method) if config.method else default_method(engine.geometry)
+    progress("making sure of the weights", 0, 0)
     fingerprint = model_fingerprint(
         model_dir=Path(engine.checkpoint_dir),
         config=engine.model().config,
@@ -81,9 +100,61 @@ def _open_engine(config: HCacheConfig, state: OpenedState, state_dir: Path) -> O
         norm_eps=engine.model().norm_eps,
         cache_file=state_dir / "weight-digests.json",
     )
-    tokenizer = Tokenizer(model)
-    service = EngineService(engine=engine, store=state.store, method=method, fingerprint=fingerprint, config=config)
-    assert model_name is not None
+    assert name is not None
+    return LoadedEngine(engine=engine, fingerprint=fingerprint, path=model, name=name, notes=notes)
+
+
+def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedService:
+    """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
+    state_dir = Path(config.state_dir or default_state_dir())
+    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes)
+    try:
+        loaded = load_engine(config, state_dir, progress)
+        notes = [*state.notes, *loaded.notes]
+        tokenizer = Tokenizer(loaded.path)
+        method, why, profile = _choose_method(config, loaded, state_dir, notes, progress)
+        service = EngineService(
+            engine=loaded.engine,
+            store=state.store,
+            method=method,
+            fingerprint=loaded.fingerprint,
+            config=config,
+            costs=None if profile is None else profile.tiers,
+        )
+    except BaseException:
+        state.close()
+        raise
     return OpenedService(
-        service=service, tokenizer=tokenizer, state=state, model_name=model_name, method=method, notes=notes
+        service=service,
+        tokenizer=tokenizer,
+        state=state,
+        model_name=loaded.name,
+        method=method,
+        why_method=why,
+        storage=service.policy.storage,
+        notes=notes,
     )
+
+
+def _choose_method(
+    config: HCacheConfig, loaded: LoadedEngine, state_dir: Path, notes: list[str], progress: Progress
+) -> tuple[Method, str, MeasuredProfile | None]:
+    """The method, why it is that one, and the costs that it plans with."""
+    method = method_named(config.method or "auto")
+    why = "chosen by --method" if config.method else "the default"
+    if not method.needs_costs:
+        return method, why, None
+    if config.method is None and not can_measure(loaded.engine):
+        method = default_method(loaded.engine.geometry)
+        notes.append(
+            "The pool of KV blocks is too small to measure this machine with, so nothing is planned: "
+            f"{method.name} was chosen because it takes the least bytes."
+        )
+        return method, "the smaller of hidden and kv", None
+    profile = measured_profile(
+        loaded.engine,
+        state_dir,
+        loaded.fingerprint,
+        on_progress=lambda what: progress(f"measuring this machine, once: {what}", 0, 0),
+    )
+    return method, f"{why}, planned from what this machine measured on {profile.date[:10]}", profile

@@ -45,7 +45,10 @@ class SequenceBlocks:
         return cache.view(-1, *cache.shape[2:])
 
     @torch.inference_mode()
-    def recompute_first_layer(self, start: int, token_ids: torch.Tensor) -> None:
+    def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
+        if num_layers > 1:
+            self._engine.fill(self._sequence, start, token_ids, num_layers)
+            return
         positions, slots = self._slots(start, token_ids.numel())
         hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
         self._rows(0)[slots] = self._model.project_kv(0, hidden, positions)
@@ -114,6 +117,16 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def max_batch_tokens(self) -> int:
         """Most tokens of one ragged batch."""
         return int(self._config.state_manager.max_ragged_batch_size)
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Most tokens that one sequence can ever hold here."""
+        return min(int(self._config.state_manager.max_context), self.num_blocks * self.block_size)
+
+    @property
+    def max_fill_tokens(self) -> int:
+        """Most tokens that `KVTarget.fill` computes at a time."""
+        return self.max_batch_tokens
 
     @property
     def max_tracked(self) -> int:
@@ -196,6 +209,21 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         if result is not SchedulingResult.Success:
             raise HCacheError(f"a ragged batch of {len(uids)} sequences cannot run: {result.name}")
         return super().put(uids, tokens, do_checks=False)
+
+    def fill(self, sequence: Any, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
+        """Compute K and V of a live sequence's tokens `[start, start + len(token_ids))` in layers `[0, num_layers)`;
+        its blocks are reserved. `seen_tokens` stays what it was."""
+        num_seen = sequence._seen_tokens
+        sequence._seen_tokens = start  # the host has no other way to say where a batch's rows belong
+        try:
+            self._batch.clear()
+            sequence.pre_forward(token_ids.numel())
+            self._batch.insert_sequence(sequence, token_ids, do_checks=False)
+            self._batch.finalize()
+            self._model.prepare_batch(self._batch)
+            self._model.fill(self._batch, num_layers)
+        finally:
+            sequence._seen_tokens, sequence._in_flight_tokens = num_seen, 0
 
     def can_schedule(self, uids: Iterable[int], lengths: Iterable[int]) -> SchedulingResult:
         limits = self._config.state_manager

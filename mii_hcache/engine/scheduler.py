@@ -23,10 +23,12 @@ from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.sampling import logprobs_of, make_generator, sample
 from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.generation import FinishReason
+from mii_hcache.runtime.policy import RestorePolicy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.timeline import TraceFile
 from mii_hcache.storage.base import ChunkStore
 
 _log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         store: ChunkStore,
         saver: Saver,
         restorer: Restorer,
+        policy: RestorePolicy,
+        trace: TraceFile | None,
         counters: Counters,
         keep: Literal["none", "lru"],
         restore_slice_s: float,
@@ -75,6 +79,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             store=store,
             saver=saver,
             restorer=restorer,
+            policy=policy,
+            trace=trace,
             counters=counters,
             restore_slice_s=restore_slice_s,
             max_sequences=max_sequences,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from mii_hcache.config import HCacheConfig
+from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.core.identity import chain_seed
 from mii_hcache.core.methods import Method
@@ -16,10 +18,12 @@ from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
 from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest
+from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.timeline import TraceFile
 from mii_hcache.storage.base import ChunkStore
 
 _log = logging.getLogger(__name__)
@@ -39,16 +43,28 @@ class EngineService:
         method: Method,
         fingerprint: bytes,
         config: HCacheConfig,
+        costs: Mapping[str, LayerCost] | None = None,
     ) -> None:
+        """Takes the engine over. `costs`: of this machine and model, by tier; methods with a plan need them. Raises
+        ConfigError, OSError (of the trace file)."""
         self._engine = engine
         self._store = store
         self._fingerprint = fingerprint
         self._counters = Counters()
+        self._max_context_tokens = engine.max_context_tokens
+        self.policy = make_policy(
+            method=method,
+            geometry=engine.geometry,
+            costs=costs,
+            max_context_tokens=self._max_context_tokens,
+            counters=self._counters,
+            max_fill_tokens=engine.max_fill_tokens,
+        )
         sightings = Sightings(save_after=config.save_after)
         self._saver = Saver(
             adapter=engine,
             store=store,
-            kind=method.saved_kind,
+            plan=self.policy.storage,
             max_batch_tokens=engine.max_batch_tokens,
             counters=self._counters,
             save_wait=config.save_wait,
@@ -62,8 +78,10 @@ class EngineService:
             store=store,
             saver=self._saver,
             restorer=self._restorer,
+            policy=self.policy,
+            trace=None if config.trace is None else TraceFile(Path(config.trace)),
             counters=self._counters,
-            keep="none" if config.keep == "none" else "lru",
+            keep="none" if config.keep == "none" and method.name != "ideal" else "lru",
             restore_slice_s=config.restore_slice_s,
             max_sequences=config.max_sequences,
             sightings=sightings,
@@ -74,7 +92,6 @@ class EngineService:
         self._order = itertools.count()
         self._is_closing = False
         self._max_waiting = config.max_waiting
-        self._max_context_tokens = min(engine._config.state_manager.max_context, engine.num_blocks * engine.block_size)
         self._vocab_size = int(engine.model().vocab_size)
         self._geometry = engine.geometry
         self._thread = threading.Thread(target=self._run, name="hcache-engine", daemon=True)

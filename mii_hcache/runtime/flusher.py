@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.stats import Counters
@@ -32,9 +31,9 @@ class SpanPut:
     """A whole span, ready once its snapshot's rows are there."""
 
     record: SpanRecord
-    rows: torch.Tensor
-    """`[num_layers, SPAN_TOKENS, ...]`, host; each layer's part contiguous."""
-    release: Callable[[], None] | None = None
+    rows: Sequence[torch.Tensor]
+    """Of each chunk, in the order of the record's layout: `[SPAN_TOKENS, ...]`, host, contiguous."""
+    releases: Sequence[Callable[[], None]] = ()
     """Called when the rows are no longer needed."""
 
 
@@ -54,14 +53,19 @@ class RowCopy:
 class Snapshot:
     """What one step, or one read from blocks, left behind."""
 
-    ready: torch.cuda.Event | None = None
-    """The copies to host memory are done after this event; None: they are."""
+    ready: list[torch.cuda.Event] = field(default_factory=list)
+    """The copies to host memory are done after these events."""
     copies: list[RowCopy] = field(default_factory=list)
     whole: list[SpanPut] = field(default_factory=list)
     release: Callable[[], None] | None = None
     """Called when copies and whole spans no longer need the snapshot's memory."""
     discard: list[Callable[[], None]] = field(default_factory=list)
     """Called after this and every earlier snapshot's copies."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do for it."""
+        return self.release is None and not self.whole and not self.discard
 
 
 class Flusher:
@@ -128,7 +132,7 @@ class Flusher:
         is_copied = self._copy_rows(snapshot)
         release()
         for put in snapshot.whole:
-            self._hand_over(SpanPut(record=put.record, rows=put.rows, release=release), is_sound=is_copied)
+            self._hand_over(replace(put, releases=[release, *put.releases]), is_sound=is_copied)
         for copy in snapshot.copies:
             if copy.completes is not None:
                 self._hand_over(copy.completes, is_sound=not copy.target.is_damaged)
@@ -138,8 +142,8 @@ class Flusher:
     def _copy_rows(self, snapshot: Snapshot) -> bool:
         """Wait for the snapshot and copy its rows into their open spans. False: its rows cannot be used."""
         try:
-            if snapshot.ready is not None:
-                snapshot.ready.synchronize()
+            for ready in snapshot.ready:
+                ready.synchronize()
             for copy in snapshot.copies:
                 num_rows = copy.source.shape[1]
                 copy.target.rows[:, copy.span_row : copy.span_row + num_rows] = copy.source
@@ -163,9 +167,7 @@ class Flusher:
     def _put_all(self) -> None:
         while (put := self._puts.get()) is not None:
             try:
-                assert put.rows.shape[1] == SPAN_TOKENS
-                chunks = [as_bytes(put.rows[layer]) for layer in range(put.rows.shape[0])]
-                if self._store.put(put.record, chunks):
+                if self._store.put(put.record, [as_bytes(rows) for rows in put.rows]):
                     self._counters.add("saved_spans_total")
                     self._counters.add("saved_bytes_total", put.record.num_bytes)
                 else:
@@ -177,8 +179,8 @@ class Flusher:
                 self._finish(put)
 
     def _finish(self, put: SpanPut) -> None:
-        if put.release is not None:
-            put.release()
+        for release in put.releases:
+            release()
         with self._changed:
             span_id = put.record.span_id
             self._pending[span_id] -= 1

@@ -57,12 +57,16 @@ class RestoreReport:
     """Prompt tokens whose K and V were still in GPU memory."""
     restored_tokens: int = 0
     """Prompt tokens brought back from saved state."""
+    recomputed_tokens: int = 0
+    """Prompt tokens that the plan of a restore had computed again while the others were read."""
     restored_from: str | None = None
     """Tier the restored chunks came from: `memory`, `file`, or both joined by `+`."""
     method: str | None = None
-    """Kind of state that was restored: `hidden`, `kv`, or both joined by `+`; None when nothing was."""
+    """How the restored tokens' layers came back: `hidden`, `kv`, `recompute`, joined by `+`; None when none did."""
     restore_ms: float = 0.0
     """From admission to the last layer of the last span."""
+    planned_ms: float | None = None
+    """What the plan expected of a restore that has the machine to itself; None where the method does not plan."""
     prefill_tokens: int = 0
     """Prompt tokens run through the model."""
     ttft_ms: float | None = None
@@ -78,7 +82,7 @@ class RestoreReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, milliseconds rounded to microseconds."""
         values = asdict(self)
-        for name in ("restore_ms", "ttft_ms"):
+        for name in ("restore_ms", "planned_ms", "ttft_ms"):
             if values[name] is not None:
                 values[name] = round(values[name], 3)
         return values

@@ -16,9 +16,12 @@ class KVTarget(Protocol):
     Ranges are half-open.
     """
 
-    def recompute_first_layer(self, start: int, token_ids: torch.Tensor) -> None:
-        """Write layer 0's K and V of tokens `[start, start + len(token_ids))` from their ids (`[num_tokens]`, int64,
-        host): the embedding is its QKV input but for the norm."""
+    def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
+        """Compute and write K and V of layers `[0, num_layers)` for tokens `[start, start + len(token_ids))` from
+        their ids (`[num_tokens]`, int64, host): a prefill that stops early. Nothing is captured, no logits.
+
+        K and V of all earlier tokens must be there in layers `[0, num_layers - 1)`; so one layer needs none, and any
+        number of tokens may come at once. More layers: at most `EngineAdapter.max_fill_tokens` tokens."""
         ...
 
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
@@ -47,6 +50,11 @@ class EngineAdapter(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def max_fill_tokens(self) -> int:
+        """Most tokens of one `KVTarget.fill`; 0: this engine fills the first layer only."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype: ...

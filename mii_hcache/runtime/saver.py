@@ -1,9 +1,10 @@
 """Two-stage saving (paper section 4.2): a snapshot in the step that produces state, a flush behind its back.
 
 Stage 1, engine thread: rows of the whole ragged batch go into a ring of host memory (`tap`, once per layer). Stage 2,
-background threads (`flusher`): rows are gathered into spans, whole spans are put into the store. Decode never waits; a
-step that prefills may wait for room, bounded. What found no room is dropped and counted, and healed later: read from
-the sequence's blocks as `kv` before they are freed, so that a drop never cuts off what follows it.
+background threads (`flusher`): rows are gathered into spans, whole spans are put into the store. Layers that are saved
+as K and V are read from the blocks in the step that completes a span. Decode never waits; a step that prefills may wait
+for room, bounded. What found no room is dropped and counted, and healed later: read from the sequence's blocks as `kv`
+before they are freed, so that a drop never cuts off what follows it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
+from mii_hcache.core.layout import SpanLayout
+from mii_hcache.core.plans import StoragePlan
+from mii_hcache.runtime.block_reader import BlockReader
 from mii_hcache.runtime.buffers import RowRing, SpanBuffers
 from mii_hcache.runtime.capture import StepCapture, make_capture
 from mii_hcache.runtime.flusher import Flusher, RowCopy, Snapshot, SpanPut
 from mii_hcache.runtime.pace import Pace
-from mii_hcache.runtime.ports import EngineAdapter, KVTarget
+from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan, SequenceTrack
 from mii_hcache.storage.base import ChunkStore, SpanRecord
@@ -51,7 +55,7 @@ class Saver:
         *,
         adapter: EngineAdapter,
         store: ChunkStore,
-        kind: ChunkKind | None,
+        plan: StoragePlan | None,
         max_batch_tokens: int,
         counters: Counters,
         save_wait: float = 0.1,
@@ -59,12 +63,13 @@ class Saver:
         ring_batches: int = 2,
         is_worth_saving: Callable[[SpanId], bool] = lambda span_id: True,
     ) -> None:
-        """`kind` None saves nothing; `is_worth_saving` picks spans (`Sightings`). `save_wait`: share of a prefill step
-        that it may wait for room. The ring holds `ring_batches` (>= 2) full ragged batches."""
+        """`plan`: what is saved of each span, None for nothing; `is_worth_saving` picks spans (`Sightings`).
+        `save_wait`: share of a prefill step that it may wait for room. The ring holds `ring_batches` (>= 2) full ragged
+        batches."""
         geometry = adapter.geometry
         self._adapter = adapter
         self._store = store
-        self._kind = kind
+        self._plan = plan
         self._counters = counters
         self._save_wait = save_wait
         self._is_worth_saving = is_worth_saving
@@ -76,10 +81,16 @@ class Saver:
         self._wait_left_s = 0.0
         self._num_tapped = 0
         self._capture: StepCapture | None = None
+        self._hidden_rows: dict[int, int] = {}
+        """Row in the ring and in open spans of each layer that is tapped."""
+        patterns = () if plan is None else (plan.kinds, plan.other_kinds or plan.kinds)
+        for layer_idx in range(geometry.num_layers):
+            if any(kinds[layer_idx] is ChunkKind.HIDDEN for kinds in patterns):
+                self._hidden_rows[layer_idx] = len(self._hidden_rows)
         ring_rows = ring_batches * max_batch_tokens
-        if kind is ChunkKind.HIDDEN:
-            num_layers = len(geometry.saved_layers(kind))
-            row_elements = geometry.row_elements(kind)
+        if self._hidden_rows:
+            num_layers = len(self._hidden_rows)
+            row_elements = geometry.row_elements(ChunkKind.HIDDEN)
             self._capture = make_capture(
                 ring=RowRing(
                     num_layers=num_layers, capacity_rows=ring_rows, row_elements=row_elements, dtype=adapter.dtype
@@ -95,23 +106,26 @@ class Saver:
                 dtype=adapter.dtype,
                 max_buffers=1 << 20,  # one a live sequence, and what waits for the store: bounded elsewhere
             )
-        self._kv_buffers = SpanBuffers(
-            shape=(geometry.num_layers, SPAN_TOKENS, 2, geometry.num_kv_heads, geometry.head_size),
-            dtype=adapter.dtype,
-            max_buffers=max(4, ring_rows // SPAN_TOKENS) if kind is ChunkKind.KV else 4,
+        num_kv_layers = max((kinds.count(ChunkKind.KV) for kinds in patterns), default=0)
+        self._kv_blocks = BlockReader(
+            adapter,
+            counters,
+            num_layers=num_kv_layers,
+            max_buffers=max(4, ring_rows // SPAN_TOKENS) if num_kv_layers else 0,
         )
+        self._healed_blocks = BlockReader(adapter, counters, num_layers=geometry.num_layers, max_buffers=4)
 
     @property
-    def kind(self) -> ChunkKind | None:
-        """Kind of chunk that is saved while serving; None when nothing is."""
-        return self._kind
+    def plan(self) -> StoragePlan | None:
+        """What is saved while serving; None when nothing is."""
+        return self._plan
 
     # --- sequences ----------------------------------------------------------------------------------------------
 
     def open(self, uid: int, *, seed: bytes, token_ids: Sequence[int]) -> None:
         """A sequence starts with `token_ids` in its blocks."""
-        if self._kind is not None:
-            self._tracks[uid] = SequenceTrack(seed=seed, token_ids=token_ids)
+        if self._plan is not None:
+            self._tracks[uid] = SequenceTrack(uid=uid, seed=seed, token_ids=token_ids)
 
     def truncate(self, uid: int, num_tokens: int) -> None:
         """The sequence goes back to its first `num_tokens` tokens."""
@@ -129,19 +143,15 @@ class Saver:
         track = self._tracks.get(uid)
         if track is None:
             return True
-        target: KVTarget | None = None
         deadline_s = time.monotonic() + wait_s
         for span_idx in range(track.num_spans):
             if self._is_settled(track, span_idx):
                 continue
-            target = target or self._adapter.target(uid)
-            buffer = self._kv_buffers.acquire(max(0.0, deadline_s - time.monotonic()))
+            buffer = self._healed_blocks.acquire(max(0.0, deadline_s - time.monotonic()))
             if buffer is None:
                 return False
-            if self._snapshot_kv(track, target, span_idx, buffer):
-                self._counters.add("healed_spans_total")
-            else:
-                self._counters.add("unhealed_spans_total")
+            is_read = self._heal_span(track, span_idx, buffer)
+            self._counters.add("healed_spans_total" if is_read else "unhealed_spans_total")
         return True
 
     def give_up(self, uid: int) -> None:
@@ -173,8 +183,9 @@ class Saver:
 
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
         """A layer's QKV input, `[num_tokens, hidden_size]`, in the order of the batch; copied in stream order."""
-        if self._capture is not None and layer_idx > 0:
-            self._capture.copy(layer_idx - 1, hidden)
+        row = self._hidden_rows.get(layer_idx)
+        if self._capture is not None and row is not None:
+            self._capture.copy(row, hidden)
             self._num_tapped += 1
 
     def end_step(self) -> None:
@@ -184,10 +195,8 @@ class Saver:
         num_tokens = sum(len(segment.token_ids) for segment in segments)
         if num_tokens > len(segments):
             self._pace.note(num_tokens, time.perf_counter() - self._step_started_s)
-        if self._kind is ChunkKind.HIDDEN:
-            self._end_hidden_step(segments)
-        elif self._kind is ChunkKind.KV:
-            self._end_kv_step(segments)
+        if self._plan is not None:
+            self._snapshot(segments)
 
     def abort_step(self) -> None:
         """The batch failed: its rows are garbage, its sequences must be closed."""
@@ -205,19 +214,9 @@ class Saver:
             self._wait_left_s = max(0.0, self._wait_left_s - waited_s)
         return taken
 
-    def _end_hidden_step(self, segments: list[StepSegment]) -> None:
-        assert self._capture is not None
-        lease, ready = self._capture.end()
-        snapshot = Snapshot(ready=ready)
-        rows: torch.Tensor | None = None
-        if lease is not None:
-            snapshot.release = partial(self._capture.ring.release, lease)
-            rows = lease.rows
-            if self._num_tapped != rows.shape[0]:  # a forward that bypasses the tap leaves rows that nobody wrote
-                _log.error("%d of %d layers were captured; the step is not saved", self._num_tapped, rows.shape[0])
-                self._counters.add("save_errors_total")
-                self._counters.add("dropped_rows_total", lease.num_rows)
-                rows = None
+    def _snapshot(self, segments: list[StepSegment]) -> None:
+        snapshot = Snapshot()
+        rows = None if self._capture is None else self._take_rows(self._capture, snapshot)
         first_row = 0
         for segment in segments:
             num_rows = len(segment.token_ids)
@@ -226,22 +225,47 @@ class Saver:
                 own_rows = rows[:, first_row : first_row + num_rows] if rows is not None else None
                 self._cut(snapshot, track, segment.token_ids, own_rows)
             first_row += num_rows
-        if snapshot.release is not None or snapshot.discard:  # else nothing was taken: a hanging store piles up nothing
-            self._flusher.submit(snapshot)
+        self._submit(snapshot)
+
+    def _take_rows(self, capture: StepCapture, snapshot: Snapshot) -> torch.Tensor | None:
+        """The hidden rows of the whole step, None when they were dropped."""
+        lease, ready = capture.end()
+        if lease is None:
+            return None
+        if ready is not None:
+            snapshot.ready.append(ready)
+        snapshot.release = partial(capture.ring.release, lease)
+        if self._num_tapped == lease.rows.shape[0]:
+            return lease.rows
+        # A forward that bypasses the tap leaves rows that nobody wrote.
+        _log.error("%d of %d layers were captured; the step is not saved", self._num_tapped, lease.rows.shape[0])
+        self._counters.add("save_errors_total")
+        self._counters.add("dropped_rows_total", lease.num_rows)
+        return None
+
+    def _submit(self, snapshot: Snapshot) -> None:
+        if snapshot.is_empty:  # nothing was taken: a hanging store piles up nothing
+            return
+        if self._adapter.device.type == "cuda":  # K and V may be on their way from the blocks
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+            snapshot.ready.append(ready)
+        self._flusher.submit(snapshot)
 
     def _cut(
         self, snapshot: Snapshot, track: SequenceTrack, token_ids: Sequence[int], rows: torch.Tensor | None
     ) -> None:
-        """Cut one sequence's rows of a step at span boundaries. `rows` None: they were dropped."""
+        """Cut one sequence's part of a step at span boundaries. `rows` None: no hidden rows were captured."""
         start = len(track.token_ids)
         track.extend(token_ids)
         stop = len(track.token_ids)
         try:
             at = start
-            while rows is not None and at < stop:
+            while at < stop:
                 span_idx, span_row = divmod(at, SPAN_TOKENS)
                 num_rows = min(SPAN_TOKENS - span_row, stop - at)
-                self._take(snapshot, track, span_idx, span_row, rows[:, at - start : at - start + num_rows])
+                own_rows = rows[:, at - start : at - start + num_rows] if rows is not None else None
+                self._take(snapshot, track, span_idx, span_row, num_rows, own_rows)
                 at += num_rows
         except Exception:
             _log.exception("rows of a step could not be taken; they are dropped")
@@ -251,15 +275,27 @@ class Saver:
         if open_span is not None:  # it misses rows now; given back after the copies that this snapshot makes into it
             snapshot.discard.append(partial(self._open_buffers.release, open_span.rows))
 
-    def _take(self, snapshot: Snapshot, track: SequenceTrack, span_idx: int, span_row: int, rows: torch.Tensor) -> None:
-        """Rows of one span: put it at once if it is whole here, else copy them to the open span."""
-        num_rows = rows.shape[1]
+    def _take(
+        self,
+        snapshot: Snapshot,
+        track: SequenceTrack,
+        span_idx: int,
+        span_row: int,
+        num_rows: int,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Rows of one span: put it at once if it is whole here, else copy its hidden rows to the open span."""
         is_last = span_row + num_rows == SPAN_TOKENS
         is_wanted = is_last and not self._is_settled(track, span_idx)
-        if num_rows == SPAN_TOKENS:
-            if is_wanted:
-                snapshot.whole.append(SpanPut(record=self._record(track, span_idx, ChunkKind.HIDDEN), rows=rows))
+        needs_hidden = ChunkKind.HIDDEN in self._layout_of(span_idx).kind_counts
+        if needs_hidden and rows is None:
             return
+        if not needs_hidden or num_rows == SPAN_TOKENS:
+            put = self._put_of(track, span_idx, rows) if is_wanted else None
+            if put is not None:
+                snapshot.whole.append(put)
+            return
+        assert rows is not None
         if span_row == 0:
             buffer = self._open_buffers.acquire()
             assert buffer is not None
@@ -271,47 +307,56 @@ class Saver:
         if is_last:
             track.close_open_span()
             release = partial(self._open_buffers.release, open_span.rows)
-            if is_wanted:
-                record = self._record(track, span_idx, ChunkKind.HIDDEN)
-                completes = SpanPut(record=record, rows=open_span.rows, release=release)
-            else:
+            completes = self._put_of(track, span_idx, open_span.rows, release) if is_wanted else None
+            if completes is None:
                 snapshot.discard.append(release)
         snapshot.copies.append(RowCopy(source=rows, target=open_span, span_row=span_row, completes=completes))
 
-    def _end_kv_step(self, segments: list[StepSegment]) -> None:
-        for segment in segments:
-            track = self._tracks.get(segment.uid)
-            if track is None:
-                continue
-            num_spans = track.num_spans
-            track.extend(segment.token_ids)
-            if track.num_spans == num_spans:
-                continue
-            target = self._adapter.target(segment.uid)
-            for span_idx in range(num_spans, track.num_spans):
-                if self._is_settled(track, span_idx):
-                    continue
-                buffer = self._wait_for(self._kv_buffers.acquire)
-                if buffer is None or not self._snapshot_kv(track, target, span_idx, buffer):
-                    self._counters.add("dropped_rows_total", SPAN_TOKENS)
+    def _put_of(
+        self,
+        track: SequenceTrack,
+        span_idx: int,
+        hidden: torch.Tensor | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> SpanPut | None:
+        """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
+        from its blocks now. None, with `release` not called, when there is no room for those."""
+        layout = self._layout_of(span_idx)
+        kv_layers = [chunk.layer_idx for chunk in layout.chunks if chunk.kind is ChunkKind.KV]
+        kv = None
+        if kv_layers:
+            kv = self._wait_for(self._kv_blocks.acquire)
+            if kv is None or not self._kv_blocks.read(track.uid, span_idx, kv_layers, kv):
+                self._counters.add("dropped_rows_total", SPAN_TOKENS)
+                return None
+        back = None if kv is None else partial(self._kv_blocks.release, kv)
+        releases = [action for action in (release, back) if action is not None]
+        rows = []
+        for chunk in layout.chunks:
+            source, row = hidden, self._hidden_rows.get(chunk.layer_idx, 0)
+            if chunk.kind is ChunkKind.KV:
+                source, row = kv, kv_layers.index(chunk.layer_idx)
+            assert source is not None
+            rows.append(source[row])
+        return SpanPut(record=self._record(track, span_idx, layout), rows=rows, releases=releases)
 
-    def _snapshot_kv(self, track: SequenceTrack, target: KVTarget, span_idx: int, buffer: torch.Tensor) -> bool:
-        """Read a span from its blocks; takes the buffer over. False: it could not be read."""
-        ready = None
-        try:
-            for layer_idx in self._adapter.geometry.saved_layers(ChunkKind.KV):
-                target.read_kv(layer_idx, span_idx * SPAN_TOKENS, buffer[layer_idx])
-            if self._adapter.device.type == "cuda":
-                ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                ready.record()
-        except Exception:
-            _log.exception("a span could not be read from its blocks; it is not saved")
-            self._counters.add("save_errors_total")
-            self._kv_buffers.release(buffer)
+    def _heal_span(self, track: SequenceTrack, span_idx: int, buffer: torch.Tensor) -> bool:
+        """Save a span from its blocks; takes the buffer over. False: it could not be read."""
+        layout = SpanLayout.uniform(self._adapter.geometry, ChunkKind.KV)
+        layers = range(self._adapter.geometry.num_layers)
+        if not self._healed_blocks.read(track.uid, span_idx, layers, buffer):
             return False
-        put = SpanPut(record=self._record(track, span_idx, ChunkKind.KV), rows=buffer)
-        self._flusher.submit(Snapshot(ready=ready, whole=[put], release=partial(self._kv_buffers.release, buffer)))
+        put = SpanPut(
+            record=self._record(track, span_idx, layout),
+            rows=list(buffer),
+            releases=[partial(self._healed_blocks.release, buffer)],
+        )
+        self._submit(Snapshot(whole=[put]))
         return True
+
+    def _layout_of(self, span_idx: int) -> SpanLayout:
+        assert self._plan is not None
+        return SpanLayout.of(self._adapter.geometry, self._plan.kinds_of(span_idx))
 
     def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
         """Whether a whole span needs no saving: it is saved, about to be, or not worth it."""
@@ -322,17 +367,13 @@ class Saver:
             or self._flusher.is_pending((span_id,))
         )
 
-    def _record(self, track: SequenceTrack, span_idx: int, kind: ChunkKind) -> SpanRecord:
-        layers = self._adapter.geometry.saved_layers(kind)
+    def _record(self, track: SequenceTrack, span_idx: int, layout: SpanLayout) -> SpanRecord:
         return SpanRecord(
             span_id=track.span_ids[span_idx],
             parent_id=track.parent_id(span_idx),
             span_idx=span_idx,
-            kind=kind,
             token_ids=track.packed_tokens(span_idx),
-            first_layer=layers.start,
-            num_chunks=len(layers),
-            chunk_bytes=self._adapter.geometry.chunk_bytes(kind),
+            layout=layout,
         )
 
     def _discard(self, open_span: OpenSpan | None) -> None:

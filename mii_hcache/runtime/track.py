@@ -28,7 +28,9 @@ class OpenSpan:
 class SequenceTrack:
     """Tokens and span ids of one live sequence. Engine thread only."""
 
-    def __init__(self, *, seed: bytes, token_ids: Sequence[int]) -> None:
+    def __init__(self, *, uid: int, seed: bytes, token_ids: Sequence[int]) -> None:
+        self.uid = uid
+        """The engine's name of the sequence."""
         self._seed = seed
         self.token_ids: list[int] = list(token_ids)
         """Tokens whose K and V are in the blocks (the last generated token is not, until it is fed back)."""

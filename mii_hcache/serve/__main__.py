@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import socket
 import sys
@@ -82,9 +81,7 @@ def _open(options: Options, loading: Loading) -> OpenedService:
         model = options.config.model
         is_here = model is None or Path(model).is_dir()
         loading.phase("loading the model and its saved state" if is_here else f"{FETCHING} and loading {model}")
-        if "progress" in inspect.signature(open_service).parameters:
-            return open_service(options.config, progress=loading.phase)
-        return open_service(options.config)
+        return open_service(options.config, progress=loading.phase)
 
 
 def _server_of(options: Options, opened: OpenedService, sock: socket.socket, loading: Loading) -> Server:

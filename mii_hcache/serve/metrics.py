@@ -74,13 +74,14 @@ class ServerMetrics:
         self._misses = Counter(
             name("misses"), "Finished answers with a miss_reason", ["reason"], registry=self._registry
         )
-        for source in ("resident", "restored", "prefilled"):
+        for source in ("resident", "restored", "recomputed", "prefilled"):
             self._prompt_tokens.labels(source)
 
     def count_answer(self, report: RestoreReport, num_generated: int) -> None:
         """One finished answer."""
         self._prompt_tokens.labels("resident").inc(report.resident_tokens)
         self._prompt_tokens.labels("restored").inc(report.restored_tokens)
+        self._prompt_tokens.labels("recomputed").inc(report.recomputed_tokens)
         self._prompt_tokens.labels("prefilled").inc(report.prefill_tokens)
         self._generated_tokens.inc(num_generated)
         if report.ttft_ms is not None:

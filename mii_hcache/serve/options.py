@@ -69,6 +69,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         save_wait=values.save_wait,
         save_after=values.save_after,
         restore_slice_s=values.restore_slice / 1e3,
+        trace=values.trace,
     )
     return Options(
         config=config,
@@ -173,12 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     state.add_argument(
         "--method",
-        choices=("auto", *METHODS),
+        choices=tuple(METHODS),
         default="auto",
-        help="; ".join(
-            [*(f"{method.name}: {method.summary}" for method in METHODS.values()), "auto: the smaller of hidden and kv"]
-        )
-        + " (default: %(default)s)",
+        help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + " (default: %(default)s)",
     )
     state.add_argument(
         "--save-wait",
@@ -239,6 +237,9 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument("--port", type=_port, default=8000, help="0 takes any free one (default: %(default)s)")
     server.add_argument("--verbose", "-v", action="store_true", help="a line for each request, and what libraries say")
+    server.add_argument(
+        "--trace", metavar="FILE", help="write the timeline of every restore there, for Perfetto or chrome://tracing"
+    )
     server.add_argument(
         "--log-json", action="store_true", help="write lines of JSON to stderr, one for each request of the API"
     )

@@ -50,9 +50,11 @@ def _joined(reports: Sequence[RestoreReport]) -> RestoreReport:
     return RestoreReport(
         resident_tokens=sum(report.resident_tokens for report in reports),
         restored_tokens=sum(report.restored_tokens for report in reports),
+        recomputed_tokens=sum(report.recomputed_tokens for report in reports),
         restored_from=_union([report.restored_from for report in reports]),
         method=_union([report.method for report in reports]),
         restore_ms=max(report.restore_ms for report in reports),
+        planned_ms=max((report.planned_ms for report in reports if report.planned_ms is not None), default=None),
         prefill_tokens=sum(report.prefill_tokens for report in reports),
         ttft_ms=max(ttfts, default=None),
         miss_reason=_union([report.miss_reason for report in reports]),

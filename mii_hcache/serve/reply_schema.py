@@ -40,11 +40,15 @@ class HCache(_Reply):
     """Still in GPU memory."""
     restored_tokens: Count
     """Brought back from saved state."""
+    recomputed_tokens: Count
+    """Computed again while the others were read, as the plan of the restore had it."""
     restored_from: str | None
     """`memory`, `file`, or both."""
     method: str | None
-    """`hidden`, `kv`, or both."""
+    """`hidden`, `kv`, `recompute`, or several."""
     restore_ms: Milliseconds
+    planned_ms: Milliseconds | None
+    """What the plan expected of the restore."""
     prefill_tokens: Count
     """Computed."""
     ttft_ms: Milliseconds | None

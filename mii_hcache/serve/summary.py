@@ -79,14 +79,14 @@ class Summary:
         )
 
     def _method(self) -> str:
-        geometry, method = self.opened.service.geometry, self.opened.method
+        geometry, opened = self.opened.service.geometry, self.opened
         hidden, kv = (geometry.bytes_per_token(kind) for kind in (ChunkKind.HIDDEN, ChunkKind.KV))
-        smaller = "hidden states are" if hidden < kv else "K and V are"
-        why = "chosen by --method" if self.options.config.method else f"chosen because {smaller} smaller"
-        return (
-            f"{method.name}, {why}: a token takes {format_size(round(hidden))} as hidden states, "
-            f"{format_size(round(kv))} as K and V"
-        )
+        text = f"{opened.method.name}, {opened.why_method}"
+        if opened.storage is not None:
+            num_bytes = opened.storage.bytes_per_token(geometry)
+            text += f"; saves {opened.storage.words}, {format_size(round(num_bytes))} a token"
+        sizes = f"all hidden {format_size(round(hidden))}, all K and V {format_size(round(kv))}"
+        return f"{text} ({sizes})"
 
     def _pool(self) -> str:
         block_size, keep = self.options.config.block_size, self.options.config.keep
@@ -110,10 +110,11 @@ class Summary:
 
     def _tokens_in(self, num_bytes: int) -> int | None:
         """Whole spans; None when nothing is saved."""
-        kind = self.opened.method.saved_kind
-        if kind is None:
+        storage = self.opened.storage
+        if storage is None:
             return None
-        return SPAN_TOKENS * (num_bytes // self.opened.service.geometry.span_bytes(kind))
+        span_bytes = SPAN_TOKENS * storage.bytes_per_token(self.opened.service.geometry)
+        return SPAN_TOKENS * int(num_bytes // span_bytes)
 
     def _access(self) -> str:
         num_keys = len(self.options.access.keys)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
+from mii_hcache.core.layout import SpanLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,28 +25,25 @@ class SpanRecord:
     """The span before it on the chain; None for a first span."""
     span_idx: int
     """Position on the chain: the span holds tokens `[64 * span_idx, 64 * (span_idx + 1))`."""
-    kind: ChunkKind
     token_ids: bytes
     """The span's token ids, packed (`core.identity.pack_tokens`); compared on every hit."""
-    first_layer: int
-    """Layer of chunk 0; chunk `i` belongs to layer `first_layer + i`."""
-    num_chunks: int
-    chunk_bytes: int
+    layout: SpanLayout
+    """Which layers are stored, and as what: chunk `i` is `layout.chunks[i]`."""
 
     @property
     def num_bytes(self) -> int:
         """Payload bytes of all chunks."""
-        return self.num_chunks * self.chunk_bytes
+        return self.layout.num_bytes
 
     def check_chunks(self, chunks: Sequence[memoryview]) -> None:
         """Raise ValueError unless `chunks` are what this record describes: for a store's own use in `put`."""
-        if self.num_chunks < 1 or self.chunk_bytes < 1 or self.first_layer < 0 or self.span_idx < 0:
+        if self.span_idx < 0:
             raise ValueError(f"impossible span record: {self}")
-        if len(chunks) != self.num_chunks:
-            raise ValueError(f"a span of {self.num_chunks} chunks was put with {len(chunks)}")
-        for chunk_idx, chunk in enumerate(chunks):
-            if chunk.nbytes != self.chunk_bytes or not chunk.c_contiguous:
-                raise ValueError(f"chunk {chunk_idx}: {chunk.nbytes} bytes, expected {self.chunk_bytes}, contiguous")
+        if len(chunks) != self.layout.num_chunks:
+            raise ValueError(f"a span of {self.layout.num_chunks} chunks was put with {len(chunks)}")
+        for chunk_idx, (chunk, (_, _, num_bytes, _)) in enumerate(zip(chunks, self.layout.chunks, strict=True)):
+            if chunk.nbytes != num_bytes or not chunk.c_contiguous:
+                raise ValueError(f"chunk {chunk_idx}: {chunk.nbytes} bytes, expected {num_bytes}, contiguous")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +53,18 @@ class ChunkRead:
     span_id: SpanId
     layer_idx: int
     out: memoryview
-    """Writable, C-contiguous, format `B`, exactly `chunk_bytes` long."""
+    """Writable, C-contiguous, format `B`, exactly as long as the layer's chunk."""
     kind: ChunkKind | None = None
-    """Kind that the reader expects, None for any. A span may be deleted and saved anew in another kind between `find`
-    and the read, and both kinds' chunks may be equally long: then the read is `missing`."""
+    """Kind that the reader expects of this layer, None for any. A span may be deleted and saved anew in another layout
+    between `find` and the read, and both kinds' chunks may be equally long: then the read is `missing`."""
 
     def chunk_of(self, record: SpanRecord) -> int | None:
         """Index of the chunk to read, None when the span is not the one that the reader planned for."""
-        chunk_idx = self.layer_idx - record.first_layer
-        fits = 0 <= chunk_idx < record.num_chunks and self.out.nbytes == record.chunk_bytes
-        return chunk_idx if fits and self.kind in (None, record.kind) else None
+        chunk_idx = record.layout.chunk_of(self.layer_idx)
+        if chunk_idx is None:
+            return None
+        chunk = record.layout.chunks[chunk_idx]
+        return chunk_idx if self.out.nbytes == chunk.num_bytes and self.kind in (None, chunk.kind) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class ChunkStore(ABC):
         """Accept a span. True: it can be found and read from now on (also if another writer was first: the first one
         stays, these bytes are dropped). False: no room could be made or the device failed; counted, never raised.
 
-        `chunks[i]`: `chunk_bytes` bytes of layer `first_layer + i`. May block on I/O.
+        `chunks[i]`: what `record.layout.chunks[i]` says. May block on I/O.
         """
 
     @abstractmethod

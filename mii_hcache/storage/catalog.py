@@ -8,16 +8,18 @@ import time
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from crc32c import crc32c
 
 from mii_hcache.core.identity import ID_BYTES, SpanId
+from mii_hcache.core.layout import SpanLayout
 from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.database import Database
-from mii_hcache.storage.format import FORMAT_VERSION, KIND_CODES, KINDS_BY_CODE, UUID_BYTES
+from mii_hcache.storage.format import FORMAT_VERSION, UUID_BYTES, pack_kinds, parse_kinds
 from mii_hcache.storage.slots import MAX_SLOTS, Places, SlotSet
 from mii_hcache.storage.state_dir import new_store_uuid
 
@@ -25,14 +27,14 @@ _APPLICATION_ID = 0x48434154  # "HCAT"
 _SCHEMA = """
 CREATE TABLE store (one INTEGER PRIMARY KEY CHECK (one = 1), uuid BLOB NOT NULL, generation INTEGER NOT NULL);
 CREATE TABLE span (
-    span_id BLOB PRIMARY KEY, parent_id BLOB, span_idx INTEGER NOT NULL, kind INTEGER NOT NULL,
-    token_ids BLOB NOT NULL, first_layer INTEGER NOT NULL, num_chunks INTEGER NOT NULL, chunk_bytes INTEGER NOT NULL,
+    span_id BLOB PRIMARY KEY, parent_id BLOB, span_idx INTEGER NOT NULL, token_ids BLOB NOT NULL,
+    kinds BLOB NOT NULL, hidden_chunk_bytes INTEGER NOT NULL, kv_chunk_bytes INTEGER NOT NULL,
     generation INTEGER NOT NULL, places BLOB NOT NULL, crc INTEGER NOT NULL, last_used INTEGER NOT NULL
 )
 """
-_INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _CHUNK = struct.Struct("<III")
-_FIXED = struct.Struct("<11q")
+_FIXED = struct.Struct("<10q")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +133,10 @@ def _pack(row: SpanRow) -> tuple[object, ...]:
         record.span_id,
         record.parent_id,
         record.span_idx,
-        KIND_CODES[record.kind],
         record.token_ids,
-        record.first_layer,
-        record.num_chunks,
-        record.chunk_bytes,
+        pack_kinds(record.layout.kinds),
+        record.layout.hidden_chunk_bytes,
+        record.layout.kv_chunk_bytes,
         row.generation,
         chunks,
     )
@@ -148,21 +149,18 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
     try:
         if _row_crc(fields) != crc or not isinstance(last_used, int):
             raise CorruptChunkError("a row has a wrong checksum")
-        span_id, parent_id, span_idx, code, token_ids, first_layer, num_chunks, chunk_bytes, generation, chunks = fields
+        span_id, parent_id, span_idx, token_ids, kinds, hidden_chunk_bytes, kv_chunk_bytes, generation, chunks = fields
         record = SpanRecord(
             span_id=span_id,
             parent_id=parent_id,
             span_idx=span_idx,
-            kind=KINDS_BY_CODE[code],
             token_ids=token_ids,
-            first_layer=first_layer,
-            num_chunks=num_chunks,
-            chunk_bytes=chunk_bytes,
+            layout=_layout(kinds, hidden_chunk_bytes, kv_chunk_bytes),
         )
         triples = list(_CHUNK.iter_unpack(chunks))
-    except (TypeError, KeyError, ValueError, struct.error) as error:
+    except (TypeError, ValueError, struct.error) as error:
         raise CorruptChunkError(f"a row is malformed ({error})") from error
-    if len(span_id) != ID_BYTES or num_chunks != len(triples) or num_chunks < 1 or chunk_bytes < 1:
+    if len(span_id) != ID_BYTES or len(triples) != record.layout.num_chunks:
         raise CorruptChunkError("a row has impossible sizes")
     return SpanRow(
         record=record,
@@ -173,13 +171,18 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
     )
 
 
+@lru_cache(maxsize=1024)
+def _layout(kinds: bytes, hidden_chunk_bytes: int, kv_chunk_bytes: int) -> SpanLayout:
+    return SpanLayout.shared(parse_kinds(kinds), hidden_chunk_bytes, kv_chunk_bytes)
+
+
 def _row_crc(fields: Sequence[Any]) -> int:
     """Over everything in a row but `last_used`, which changes alone."""
-    span_id, parent_id, span_idx, code, token_ids, first_layer, num_chunks, chunk_bytes, generation, chunks = fields
+    span_id, parent_id, span_idx, token_ids, kinds, hidden_chunk_bytes, kv_chunk_bytes, generation, chunks = fields
     parent = b"" if parent_id is None else parent_id
-    numbers = (span_idx, code, first_layer, num_chunks, chunk_bytes, generation, parent_id is None)
-    sizes = (len(span_id), len(parent), len(token_ids), len(chunks))
-    return crc32c(b"".join((_FIXED.pack(*numbers, *sizes), span_id, parent, token_ids, chunks)))
+    numbers = (span_idx, hidden_chunk_bytes, kv_chunk_bytes, generation, parent_id is None)
+    sizes = (len(span_id), len(parent), len(token_ids), len(kinds), len(chunks))
+    return crc32c(b"".join((_FIXED.pack(*numbers, *sizes), span_id, parent, token_ids, kinds, chunks)))
 
 
 def _check_places(rows: Iterable[SpanRow]) -> None:

@@ -135,7 +135,9 @@ class Database:
             if file.exists():
                 file.rename(target)
         sync_dir(path.parent)
-        self.note = f"{path.name} was damaged ({error}); it was set aside as {aside.name} and a new one started empty"
+        self.note = (
+            f"{path.name} cannot be used ({error}); it was set aside as {aside.name} and a new one started empty"
+        )
         _log.warning("%s", self.note)
 
 

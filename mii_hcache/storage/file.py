@@ -128,7 +128,7 @@ class FileStore(ChunkStore):
             finally:
                 self._index.end_reads(found)
             with self._index.lock:
-                self._index.counters.read_bytes += sum(span.record.chunk_bytes for span, _ in found[:num_ok])
+                self._index.counters.read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
         if reason is None and num_ok < len(reads):
             reason = "missing"
         return ReadOutcome(num_ok=num_ok, reason=reason)
@@ -194,7 +194,7 @@ class FileStore(ChunkStore):
         if crcs is None:
             crcs = [crc32c(chunk) for chunk in chunks]
         for _ in range(2):
-            places = self._room.reserve(record)
+            places = self._room.reserve(record.layout)
             if places is None:
                 return False
             generation = self._index.next_generation()
@@ -225,14 +225,14 @@ class FileStore(ChunkStore):
             self._index.counters.dropped_spans += 1
 
     def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
-        record = span.record
+        chunk = span.record.layout.chunks[chunk_idx]
         return SlotHeader(
             store_uuid=self._store_uuid,
-            span_id=record.span_id,
-            layer_idx=record.first_layer + chunk_idx,
-            kind=record.kind,
+            span_id=span.record.span_id,
+            layer_idx=chunk.layer_idx,
+            kind=chunk.kind,
             generation=span.generation,
-            num_bytes=record.chunk_bytes,
+            num_bytes=chunk.num_bytes,
             crc=span.crcs[chunk_idx],
         )
 

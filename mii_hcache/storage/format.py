@@ -1,7 +1,8 @@
-"""The on-disk format of saved chunks, version 1. This text is the specification.
+"""The on-disk format of saved chunks, version 2. This text is the specification.
 
-A store's bytes lie in *segment files*, cut into *slots* of one size. All integers are little-endian; all blocks are
-4096 bytes, so that headers and payloads may be read and written with O_DIRECT.
+A store's bytes lie in *segment files*, cut into *slots* of one size: chunks of one span that differ in length lie in
+different segments. All integers are little-endian; all blocks are 4096 bytes, so that headers and payloads may be read
+and written with O_DIRECT.
 
     segment file  =  segment header (1 block)  +  num_slots slots, slot i at 4096 + i * slot_bytes
     slot          =  slot header (1 block)  +  payload, zero-padded to whole blocks
@@ -15,9 +16,11 @@ A store's bytes lie in *segment files*, cut into *slots* of one size. All intege
 its padding. Kinds: 1 hidden, 2 kv. A segment file may be shorter than its slots and have holes; what is missing was
 never written, or was given back. A file gets its name, NUMBER.seg, when its header is durable; it is NUMBER.new before.
 
-What makes a chunk readable is a row of the catalog, not a slot: the row says where each chunk of a span lies, its CRC
-and the span's generation. A reader accepts a payload only if the slot's header is, byte for byte, the one that the row
-implies, and the payload's CRC is the row's. A valid header of something else means that the slot was reused: a miss.
+What makes a chunk readable is a row of the catalog, not a slot. The row says as what each layer of the model is stored
+(a byte a layer: its kind, or 0 for not at all), how long chunks of either kind are, the span's generation, and for each
+stored layer, in order, where its chunk lies and its CRC; a CRC of its own covers it all. A reader accepts a payload
+only if the slot's header is, byte for byte, the one that the row implies, and the payload's CRC is the row's. A valid
+header of something else means that the slot was reused: a miss.
 
 Order of writing (each step is done before the next one starts):
 
@@ -33,20 +36,27 @@ Forbidden, and why:
 * to change a payload in place: rows, memory copies and readers in flight rely on its CRC;
 * to touch files whose header names another store uuid: they are not ours to reuse or to delete;
 * to add a field without a new version: readers refuse every version but their own, and nothing is lost but a cache.
+
+Version 1 had spans of one kind only, their layers without a gap.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from crc32c import crc32c
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
+from mii_hcache.core.layout import LayerKinds, SpanLayout
 from mii_hcache.errors import CorruptChunkError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_BYTES = 4096
 UUID_BYTES = 16
 
@@ -60,6 +70,10 @@ _CRC_OFFSET = BLOCK_BYTES - _CRC.size
 KIND_CODES = {ChunkKind.HIDDEN: 1, ChunkKind.KV: 2}
 """What stands for a kind on disk."""
 KINDS_BY_CODE = {code: kind for kind, code in KIND_CODES.items()}
+_NOT_STORED = 0
+
+SlotCounts = Mapping[int, int]
+"""How many slots of each size, by `slot_bytes`."""
 
 
 def slot_bytes(chunk_bytes: int) -> int:
@@ -70,6 +84,31 @@ def slot_bytes(chunk_bytes: int) -> int:
 def padded_bytes(num_bytes: int) -> int:
     """`num_bytes`, rounded up to whole blocks."""
     return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+@lru_cache(maxsize=1024)
+def slot_sizes(layout: SpanLayout) -> tuple[int, ...]:
+    """Bytes of the slot of each chunk of a span."""
+    return tuple(slot_bytes(chunk.num_bytes) for chunk in layout.chunks)
+
+
+@lru_cache(maxsize=1024)
+def slot_counts(layout: SpanLayout) -> SlotCounts:
+    """The slots that a span takes: of one size, or of two."""
+    return MappingProxyType(Counter(slot_sizes(layout)))
+
+
+def pack_kinds(kinds: LayerKinds) -> bytes:
+    """A byte per layer."""
+    return bytes(_NOT_STORED if kind is None else KIND_CODES[kind] for kind in kinds)
+
+
+def parse_kinds(codes: bytes) -> LayerKinds:
+    """Inverse of `pack_kinds`. Raises CorruptChunkError."""
+    try:
+        return tuple(None if code == _NOT_STORED else KINDS_BY_CODE[code] for code in codes)
+    except KeyError as error:
+        raise CorruptChunkError(f"unknown kind {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

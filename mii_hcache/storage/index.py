@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, SpanRecord
 from mii_hcache.storage.catalog import SpanRow
-from mii_hcache.storage.format import slot_bytes
+from mii_hcache.storage.format import SlotCounts, slot_counts
 from mii_hcache.storage.reasons import Reasons
 from mii_hcache.storage.recency import Recency
 from mii_hcache.storage.slots import Place, Places, SlotPool
+
+_ANY_SIZE = 0
+"""In place of a slot size: bytes of slots of whatever sizes."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,8 +36,8 @@ class HeldSpan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of its slots."""
-        return len(self.places) * slot_bytes(self.record.chunk_bytes)
+        """Bytes of its slots, which it has from being written until they are free again."""
+        return sum(size * num for size, num in slot_counts(self.record.layout).items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,31 +188,17 @@ class FileIndex:
         with self.lock:
             return self._spans.get(span.record.span_id) is span and self._remove(span, reason)
 
-    def evict(self, num_bytes: int, only_slot_bytes: int | None = None) -> bool:
-        """Evict spans of at least `num_bytes` of slots in all (those being removed already count), unless that many
-        are not to be had: then evict nothing and return False. `only_slot_bytes`: of slots of this size only."""
+    def evict(self, num_bytes: int) -> bool:
+        """Evict spans of at least `num_bytes` of slots in all, unless that many are not to be had: then evict nothing
+        and return False. Those being removed already count."""
         with self.lock:
-            victims: list[HeldSpan] = []
-            num_bytes -= sum(self.pool.shape(number)[0] for number, _ in self._erasable) if not only_slot_bytes else 0
-            num_bytes -= sum(
-                span.disk_bytes
-                for span in self._dead
-                if only_slot_bytes in (None, slot_bytes(span.record.chunk_bytes)) and not span.num_readers
-            )
-            for span_id in self._recency.victims():
-                if num_bytes <= 0:
-                    break
-                span = self._spans[span_id]
-                if span.num_readers or only_slot_bytes not in (None, slot_bytes(span.record.chunk_bytes)):
-                    continue
-                victims.append(span)
-                num_bytes -= span.disk_bytes
-            if num_bytes > 0:
-                return False
-            for span in victims:
-                self._remove(span, "evicted")
-            self.counters.evicted_spans += len(victims)
-            return True
+            num_bytes -= sum(self.pool.shape(number)[0] for number, _ in self._erasable)
+            return self._evict({_ANY_SIZE: num_bytes}, lambda span: {_ANY_SIZE: span.disk_bytes})
+
+    def evict_slots(self, missing: SlotCounts) -> bool:
+        """`evict` of at least so many slots of each size: spans that have none of a size still missing stay."""
+        with self.lock:
+            return self._evict(dict(missing), lambda span: slot_counts(span.record.layout))
 
     def dead_places(self) -> list[Place]:
         """Slots of removed spans that nobody reads, but that rows still name."""
@@ -282,6 +271,32 @@ class FileIndex:
         """See `ChunkStore.why_missing`."""
         with self.lock:
             return self._reasons.of(span_id)
+
+    def _evict(self, missing: dict[int, int], given_by: Callable[[HeldSpan], Mapping[int, int]]) -> bool:
+        """Evict until nothing is missing, or not at all; spans that are being removed already count. Lock held."""
+
+        def give(span: HeldSpan) -> None:
+            for what, num in given_by(span).items():
+                if what in missing:
+                    missing[what] -= num
+
+        for span in self._dead:
+            if not span.num_readers:
+                give(span)
+        victims: list[HeldSpan] = []
+        for span_id in self._recency.victims():
+            if all(num <= 0 for num in missing.values()):
+                break
+            span = self._spans[span_id]
+            if not span.num_readers and any(missing.get(what, 0) > 0 for what in given_by(span)):
+                victims.append(span)
+                give(span)
+        if any(num > 0 for num in missing.values()):
+            return False
+        for span in victims:
+            self._remove(span, "evicted")
+        self.counters.evicted_spans += len(victims)
+        return True
 
     def _remove(self, span: HeldSpan, reason: str) -> bool:
         """Lock held."""

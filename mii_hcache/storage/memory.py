@@ -35,8 +35,7 @@ class MemorySpan:
 
     def chunk(self, chunk_idx: int) -> memoryview:
         """Bytes of one chunk."""
-        start = chunk_idx * self.record.chunk_bytes
-        return self.buffer[start : start + self.record.chunk_bytes]
+        return self.record.layout.chunks[chunk_idx].cut(self.buffer)
 
 
 class MemoryStore(ChunkStore):
@@ -119,7 +118,7 @@ class MemoryStore(ChunkStore):
                 for span, _ in found:
                     self._let_go(span)
         with self._lock:
-            self._read_bytes += sum(span.record.chunk_bytes for span, _ in found[:num_ok])
+            self._read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
             if reason is not None:
                 self._corrupt_chunks += 1
                 self._forget_damaged(*found[num_ok])

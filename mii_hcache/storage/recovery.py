@@ -7,9 +7,10 @@ import sqlite3
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
-from mii_hcache.storage.format import slot_bytes
+from mii_hcache.storage.format import slot_sizes
+from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.segments import Segments
-from mii_hcache.storage.slots import SlotPool, SlotSet
+from mii_hcache.storage.slots import Run, SlotPool, SlotSet
 
 _log = logging.getLogger(__name__)
 
@@ -26,13 +27,9 @@ def recover(catalog: Catalog, segments: Segments, pool: SlotPool) -> tuple[list[
     kept: list[SpanRow] = []
     lost: list[SpanRow] = []
     for row in catalog.rows:
-        size, runs = slot_bytes(row.record.chunk_bytes), row.places.runs()
+        runs = row.places.runs()
         pool.reserve_number(max(run.segment for run in runs))
-        headers = [files[run.segment].header if run.segment in files else None for run in runs]
-        if all(
-            header is not None and header.slot_bytes == size and run.stop <= header.num_slots
-            for run, header in zip(runs, headers, strict=True)
-        ):
+        if _has_slots(row, runs, files):
             kept.append(row)
             for run in runs:
                 taken[run.segment].add(run.start, run.stop)
@@ -55,3 +52,17 @@ def recover(catalog: Catalog, segments: Segments, pool: SlotPool) -> tuple[list[
                 f"the catalog cannot be written ({error}); make room, or choose another state_dir"
             ) from error
     return kept, notes
+
+
+def _has_slots(row: SpanRow, runs: list[Run], files: dict[int, SegmentFile]) -> bool:
+    """Whether every chunk of a row has a slot of its size in a file that is there."""
+    sizes, chunk_idx = slot_sizes(row.record.layout), 0
+    for run in runs:
+        num = run.stop - run.start
+        header = files[run.segment].header if run.segment in files else None
+        if header is None or run.stop > header.num_slots:
+            return False
+        if sizes[chunk_idx : chunk_idx + num].count(header.slot_bytes) != num:
+            return False
+        chunk_idx += num
+    return True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mii_hcache.storage.base import SpanRecord
-from mii_hcache.storage.format import slot_bytes
+from mii_hcache.core.layout import SpanLayout
+from mii_hcache.storage.format import slot_counts, slot_sizes
 from mii_hcache.storage.index import FileIndex
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Place
@@ -32,26 +32,33 @@ class Room:
         self._can_punch = True
         self._full_until_s = 0.0
 
-    def reserve(self, record: SpanRecord) -> list[Place] | None:
-        """Take slots for a span, evicting as needed. None when no room can be made; then nothing was evicted for it,
-        unless others took the room first."""
-        size, num = slot_bytes(record.chunk_bytes), record.num_chunks
+    def reserve(self, layout: SpanLayout) -> list[Place] | None:
+        """Take a slot for each chunk of a span, evicting as needed. None when no room can be made; then nothing was
+        evicted for it, unless others took the room first.
+
+        All slots are taken at once, whatever their sizes: nobody holds some while it waits for others, and a loop that
+        finds its room taken was overtaken by a span that got in.
+        """
+        wanted = slot_counts(layout)
         pool = self._index.pool
-        if not pool.fits(size, num):
+        if not pool.fits(wanted):
             return None
         while True:
             may_grow = time.monotonic() >= self._full_until_s
             with self._index.lock:
-                places = pool.take(size, num, may_grow=may_grow)
-                if places is not None:
-                    for number in {place.segment for place in places}:
+                taken = pool.take(wanted, may_grow=may_grow)
+                if taken is not None:
+                    for number in {place.segment for places in taken.values() for place in places}:
                         self._segments.add(number, *pool.shape(number))
-                    return places
-                missing_bytes = pool.missing_bytes(size, num) if may_grow else (num - pool.num_free(size)) * size
-                spare = pool.take_spare(size, missing_bytes) if may_grow and self._can_punch else []
+                    next_of_size = {size: iter(places) for size, places in taken.items()}
+                    return [next(next_of_size[size]) for size in slot_sizes(layout)]
+                missing_bytes, missing_slots = pool.missing_bytes(wanted), pool.missing_slots(wanted)
+                spare = pool.take_spare(wanted, missing_bytes) if may_grow and self._can_punch else []
             if spare:
                 self.erase(spare)
-            elif not self._evict(missing_bytes, None if may_grow else size) or not self._commit_deletions():
+                continue
+            is_evicted = self._evict(missing_bytes) if may_grow else self._index.evict_slots(missing_slots)
+            if not is_evicted or not self._commit_deletions():
                 return None
 
     def erase(self, places: list[Place]) -> None:
@@ -94,9 +101,9 @@ class Room:
                 break
         self._commit_deletions()
 
-    def _evict(self, num_bytes: int, only_slot_bytes: int | None = None) -> bool:
+    def _evict(self, num_bytes: int) -> bool:
         """Evict spans; False when that cannot make room."""
-        if self._index.evict(num_bytes, only_slot_bytes):
+        if self._index.evict(num_bytes):
             return True
         # Without holes a slot's bytes come back only with its whole file: go on while there is anything to evict.
-        return not self._can_punch and self._index.evict(1, only_slot_bytes)
+        return not self._can_punch and self._index.evict(1)

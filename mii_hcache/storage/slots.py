@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, overload
 
-from mii_hcache.storage.format import BLOCK_BYTES
+from mii_hcache.storage.format import BLOCK_BYTES, SlotCounts
 
 MAX_SLOTS = 1 << 24
 """Slots per segment."""
@@ -57,13 +57,19 @@ class Places(Sequence[Place]):
         return map(Place, words, words)
 
     def runs(self) -> list[Run]:
-        """The same slots as runs; most spans are one."""
-        segments, slots = self._words[::2], self._words[1::2]
-        num = len(slots)
-        is_run = num and slots[-1] - slots[0] == num - 1 and segments.count(segments[0]) == num
-        if is_run and slots == array("I", range(slots[0], slots[0] + num)):
-            return [Run(segments[0], slots[0], slots[0] + num)]
-        return [Run(segment, slot, slot + 1) for segment, slot in self]
+        """The same slots as runs, in order; most spans are one, or one per kind."""
+        runs: list[Run] = []
+        segment = start = stop = -1
+        for next_segment, slot in zip(self._words[::2], self._words[1::2], strict=True):
+            if slot == stop and next_segment == segment:
+                stop += 1
+                continue
+            if stop > start:
+                runs.append(Run(segment, start, stop))
+            segment, start, stop = next_segment, slot, slot + 1
+        if stop > start:
+            runs.append(Run(segment, start, stop))
+        return runs
 
 
 class SlotSet:
@@ -125,7 +131,8 @@ class SlotPool:
     """Bookkeeping of slots under a bound on disk bytes. No I/O. Not thread-safe: the owner's lock covers it.
 
     `taken_bytes` and the bound count what files occupy: a header per segment, and every slot that is taken or free.
-    Free slots of one size serve another size only after their bytes were given back to the disk (`take_spare`, punch,
+    A span may need slots of several sizes: all are taken at once or none, so that nobody waits holding some. Free slots
+    of one size serve another size only after their bytes were given back to the disk (`take_spare`, punch,
     `give(..., blank=True)`), so that the bound holds at every moment.
     """
 
@@ -164,44 +171,43 @@ class SlotPool:
         shelf = self._shelves[number]
         return shelf.slot_bytes, shelf.num_slots
 
-    def fits(self, slot_bytes: int, num: int) -> bool:
-        """Whether an empty store could hold `num` slots of this size."""
-        num_segments = -(-num // self._slots_per_segment(slot_bytes))
-        return num * slot_bytes + num_segments * BLOCK_BYTES <= self.capacity_bytes
+    def fits(self, wanted: SlotCounts) -> bool:
+        """Whether an empty store could hold these slots."""
+        needed_bytes = sum(num * size + self._header_bytes(size, num) for size, num in wanted.items())
+        return needed_bytes <= self.capacity_bytes
 
-    def missing_bytes(self, slot_bytes: int, num: int) -> int:
+    def missing_bytes(self, wanted: SlotCounts) -> int:
         """Disk bytes that must be given up before `take` can succeed; at most 0 when it can."""
-        num_grown = max(0, num - sum(len(shelf.free) for shelf in self._of_size(slot_bytes)))
-        num_new = max(0, num_grown - sum(shelf.num_blank for shelf in self._of_size(slot_bytes)))
-        headers = -(-num_new // self._slots_per_segment(slot_bytes)) * BLOCK_BYTES
-        return num_grown * slot_bytes + headers - (self.capacity_bytes - self.disk_bytes) if num_grown else 0
+        grown_bytes = 0
+        for size, num in self.missing_slots(wanted).items():
+            num_new = max(0, num - sum(shelf.num_blank for shelf in self._of_size(size)))
+            grown_bytes += num * size + self._header_bytes(size, num_new)
+        return grown_bytes - (self.capacity_bytes - self.disk_bytes) if grown_bytes else 0
+
+    def missing_slots(self, wanted: SlotCounts) -> SlotCounts:
+        """Those of `wanted` that do not lie free on disk; empty when `take` can do without growth."""
+        return {size: num - self.num_free(size) for size, num in wanted.items() if num > self.num_free(size)}
 
     def num_free(self, slot_bytes: int) -> int:
         """Slots of this size that lie on disk and may be overwritten."""
         return sum(len(shelf.free) for shelf in self._of_size(slot_bytes))
 
-    def take(self, slot_bytes: int, num: int, *, may_grow: bool = True) -> list[Place] | None:
-        """Take `num` slots, free ones first; all or None. Without `may_grow`, free ones only."""
-        if self.missing_bytes(slot_bytes, num) > 0 or (not may_grow and self.num_free(slot_bytes) < num):
+    def take(self, wanted: SlotCounts, *, may_grow: bool = True) -> dict[int, list[Place]] | None:
+        """Take slots, by size, free ones first; all or None. Without `may_grow`, free ones only."""
+        if self.missing_bytes(wanted) > 0 or (not may_grow and self.missing_slots(wanted)):
             return None
-        places: list[Place] = []
-        for shelf in self._of_size(slot_bytes):
-            while shelf.free and len(places) < num:
-                places.append(self._place(shelf, heapq.heappop(shelf.free)))
-        for shelf in self._of_size(slot_bytes):
-            while shelf.num_blank and len(places) < num:
-                places.append(self._place(shelf, shelf.grow()))
-        while len(places) < num:
-            shelf = self._new_shelf(slot_bytes)
-            while shelf.num_blank and len(places) < num:
-                places.append(self._place(shelf, shelf.grow()))
-        return places
+        return {size: self._take(size, num) for size, num in wanted.items()}
 
-    def take_spare(self, slot_bytes: int, num_bytes: int) -> list[Place]:
-        """Take free slots of other sizes, about `num_bytes` of them: to be punched and given back as blank."""
+    def take_spare(self, wanted: SlotCounts, num_bytes: int) -> list[Place]:
+        """Take free slots that `wanted` has no use for, about `num_bytes` of them: to be punched and given back as
+        blank."""
         places: list[Place] = []
+        useful = dict(wanted)
         for shelf in self._shelves.values():
-            while shelf.slot_bytes != slot_bytes and shelf.free and num_bytes > 0:
+            num_useful = min(len(shelf.free), useful.get(shelf.slot_bytes, 0))
+            if num_useful:
+                useful[shelf.slot_bytes] -= num_useful
+            while len(shelf.free) > num_useful and num_bytes > 0:
                 places.append(self._place(shelf, heapq.heappop(shelf.free)))
                 num_bytes -= shelf.slot_bytes
         return places
@@ -233,8 +239,26 @@ class SlotPool:
         """The files of `take_empty` are gone."""
         self._leaving_bytes = 0
 
+    def _take(self, slot_bytes: int, num: int) -> list[Place]:
+        places: list[Place] = []
+        for shelf in self._of_size(slot_bytes):
+            while shelf.free and len(places) < num:
+                places.append(self._place(shelf, heapq.heappop(shelf.free)))
+        for shelf in self._of_size(slot_bytes):
+            while shelf.num_blank and len(places) < num:
+                places.append(self._place(shelf, shelf.grow()))
+        while len(places) < num:
+            shelf = self._new_shelf(slot_bytes)
+            while shelf.num_blank and len(places) < num:
+                places.append(self._place(shelf, shelf.grow()))
+        return places
+
     def _of_size(self, slot_bytes: int) -> list[_Shelf]:
         return [shelf for shelf in self._shelves.values() if shelf.slot_bytes == slot_bytes]
+
+    def _header_bytes(self, slot_bytes: int, num: int) -> int:
+        """Bytes of the headers of new segments for `num` slots."""
+        return -(-num // self._slots_per_segment(slot_bytes)) * BLOCK_BYTES
 
     def _slots_per_segment(self, slot_bytes: int) -> int:
         return min(MAX_SLOTS, max(1, (self._segment_bytes - BLOCK_BYTES) // slot_bytes))

@@ -14,6 +14,8 @@ from pathlib import Path
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.format import UUID_BYTES
 
+PROFILE_FILE = "profile.json"
+"""What the machine measured of itself and a model (`core.cost.MeasuredProfile`)."""
 _OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg")
 """What is made private on opening. Other files in the directory are none of our business."""
 

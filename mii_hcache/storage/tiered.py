@@ -204,7 +204,7 @@ class TieredStore(ChunkStore):
             return
         for read in reads:
             record = self._file.find(read.span_id)
-            if record is not None and read.chunk_of(record) == record.num_chunks - 1:
+            if record is not None and read.chunk_of(record) == record.layout.num_chunks - 1:
                 with self._changed:
                     if len(self._to_promote) < _MAX_PROMOTIONS and not self._closing:
                         self._to_promote[read.span_id] = None
@@ -245,19 +245,17 @@ class TieredStore(ChunkStore):
     def _write(self, span_id: SpanId) -> None:
         with self._memory.held(span_id) as span:
             if span is not None:
-                chunks = [span.chunk(chunk_idx) for chunk_idx in range(span.record.num_chunks)]
+                chunks = [span.chunk(chunk_idx) for chunk_idx in range(span.record.layout.num_chunks)]
                 self._file.put_checked(span.record, chunks, span.crcs)
 
     def _copy_up(self, span_id: SpanId) -> None:
         record = self._file.find(span_id)
         if record is None or self._memory.find(span_id) is not None:
             return
-        buffer, size = new_buffer(record.num_bytes), record.chunk_bytes
-        chunks = [buffer[start : start + size] for start in range(0, record.num_bytes, size)]
-        layers = range(record.first_layer, record.first_layer + record.num_chunks)
+        buffer = new_buffer(record.num_bytes)
         reads = [
-            ChunkRead(span_id=span_id, layer_idx=layer_idx, out=out, kind=record.kind)
-            for layer_idx, out in zip(layers, chunks, strict=True)
+            ChunkRead(span_id=span_id, layer_idx=chunk.layer_idx, out=chunk.cut(buffer), kind=chunk.kind)
+            for chunk in record.layout.chunks
         ]
         if self._file.get_into(reads).num_ok == len(reads):
-            self._memory.put(record, chunks)
+            self._memory.put(record, [read.out for read in reads])

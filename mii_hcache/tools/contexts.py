@@ -40,7 +40,7 @@ def contexts_of(rows: Sequence[SpanRow]) -> list[ContextView]:
         ContextView(
             last_span=chain[0].record.span_id,
             num_tokens=SPAN_TOKENS * (chain[0].record.span_idx + 1),
-            kinds=tuple(sorted({row.record.kind.value for row in chain})),
+            kinds=tuple(sorted({name for row in chain for name in row.record.layout.kind_names})),
             num_bytes=sum(row.record.num_bytes for row in chain),
             own_bytes=sum(row.record.num_bytes for row in chain if num_users[row.record.span_id] == 1),
             use_rank=rank,

@@ -12,9 +12,9 @@ from typing import Any
 
 from mii_hcache.config import default_state_dir
 from mii_hcache.core.geometry import SPAN_TOKENS
+from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.tools.contexts import ContextView, contexts_of
-from mii_hcache.tools.machine import filesystem_of
 from mii_hcache.tools.progress import Progress
 from mii_hcache.tools.state_view import StateView, look_at
 from mii_hcache.tools.table import size, table
@@ -61,7 +61,7 @@ def _store_name(view: StateView) -> str | None:
 def _by_kind(rows: Sequence[SpanRow]) -> dict[str, dict[str, int]]:
     kinds: dict[str, dict[str, int]] = {}
     for row in rows:
-        kind = kinds.setdefault(row.record.kind.value, {"num_spans": 0, "num_bytes": 0})
+        kind = kinds.setdefault("+".join(row.record.layout.kind_names), {"num_spans": 0, "num_bytes": 0})
         kind["num_spans"] += 1
         kind["num_bytes"] += row.record.num_bytes
     return kinds
@@ -107,9 +107,10 @@ def _span_dict(row: SpanRow) -> dict[str, Any]:
         "span_id": record.span_id.hex(),
         "parent_id": None if record.parent_id is None else record.parent_id.hex(),
         "first_token": SPAN_TOKENS * record.span_idx,
-        "kind": record.kind.value,
-        "num_chunks": record.num_chunks,
-        "chunk_bytes": record.chunk_bytes,
+        "kinds": [None if kind is None else kind.value for kind in record.layout.kinds],
+        "num_chunks": record.layout.num_chunks,
+        "chunk_bytes": {kind.value: record.layout.bytes_of(kind) for kind in record.layout.kind_counts},
+        "num_bytes": record.num_bytes,
         "generation": row.generation,
         "segments": sorted({place.segment for place in row.places}),
     }
@@ -189,14 +190,14 @@ def _span_table(rows: Sequence[SpanRow]) -> str:
     cells = [
         [
             row.record.span_id.hex()[:16],
-            row.record.kind.value,
+            " + ".join(f"{kind.value} {num}" for kind, num in row.record.layout.kind_counts.items()),
             f"{SPAN_TOKENS * row.record.span_idx:,}",
-            f"{row.record.num_chunks} x {size(row.record.chunk_bytes)}",
+            size(row.record.num_bytes),
             ",".join(str(number) for number in sorted({place.segment for place in row.places})),
         ]
         for row in _in_order(rows)
     ]
-    return table(["span", "kind", "first token", "chunks", "segments"], cells, left=2)
+    return table(["span", "layers", "first token", "size", "segments"], cells, left=2)
 
 
 def _parser() -> argparse.ArgumentParser:

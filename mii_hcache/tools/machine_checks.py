@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from mii_hcache.config import HCacheConfig
+from mii_hcache.runtime.machine import cpu_features, cpu_name, num_usable_cpus
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
-from mii_hcache.tools.machine import cpu_features, cpu_name, num_usable_cpus
 from mii_hcache.tools.table import size
 
 _DRIVER = Path("/proc/driver/nvidia/version")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import chain_seed, spans_of
+from mii_hcache.core.plans import uniform_storage
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.lookup import look_up
@@ -62,7 +63,7 @@ class SavedState:
         self.saver = Saver(
             adapter=engine,
             store=self._state.store,
-            kind=kind,
+            plan=uniform_storage(engine.geometry, kind),
             max_batch_tokens=engine.max_batch_tokens,
             counters=counters,
         )

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_hcache.config import DTYPE_NAMES
-from mii_hcache.core.methods import METHODS, Method, default_method, method_named
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.methods import default_method
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.tools.checkpoint import read_config
 from mii_hcache.tools.conversation import ANSWER_TOKENS, MESSAGE_TOKENS, least_history_tokens
@@ -28,6 +29,10 @@ from mii_hcache.tools.report import Report
 
 if TYPE_CHECKING:
     from mii_hcache.engine.ragged_engine import HCacheEngine
+
+RECOMPUTE = "recompute"
+NAMES = (*(kind.value for kind in ChunkKind), RECOMPUTE)
+"""Methods that are checked: all others are made of these."""
 
 _DESCRIPTION = """\
 Proves that restoring works on your model and your machine, and shows what it costs: a conversation of random tokens is
@@ -61,20 +66,17 @@ exit status: 0 all is within its bounds, 1 something is not (the last lines say 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 when all is within its bounds, else 1. Raises HCacheError when it could not be run."""
     options = _parser().parse_args(arguments)
-    methods = [method_named(name) for name in options.methods]
     injection = Injection.parse(options.inject) if options.inject else None
     progress = Progress()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
-        report = _check(options, methods, injection, progress)
+        report = _check(options, injection, progress)
     progress.clear()
     print(json.dumps(report.to_dict(), indent=2) if options.json else report.to_text())
     return 1 if report.problems else 0
 
 
-def _check(
-    options: argparse.Namespace, methods: list[Method], injection: Injection | None, progress: Progress
-) -> Report:
-    from mii_hcache.tools.machine import device_name, filesystem_of, software
+def _check(options: argparse.Namespace, injection: Injection | None, progress: Progress) -> Report:
+    from mii_hcache.runtime.machine import device_name, filesystem_of, software
 
     with _work_dir(options.state_dir) as directory:
         progress.show(f"loading {options.model or 'the demo model'}")
@@ -89,7 +91,7 @@ def _check(
                 state_dir=str(directory),
                 filesystem=filesystem_of(directory),
             )
-            _measure(options, methods, engine, injection, directory, report, progress)
+            _measure(options, engine, injection, directory, report, progress)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
@@ -100,7 +102,6 @@ def _check(
 
 def _measure(
     options: argparse.Namespace,
-    methods: list[Method],
     engine: HCacheEngine,
     injection: Injection | None,
     directory: Path,
@@ -113,8 +114,8 @@ def _measure(
     from mii_hcache.tools.ways import SEED, Ways
 
     session = Session(engine, injection)
-    kinds = [method.saved_kind for method in methods if method.saved_kind is not None]
-    best = default_method(engine.geometry).saved_kind
+    kinds = [ChunkKind(name) for name in options.methods if name != RECOMPUTE]
+    best = ChunkKind(default_method(engine.geometry).name)
     cold_kind = best if best in kinds else next(iter(kinds), None)
     started_s = time.perf_counter()
     progress.show("warming up")
@@ -201,9 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods",
         type=_names,
-        default=list(METHODS),
+        default=list(NAMES),
         metavar="NAME[,...]",
-        help=f"of {', '.join(METHODS)} (default: all); recompute is always measured, as what others are compared with",
+        help=f"of {', '.join(NAMES)} (default: all); recompute is always measured, as what others are compared with",
     )
     parser.add_argument(
         "--state-dir",
@@ -231,8 +232,8 @@ def _numbers(text: str) -> list[int]:
 def _names(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",")]
     for name in names:
-        if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"{name!r} is no method; choose from {', '.join(METHODS)}")
+        if name not in NAMES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no method; choose from {', '.join(NAMES)}")
     return names
 
 

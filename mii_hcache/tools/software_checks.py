@@ -11,9 +11,9 @@ from pathlib import Path
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import default_method
 from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.runtime.machine import package_version
 from mii_hcache.tools.checkpoint import geometry_of, read_config
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
-from mii_hcache.tools.machine import package_version
 
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "safetensors", "tokenizers", "crc32c")
 _INSTALL = "run scripts/bootstrap.sh, or pip install -c constraints.txt -e ."

@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from mii_hcache.config import HCacheConfig
+from mii_hcache.core.cost import MeasuredProfile
+from mii_hcache.errors import ConfigError
+from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
 from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.state_dir import PROFILE_FILE
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
-from mii_hcache.tools.machine import filesystem_of
 from mii_hcache.tools.state_view import owner_of
 from mii_hcache.tools.table import size
 
@@ -27,6 +30,7 @@ def state_checks(directory: Path) -> list[tuple[str, Check]]:
         ("disk", partial(_disk, directory)),
         ("O_DIRECT", partial(_direct, directory)),
         ("hole punching", partial(_punching, directory)),
+        ("profile", partial(_profile, directory)),
     ]
 
 
@@ -100,6 +104,24 @@ def _punching(directory: Path) -> Finding:
         return ok("hole punching", "bytes of deleted conversations leave the disk at once")
     reason = "the file system cannot: deleted conversations stay on the disk until their place is used again"
     return off("hole punching", reason, "choose a --state-dir on ext4, XFS or Btrfs if that matters")
+
+
+def _profile(directory: Path) -> Finding:
+    """What plans are made of."""
+    advice = "python -m mii_hcache profile"
+    try:
+        profile = MeasuredProfile.from_json((directory / PROFILE_FILE).read_text())
+    except FileNotFoundError:
+        return off("profile", "this machine is not measured yet; a server does it when it first starts", advice)
+    except (OSError, ValueError, ConfigError) as error:
+        return problem("profile", f"{directory / PROFILE_FILE} cannot be used ({error})", advice)
+    costs = [
+        f"{tier}: read {1e6 * cost.io_hidden_s:.2f} us a hidden row and {1e6 * cost.io_kv_s:.2f} a kv row"
+        for tier, cost in profile.tiers.items()
+    ]
+    first = next(iter(profile.tiers.values()))
+    computing = f"project {1e6 * first.c_hidden_s:.2f} us, compute {1e6 * first.c_token_s:.2f} us a token and layer"
+    return ok("profile", f"measured {profile.date[:10]} on {profile.machine}; {'; '.join(costs)}; {computing}")
 
 
 @contextmanager

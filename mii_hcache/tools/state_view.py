@@ -112,7 +112,9 @@ def read_rows(view: StateView) -> list[SpanRow]:
         catalog = Catalog(copy, view.store_uuid)
         try:
             if catalog.note is not None:
-                view.problems.append(f"the catalog is damaged ({_reason(catalog.note)}); a server would start empty")
+                view.problems.append(
+                    f"the catalog cannot be used ({_reason(catalog.note)}); a server would start empty"
+                )
             elif view.store_uuid is None:
                 view.store_uuid = catalog.store_uuid
             return catalog.rows
@@ -137,7 +139,9 @@ def _look_at_transcripts(view: StateView) -> None:
         transcripts = Transcripts(copy, flush_interval_s=None)
         view.num_transcripts = len(transcripts)
         if transcripts.note is not None:
-            view.problems.append(f"the transcripts are damaged ({_reason(transcripts.note)}); they would be forgotten")
+            view.problems.append(
+                f"the transcripts cannot be used ({_reason(transcripts.note)}); they would be forgotten"
+            )
         transcripts.close()
 
 
@@ -224,7 +228,7 @@ def _silent() -> Iterator[None]:
 
 def _reason(note: str) -> str:
     """Why storage set a database aside, out of its sentence about the copy."""
-    found = re.search(r"was damaged \((.*)\); it was set aside", note)
+    found = re.search(r"cannot be used \((.*)\); it was set aside", note)
     return found.group(1) if found else note
 
 

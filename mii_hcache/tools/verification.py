@@ -52,13 +52,14 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
     with _Files(view) as files:
         for done, (place, row, chunk_idx) in enumerate(places, start=1):
             reason = files.check(place, row, chunk_idx)
-            num_bytes += row.record.chunk_bytes
+            chunk = row.record.layout.chunks[chunk_idx]
+            num_bytes += chunk.num_bytes
             if reason is not None:
                 suspects.append(
                     Damage(
                         span_id=row.record.span_id,
                         generation=row.generation,
-                        layer_idx=row.record.first_layer + chunk_idx,
+                        layer_idx=chunk.layer_idx,
                         place=place,
                         reason=reason,
                     )
@@ -94,18 +95,18 @@ class _Files:
 
     def check(self, place: Place, row: SpanRow, chunk_idx: int) -> str | None:
         """What is wrong with a chunk, None when nothing is."""
-        record = row.record
+        chunk = row.record.layout.chunks[chunk_idx]
         header = SlotHeader(
             store_uuid=self._store_uuid,
-            span_id=record.span_id,
-            layer_idx=record.first_layer + chunk_idx,
-            kind=record.kind,
+            span_id=row.record.span_id,
+            layer_idx=chunk.layer_idx,
+            kind=chunk.kind,
             generation=row.generation,
-            num_bytes=record.chunk_bytes,
+            num_bytes=chunk.num_bytes,
             crc=row.crcs[chunk_idx],
         )
-        if len(self._out) != record.chunk_bytes:
-            self._out = memoryview(bytearray(record.chunk_bytes))
+        if len(self._out) != chunk.num_bytes:
+            self._out = memoryview(bytearray(chunk.num_bytes))
         try:
             self._file(place.segment).read_into(place.slot, header, self._out)
         except (CorruptChunkError, OSError) as error:

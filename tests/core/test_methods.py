@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mii_hcache.core.geometry import ChunkKind, ModelGeometry
+from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.core.methods import METHODS, default_method, method_named
 from mii_hcache.errors import ConfigError
 
@@ -28,16 +28,17 @@ def test_the_smaller_row_is_saved(model, sizes, expected):
 
 
 def test_each_name_finds_its_method():
-    assert list(METHODS) == ["hidden", "kv", "recompute"]
-    assert {name: method_named(name).saved_kind for name in METHODS} == {
-        "hidden": ChunkKind.HIDDEN,
-        "kv": ChunkKind.KV,
-        "recompute": None,
+    assert {name for name, method in METHODS.items() if not method.needs_costs} == {
+        "hidden",
+        "kv",
+        "recompute",
+        "ideal",
     }
+    assert {name for name, method in METHODS.items() if not method.saves} == {"recompute", "ideal"}
     assert all(method_named(name).name == name and method.summary for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("name", ["", "Hidden", "offload"])
 def test_an_unknown_name_is_refused_with_the_choices(name):
-    with pytest.raises(ConfigError, match=f"method must be one of hidden, kv, recompute, got {name!r}"):
+    with pytest.raises(ConfigError, match=f"method must be one of auto, .*, got {name!r}"):
         method_named(name)

@@ -11,6 +11,8 @@ import pytest
 from tests.end_to_end.server_kit import Chat, Server, doomed, interleave, restorable, serving, text_of
 
 NUM_CHATS, NUM_TURNS = 5, 3
+HIDDEN = ("--method", "hidden")
+"""Restores whatever it costs: what the default does depends on the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,29 @@ def test_a_turn_in_each_process(tmp_path, never_evicted):
     """Stopped and started again between turns: the state comes from files, the ids of the text from the transcripts."""
     chats = [Chat(seed) for seed in range(NUM_CHATS)]
     for turn in range(NUM_TURNS):
-        with serving(tmp_path) as server:
+        with serving(tmp_path, *HIDDEN) as server:
             interleave(server, chats, 1)
         if turn:
             for chat in chats:
                 assert chat.answers[turn]["hcache"]["restored_from"] == "file"
                 assert chat.answers[turn]["hcache"]["restored_tokens"] == restorable(chat.answers[turn - 1])
+    assert _said(chats) == never_evicted
+
+
+def test_the_default_plans_and_says_the_same(tmp_path, never_evicted):
+    """What it plans depends on how fast this machine is just now; what it says does not."""
+    chats = [Chat(seed) for seed in range(NUM_CHATS)]
+    for turn in range(NUM_TURNS):
+        with serving(tmp_path, "--keep", "none" if turn else "lru") as server:
+            interleave(server, chats, 1)
+            assert "planned from what this machine measured" in server.log_path.read_text()
+        for chat in chats:
+            usage, hcache = chat.answers[turn]["usage"], chat.answers[turn]["hcache"]
+            parts = [hcache[f"{part}_tokens"] for part in ("resident", "restored", "recomputed", "prefill")]
+            assert sum(parts) == usage["prompt_tokens"]
+            if turn and not hcache["restored_tokens"]:
+                assert hcache["miss_reason"] == "slower"
+    assert (tmp_path / "state" / "profile.json").exists()
     assert _said(chats) == never_evicted
 
 
@@ -77,7 +96,7 @@ def test_edited_history_is_said_to_be_changed_and_answered_right(tmp_path):
 
 def test_a_shared_document_is_restored_for_a_stranger(tmp_path):
     document = " ".join(f"Paragraph {idx}: nobody wrote this sentence before." for idx in range(60))
-    with serving(tmp_path, "--keep", "none") as server:
+    with serving(tmp_path, *HIDDEN, "--keep", "none") as server:
         bodies = [
             {"messages": [{"role": "user", "content": f"{document} Question: {question}"}], "max_tokens": 8}
             for question in ("who?", "where, and when?")
@@ -101,7 +120,7 @@ def test_term_finishes_running_answers_and_flushes(tmp_path):
                     last.update(event)
                     pieces.extend(choice["delta"].get("content") or "" for choice in event["choices"])
 
-    with doomed(tmp_path, "--keep", "none") as server:
+    with doomed(tmp_path, *HIDDEN, "--keep", "none") as server:
         reader = threading.Thread(target=read, args=(server,))
         reader.start()
         while len(pieces) < 5:
@@ -109,7 +128,7 @@ def test_term_finishes_running_answers_and_flushes(tmp_path):
         assert server.stop() == 0
         reader.join()
     assert last["hcache"]["prefill_tokens"] > 0, "the stream ended with its last chunk"
-    with serving(tmp_path, "--keep", "none") as server:
+    with serving(tmp_path, *HIDDEN, "--keep", "none") as server:
         chat.messages = [*body["messages"], {"role": "assistant", "content": "".join(pieces)}]
         chat.answers.append({})
         answer = chat.turn(server)

@@ -57,7 +57,9 @@ class Talker:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--keep", "none"), ("--keep", "lru", "--method", "kv", "--kv-blocks", "260")], ids=["hidden", "kv"]
+    "arguments",
+    [("--keep", "none", "--method", "hidden"), ("--keep", "lru", "--method", "kv", "--kv-blocks", "260")],
+    ids=["hidden", "kv"],
 )
 def test_killed_at_random_moments(tmp_path, expected, arguments):
     chance = random.Random(f"kills {arguments}")
@@ -91,7 +93,9 @@ def test_killed_at_random_moments(tmp_path, expected, arguments):
     assert num_restored > num_checked // 3
 
 
-@pytest.mark.parametrize("arguments", [(), ("--method", "kv", "--keep", "none")], ids=["hidden", "kv"])
+@pytest.mark.parametrize(
+    "arguments", [("--method", "hidden"), ("--method", "kv", "--keep", "none")], ids=["hidden", "kv"]
+)
 def test_killed_at_rest_loses_nothing(tmp_path, expected, arguments):
     talkers = [Talker(Chat(seed, num_words=60), expected[seed]) for seed in range(NUM_CHATS)]
     for round_idx in range(3):

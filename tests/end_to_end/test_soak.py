@@ -155,7 +155,16 @@ def _percentile(values: list[float], percent: int) -> float:
 @pytest.mark.timeout(120 + 3 * SOAK_S)
 @pytest.mark.parametrize("keep", ["none", "lru"])
 def test_a_crowd_leaves_nothing_behind(tmp_path, keep):
-    sizes = ("--kv-blocks", str(NUM_BLOCKS), "--dram-capacity", "16MiB", "--state-capacity", "96MiB")
+    sizes = (
+        "--method",
+        "hidden",
+        "--kv-blocks",
+        str(NUM_BLOCKS),
+        "--dram-capacity",
+        "16MiB",
+        "--state-capacity",
+        "96MiB",
+    )
     with serving(tmp_path, "--keep", keep, *sizes) as server:
         question = Chat(seed=1).next_body(40)
         before = server.http.post("/v1/chat/completions", json=question).json()
@@ -199,7 +208,7 @@ NUM_RESTORES = 6
 
 def test_a_restore_holds_up_a_running_stream_by_its_slice(tmp_path):
     """Longer histories are restored while an answer is running: meanwhile it goes on, a slice and a step at a time."""
-    arguments = ("--keep", "none", "--restore-slice", str(1e3 * SLICE_S))
+    arguments = ("--method", "hidden", "--keep", "none", "--restore-slice", str(1e3 * SLICE_S))
     with serving(tmp_path, *arguments) as server:
         histories = [_history(idx) for idx in range(NUM_RESTORES)]
         for history in histories:

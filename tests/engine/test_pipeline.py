@@ -25,7 +25,13 @@ from mii_hcache.runtime.generation import (
 from mii_hcache.storage.transcripts import Transcripts
 
 STORY = "The sailor remembers the lighthouse. " * 12
-SETTINGS: dict[str, Any] = {"dtype": "float32", "kv_blocks": 200, "keep": "none", "dram_capacity_bytes": 32 << 20}
+SETTINGS: dict[str, Any] = {
+    "method": "hidden",
+    "dtype": "float32",
+    "kv_blocks": 200,
+    "keep": "none",
+    "dram_capacity_bytes": 32 << 20,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")

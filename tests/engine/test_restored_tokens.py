@@ -101,16 +101,16 @@ def test_a_small_pool_gives_the_same_answers(tiny_model, crowd_in_a_large_pool, 
 
 
 class SlowStore(MemoryStore):
-    """Takes its time to put."""
+    """Takes its time to put: much longer than any engine takes for the rows."""
 
     def put(self, record, chunks):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return super().put(record, chunks)
 
 
 @pytest.mark.parametrize("method", ["hidden", "kv"])
 def test_what_found_no_room_is_healed_from_the_blocks(tiny_model, never_evicted, method):
-    engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256)
+    engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=64)
     store = SlowStore(1 << 30)
     client = open_client(engine, method=method, keep="none", store=store, save_wait=0.0, save_threads=1)
     conversations = interleave(client, 4, 3)

@@ -14,6 +14,7 @@ import torch
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import spans_of
+from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.ragged_engine import HCacheEngine, token_tensors
 from mii_hcache.runtime.lookup import look_up
 from mii_hcache.runtime.restorer import Restorer
@@ -48,16 +49,28 @@ def _prefill(engine: HCacheEngine, uid: int, tokens: list[int], chunk: int, save
     return logits
 
 
-@pytest.mark.parametrize("kind", [ChunkKind.HIDDEN, ChunkKind.KV])
+H, KV = ChunkKind.HIDDEN, ChunkKind.KV
+SAVED = {
+    "hidden": ((None, H, H, H), 0),
+    "kv": ((KV, KV, KV, KV), 0),
+    "hidden and kv, first tokens recomputed": ((None, H, H, KV), 128),
+    "first layers recomputed": ((None, None, H, KV), 0),
+}
+"""Layers of the tiny models, and leading tokens that are recomputed."""
+
+
+@pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt", "qwen3", "gemma"])
-def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, dtype, kind):
+def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, dtype, saved):
     engine = poisoned_engine(tiny_model(family), dtype=dtype, num_blocks=200, max_batch_tokens=512)
     prompt = random.Random(8).choices(range(3, VOCAB), k=HISTORY + 40)
     answer = random.Random(9).choices(range(3, VOCAB), k=ANSWER)
 
     store, counters = MemoryStore(1 << 28), Counters()
-    saver = Saver(adapter=engine, store=store, kind=kind, max_batch_tokens=512, counters=counters)
+    kinds, recompute_tokens = SAVED[saved]
+    plan = StoragePlan(method="test", kinds=kinds)
+    saver = Saver(adapter=engine, store=store, plan=plan, max_batch_tokens=512, counters=counters)
     engine.model().qkv_input_tap = saver.tap
     saver.open(1, seed=b"s", token_ids=[])
     whole = _teacher_forced(engine, 1, answer, _prefill(engine, 1, prompt, 512, saver))
@@ -68,7 +81,7 @@ def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, d
     engine.model().qkv_input_tap = None
 
     bound = 0.0
-    for uid, chunk in ((2, 96), (3, 37), (4, 200)):
+    for uid, chunk in ((2, 96), (3, 37), (4, 200), (6, 256), (7, 64)):  # fills come in 256, too
         split = _teacher_forced(engine, uid, answer, _prefill(engine, uid, prompt, chunk))
         bound = max(bound, float((split - whole).abs().max()))
         engine.evict(uid)
@@ -79,10 +92,12 @@ def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, d
     assert lookup.num_tokens == HISTORY
     engine.reserve(5, HISTORY)
     restorer = Restorer(adapter=engine, store=store, counters=counters)
-    outcome = restorer.start(engine.target(5), lookup.records, prompt).step(60, wait=True)
+    outcome = restorer.start(engine.target(5), lookup.records, prompt, recompute_tokens=recompute_tokens).step(
+        60, wait=True
+    )
     assert outcome is not None and outcome.num_tokens == HISTORY
     restorer.stop()
-    if kind is ChunkKind.KV:
+    if saved == "kv":
         restored_kv = torch.stack([_kv_of(engine, 5, layer) for layer in range(engine.geometry.num_layers)])
         assert torch.equal(restored_kv, saved_kv)
     restored = _teacher_forced(engine, 5, answer, _prefill(engine, 5, prompt[HISTORY:], 512))

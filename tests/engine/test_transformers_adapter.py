@@ -20,7 +20,8 @@ import mii_hcache
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import METHODS
 from mii_hcache.engine.attached import AttachedModel
-from mii_hcache.engine.transformers_adapter import SequenceRunner, TransformersEngine, fingerprint_of
+from mii_hcache.engine.sequence_runner import SequenceRunner
+from mii_hcache.engine.transformers_adapter import TransformersEngine, fingerprint_of
 from mii_hcache.errors import ConfigError, HCacheError, RequestError, StateDirBusyError, UnsupportedModelError
 from mii_hcache.runtime.capture import HostCapture
 from mii_hcache.storage.memory import MemoryStore

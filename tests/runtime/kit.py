@@ -14,6 +14,8 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.core.identity import SpanId, chain_seed, pack_tokens, spans_of
+from mii_hcache.core.layout import SpanLayout
+from mii_hcache.core.plans import StoragePlan, uniform_storage
 from mii_hcache.runtime.buffers import RowLease, RowRing, SpanBuffers, as_bytes
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
@@ -75,17 +77,19 @@ def span_chunks(token_ids: Sequence[int], kind: ChunkKind, geometry: ModelGeomet
 def span_record(token_ids: Sequence[int], kind: ChunkKind, geometry: ModelGeometry) -> SpanRecord:
     """What the record of the span that ends `token_ids` must say."""
     ids = [span_id for span_id, _ in spans_of(SEED, token_ids)]
-    layers = geometry.saved_layers(kind)
     return SpanRecord(
         span_id=ids[-1],
         parent_id=ids[-2] if len(ids) > 1 else None,
         span_idx=len(ids) - 1,
-        kind=kind,
         token_ids=pack_tokens(token_ids[-SPAN_TOKENS:]),
-        first_layer=layers.start,
-        num_chunks=len(layers),
-        chunk_bytes=geometry.chunk_bytes(kind),
+        layout=SpanLayout.uniform(geometry, kind),
     )
+
+
+def kind_of(record: SpanRecord) -> ChunkKind:
+    """The kind of a span that has only one."""
+    (kind,) = record.layout.kind_counts
+    return kind
 
 
 class FakeBlocks:
@@ -100,6 +104,8 @@ class FakeBlocks:
         self.writes: list[tuple[int, int, int]] = []
         """(layer, start, num_tokens) of each call, in order."""
         self.committed: list[int] = []
+        self.filled_ids: list[int] = []
+        """Tokens that were filled through several layers."""
 
     def _write(self, source: str, layer_idx: int, start: int, rows: torch.Tensor) -> None:
         assert not self.committed, "written after the commit"
@@ -108,9 +114,20 @@ class FakeBlocks:
             self.written[layer_idx, position] = source, row
             self.num_writes[layer_idx, position] += 1
 
-    def recompute_first_layer(self, start: int, token_ids: torch.Tensor) -> None:
+    def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         assert token_ids.dtype is torch.int64 and token_ids.dim() == 1
-        self._write("tokens", 0, start, token_ids[:, None])
+        if num_layers == 1:
+            self._write("tokens", 0, start, token_ids[:, None])
+            return
+        assert token_ids.numel() <= self._engine.max_fill_tokens
+        for layer_idx in range(num_layers - 1):
+            missing = [position for position in range(start) if (layer_idx, position) not in self.written]
+            assert not missing, f"layer {layer_idx} attends to tokens {missing} that are not there"
+        del self.filled_ids[start:]
+        assert len(self.filled_ids) == start, "tokens were left out"
+        self.filled_ids += token_ids.tolist()
+        for layer_idx in range(num_layers):
+            self._write("filled", layer_idx, start, token_ids[:, None])
 
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         assert hidden.shape[1:] == (self._engine.geometry.hidden_size,) and hidden.dtype is self._engine.dtype
@@ -136,6 +153,7 @@ class FakeEngine:
     """EngineAdapter whose norm reuses one output buffer for every layer of every step, as the host's does."""
 
     device = torch.device("cpu")
+    max_fill_tokens = 128
 
     def __init__(self, geometry: ModelGeometry, *, max_batch_tokens: int = 256) -> None:
         self.geometry = geometry
@@ -241,8 +259,7 @@ class FakeStore(ChunkStore):
             return False
         if self.mode == "slow":
             time.sleep(0.001)
-        assert len(chunks) == record.num_chunks
-        assert all(chunk.nbytes == record.chunk_bytes and chunk.c_contiguous for chunk in chunks)
+        record.check_chunks(chunks)
         copies = [bytes(chunk) for chunk in chunks]
         with self._lock:
             self.spans.setdefault(record.span_id, (record, copies))
@@ -272,15 +289,15 @@ class FakeStore(ChunkStore):
             if isinstance(trouble, Exception):
                 raise trouble
             found = self.spans.get(read.span_id)
-            if found is None or getattr(read, "kind", None) not in (None, found[0].kind):
+            chunk_idx = None if found is None else read.chunk_of(found[0])
+            if chunk_idx is None:
                 trouble = "missing"
             if trouble is not None:
                 for rest in reads[idx:]:
                     rest.out[:] = b"\xff" * rest.out.nbytes
                 return ReadOutcome(num_ok=idx, reason=trouble)
-            assert found is not None
-            record, chunks = found
-            read.out[:] = chunks[read.layer_idx - record.first_layer]
+            assert found is not None and chunk_idx is not None
+            read.out[:] = found[1][chunk_idx]
         return ReadOutcome(num_ok=len(reads))
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
@@ -347,13 +364,17 @@ class PoisonedBuffers(SpanBuffers):
         super().release(buffer)
 
 
-def open_saver(engine: FakeEngine, store: ChunkStore, kind: ChunkKind | None, **settings: Any) -> Saver:
-    """A saver over poisoned memory."""
-    with mock.patch.multiple("mii_hcache.runtime.saver", RowRing=PoisonedRing, SpanBuffers=PoisonedBuffers):
+def open_saver(engine: FakeEngine, store: ChunkStore, saved: ChunkKind | StoragePlan | None, **settings: Any) -> Saver:
+    """A saver over poisoned memory, of all layers in one kind or as a plan says."""
+    plan = uniform_storage(engine.geometry, saved) if isinstance(saved, ChunkKind) else saved
+    with (
+        mock.patch.multiple("mii_hcache.runtime.saver", RowRing=PoisonedRing, SpanBuffers=PoisonedBuffers),
+        mock.patch("mii_hcache.runtime.block_reader.SpanBuffers", PoisonedBuffers),
+    ):
         return Saver(
             adapter=engine,
             store=store,
-            kind=kind,
+            plan=plan,
             max_batch_tokens=engine.max_batch_tokens,
             counters=settings.pop("counters", Counters()),
             **settings,

@@ -68,7 +68,7 @@ def _rows(value: float, num_rows: int = SPAN_TOKENS) -> torch.Tensor:
 
 
 def _whole(branch: int, rows: torch.Tensor | None = None) -> SpanPut:
-    return SpanPut(record=_record(branch), rows=_rows(branch) if rows is None else rows)
+    return SpanPut(record=_record(branch), rows=list(_rows(branch) if rows is None else rows))
 
 
 def _stored(store: FakeStore, put: SpanPut) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _stored(store: FakeStore, put: SpanPut) -> torch.Tensor:
 def test_rows_of_several_snapshots_become_a_span(flusher, store, counters):
     span = OpenSpan(span_idx=0, rows=_rows(float("nan")))
     given_back = Releases(span.rows)
-    put = SpanPut(record=_record(1), rows=span.rows, release=given_back)
+    put = SpanPut(record=_record(1), rows=list(span.rows), releases=[given_back])
     for start, stop in ((0, 10), (10, 63), (63, 64)):
         source = torch.arange(start, stop, dtype=torch.float32).view(1, -1, 1).expand(LAYERS, -1, 4).contiguous()
         completes = put if stop == SPAN_TOKENS else None
@@ -98,7 +98,7 @@ def test_rows_of_several_snapshots_become_a_span(flusher, store, counters):
 def test_a_later_snapshot_overwrites_an_earlier_one(flusher, store):
     """A truncated sequence writes the same rows again."""
     span = OpenSpan(span_idx=0, rows=_rows(float("nan")))
-    put = SpanPut(record=_record(1), rows=span.rows)
+    put = SpanPut(record=_record(1), rows=list(span.rows))
     store.put_gate.clear()
     for branch in range(2, 6):
         flusher.submit(Snapshot(whole=[_whole(branch)]))  # the scattering thread comes to a stop
@@ -254,7 +254,7 @@ def test_a_store_that_takes_nothing_costs_the_spans_and_nothing_else(flusher, st
     store.mode = mode
     given_back, buffer_back = Releases(), Releases()
     span = OpenSpan(span_idx=0, rows=_rows(0))
-    completes = SpanPut(record=_record(2), rows=span.rows, release=buffer_back)
+    completes = SpanPut(record=_record(2), rows=list(span.rows), releases=[buffer_back])
     copy = RowCopy(source=_rows(1), target=span, span_row=0, completes=completes)
     flusher.submit(Snapshot(whole=[_whole(1)], copies=[copy], release=given_back))
     assert flusher.drain(GIVE_UP_S)
@@ -269,10 +269,10 @@ def test_a_store_that_takes_nothing_costs_the_spans_and_nothing_else(flusher, st
 
 def _broken_snapshots() -> dict[str, Snapshot]:
     good = OpenSpan(span_idx=0, rows=_rows(0))
-    completes = SpanPut(record=_record(3), rows=good.rows, release=Releases())
+    completes = SpanPut(record=_record(3), rows=list(good.rows), releases=[Releases()])
     return {
         "event": Snapshot(
-            ready=_FailingEvent(),
+            ready=[_FailingEvent()],
             copies=[RowCopy(source=_rows(1), target=good, span_row=0, completes=completes)],
         ),
         "copy": Snapshot(
@@ -295,7 +295,7 @@ def test_a_snapshot_that_fails_gives_everything_back(flusher, store, counters, b
     flusher.submit(snapshot)
     assert flusher.drain(GIVE_UP_S)
     assert (given_back.num_calls, discarded.num_calls) == (1, 1)
-    buffer_back = snapshot.copies[-1].completes.release
+    buffer_back = snapshot.copies[-1].completes.releases[0]
     assert buffer_back.num_calls == 1
     assert flusher.num_pending == 0 and store.puts == []
     assert counters.snapshot() == {"save_errors_total": 1, "dropped_spans_total": 3}
@@ -311,7 +311,7 @@ def test_a_span_that_misses_rows_of_a_failed_snapshot_is_never_put(flusher, stor
     snapshot.copies.append(RowCopy(source=_rows(1, 63), target=span, span_row=0))
     flusher.submit(snapshot)
     buffer_back = Releases()
-    put = SpanPut(record=_record(1), rows=span.rows, release=buffer_back)
+    put = SpanPut(record=_record(1), rows=list(span.rows), releases=[buffer_back])
     flusher.submit(Snapshot(copies=[RowCopy(source=_rows(1, 1), target=span, span_row=63, completes=put)]))
     assert flusher.drain(GIVE_UP_S)
     assert store.puts == [] and flusher.num_pending == 0

@@ -17,6 +17,7 @@ from tests.runtime.kit import (
     FakeEngine,
     geometry_of,
     history_hashes,
+    kind_of,
     open_restorer,
     open_saver,
     path,
@@ -62,7 +63,7 @@ def test_conversations_come_back(kind, capacity_spans, seed):
         assert outcome is not None and outcome.num_tokens == lookup.num_tokens
         if capacity_spans == 1000:
             assert lookup.num_tokens >= len(history) // SPAN_TOKENS * SPAN_TOKENS
-        _check_blocks(target, prompt[: outcome.num_tokens], [record.kind for record in lookup.records])
+        _check_blocks(target, prompt[: outcome.num_tokens], [kind_of(record) for record in lookup.records])
         num_restored += outcome.num_tokens
 
         uid = engine.open(prompt[: outcome.num_tokens])

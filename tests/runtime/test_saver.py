@@ -19,6 +19,7 @@ from tests.runtime.kit import (
     FakeEngine,
     FakeStore,
     geometry_of,
+    kind_of,
     open_saver,
     path,
     span_chunks,
@@ -76,11 +77,11 @@ class Bench:
         tokens, kinds = self.engine.tokens[uid], []
         for span_idx, (span_id, _) in enumerate(spans_of(SEED, tokens)):
             found = self.store.spans.get(span_id)
-            kinds.append(found[0].kind if found else None)
+            kinds.append(kind_of(found[0]) if found else None)
             if found:
                 history = tokens[: (span_idx + 1) * SPAN_TOKENS]
-                assert found[0] == span_record(history, found[0].kind, GEOMETRY)
-                assert found[1] == span_chunks(history, found[0].kind, GEOMETRY)
+                assert found[0] == span_record(history, kinds[-1], GEOMETRY)
+                assert found[1] == span_chunks(history, kinds[-1], GEOMETRY)
         return kinds
 
 
@@ -157,7 +158,7 @@ def test_recompute_saves_nothing(bench):
     saver.truncate(uid, 10)
     saver.heal(uid)
     saver.close(uid)
-    assert saver.kind is None and bench.store.puts == []
+    assert saver.plan is None and bench.store.puts == []
 
 
 def test_tokens_before_the_first_step_are_not_saved_and_can_be_healed(bench):
@@ -317,7 +318,7 @@ def test_a_store_that_hangs_holds_up_an_eviction_once_not_for_every_span(bench):
 
 def _assert_all_memory_is_back(saver: Saver) -> None:
     assert saver.drain(GIVE_UP_S)
-    assert saver._kv_buffers.num_in_use == 0
+    assert saver._kv_blocks.num_in_use == saver._healed_blocks.num_in_use == 0
     if saver._capture is not None:
         assert saver._capture.ring.leased_rows == 0
         assert saver._open_buffers.num_in_use == 0
@@ -371,7 +372,7 @@ def test_blocks_that_cannot_be_read_cost_the_span_and_no_buffer(bench, kind, mon
         bench.run((uid, SPAN_TOKENS))
     assert bench.counters.get("unhealed_spans_total") == 10
     assert bench.counters.get("save_errors_total") == (10 if kind is HIDDEN else 11)
-    assert saver._kv_buffers.num_in_use == 0
+    assert saver._kv_blocks.num_in_use == saver._healed_blocks.num_in_use == 0
     saver.heal(uid)
     assert bench.stored(uid) == [KV] * 10 + [kind]
 

@@ -23,6 +23,7 @@ from tests.runtime.kit import (
     FakeEngine,
     FakeStore,
     geometry_of,
+    kind_of,
     open_saver,
     path,
     span_chunks,
@@ -168,10 +169,11 @@ class World:
             self._note(uid)
         for span_id, (record, chunks) in self.store.spans.items():
             history = self.histories[span_id]
-            assert record == span_record(history, record.kind, GEOMETRY)
-            expected = span_chunks(history, record.kind, GEOMETRY)
+            kind = kind_of(record)
+            assert record == span_record(history, kind, GEOMETRY)
+            expected = span_chunks(history, kind, GEOMETRY)
             wrong = [layer for layer, chunk in enumerate(expected) if chunk != chunks[layer]]
-            assert len(chunks) == len(expected) and not wrong, f"wrong bytes: {record.kind}, chunks {wrong}"
+            assert len(chunks) == len(expected) and not wrong, f"wrong bytes: {kind}, chunks {wrong}"
 
     def finish(self) -> None:
         """Close everything; then every whole span is there, and all memory is back."""
@@ -185,7 +187,7 @@ class World:
             assert not missing, "a drop cuts off what follows it"
         self.check_store()
         assert self.saver.num_pending == 0
-        assert self.saver._kv_buffers.num_in_use == 0
+        assert self.saver._kv_blocks.num_in_use == self.saver._healed_blocks.num_in_use == 0
         if self.kind is ChunkKind.HIDDEN:
             assert self.saver._open_buffers.num_in_use == 0, "an open span's buffer was lost"
             assert self.saver._capture is not None

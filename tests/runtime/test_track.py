@@ -32,7 +32,7 @@ def _assert_names(track: SequenceTrack, tokens: list[int]) -> None:
 @settings(deadline=None)
 def test_names_follow_the_tokens(first, script):
     tokens = path(0, 0, first)
-    track = SequenceTrack(seed=SEED, token_ids=tokens)
+    track = SequenceTrack(uid=1, seed=SEED, token_ids=tokens)
     _assert_names(track, tokens)
     for verb, amount, length in script:
         if verb == "extend":
@@ -48,7 +48,7 @@ def test_names_follow_the_tokens(first, script):
 
 def test_a_track_keeps_its_own_copy_of_the_tokens():
     tokens = path(0, 0, 10)
-    track = SequenceTrack(seed=SEED, token_ids=tokens)
+    track = SequenceTrack(uid=1, seed=SEED, token_ids=tokens)
     track.extend([1])
     assert len(tokens) == 10
 
@@ -65,14 +65,14 @@ def test_a_track_keeps_its_own_copy_of_the_tokens():
     ],
 )
 def test_an_open_span_stays_only_when_rows_before_the_cut_are_in_it(num_tokens, is_kept):
-    track = SequenceTrack(seed=SEED, token_ids=path(0, 0, 2 * SPAN_TOKENS + 20))
+    track = SequenceTrack(uid=1, seed=SEED, token_ids=path(0, 0, 2 * SPAN_TOKENS + 20))
     span = track.open_span = OpenSpan(span_idx=2, rows=torch.empty(0))
     assert track.truncate(num_tokens) is (None if is_kept else span)
     assert track.open_span is (span if is_kept else None)
 
 
 def test_an_open_span_is_closed_once():
-    track = SequenceTrack(seed=SEED, token_ids=path(0, 0, 20))
+    track = SequenceTrack(uid=1, seed=SEED, token_ids=path(0, 0, 20))
     span = track.open_span = OpenSpan(span_idx=0, rows=torch.empty(0))
     assert track.close_open_span() is span
     assert track.close_open_span() is None

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 from serve_kit import DictTexts, FakeService
 
+from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import METHODS
+from mii_hcache.core.plans import uniform_storage
 
 
 class ByteTokenizer:
@@ -38,6 +40,8 @@ class Opened:
     model_name = "demo"
     notes = ("a note",)
     method = METHODS["hidden"]
+    why_method = "chosen by --method"
+    storage = uniform_storage(FakeService().geometry, ChunkKind.HIDDEN)
 
     def __init__(self) -> None:
         self.service = FakeService()

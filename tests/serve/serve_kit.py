@@ -26,9 +26,11 @@ ASK = [{"role": "user", "content": "Tell me about lighthouses."}]
 HCACHE_FIELDS = [
     "resident_tokens",
     "restored_tokens",
+    "recomputed_tokens",
     "restored_from",
     "method",
     "restore_ms",
+    "planned_ms",
     "prefill_tokens",
     "ttft_ms",
     "miss_reason",

@@ -115,8 +115,8 @@ def test_a_start_says_where_what_and_how(start):
     assert httpx.get(url + "/health").json()["status"] == "ok"
     for words in (
         "model    demo, float32, 4 layers of 256; conversations up to 10,000 tokens",
-        "method   hidden, chosen because hidden states are smaller: a token takes 3KiB as hidden states, "
-        "8KiB as K and V",
+        "method   hidden, chosen by --method; saves 3 of 4 layers as hidden states, 3KiB a token "
+        "(all hidden 3KiB, all K and V 8KiB)",
         "KV pool  1,600 tokens in 100 blocks; they stay after a turn until they are needed (--keep lru)",
         f"state    {default_state_dir()}: 192 tokens in 3 spans are there",
         "room     for 6,990,464 tokens on disk (20GiB), 699,008 of them in memory as well (2GiB)",

@@ -45,9 +45,11 @@ def test_restored_tokens_are_reported(client, service):
     assert reply.hcache == {
         "resident_tokens": 0,
         "restored_tokens": num_tokens - 1,
+        "recomputed_tokens": 0,
         "restored_from": "file",
         "method": "hidden",
         "restore_ms": 1.235,
+        "planned_ms": None,
         "prefill_tokens": 1,
         "miss_reason": None,
     }

@@ -6,16 +6,23 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.storage.storage_kit import StoreKit
+from mii_hcache.core.layout import SpanLayout
+from tests.storage.storage_kit import LAYOUTS, StoreKit
 
 settings.register_profile("unhurried", deadline=None)  # other work on the machine is no failure
 settings.load_profile("unhurried")
 
 
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> SpanLayout | None:
+    """Every layout in turn."""
+    return LAYOUTS[request.param]
+
+
 @pytest.fixture(params=["memory", "file", "tiered"])
-def kit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreKit]:
-    """Every kind of store in turn."""
-    kit = StoreKit(request.param, tmp_path / "state")
+def kit(request: pytest.FixtureRequest, tmp_path: Path, layout: SpanLayout | None) -> Iterator[StoreKit]:
+    """Every kind of store in turn, with spans of every layout."""
+    kit = StoreKit(request.param, tmp_path / "state", layout)
     yield kit
     kit.close()
 

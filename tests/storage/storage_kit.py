@@ -7,10 +7,15 @@ import hashlib
 import os
 import random
 from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
 
 from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.format import slot_sizes
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
@@ -21,6 +26,18 @@ SPAN_BYTES = NUM_CHUNKS * CHUNK_BYTES
 SLOT_BYTES = 4096 + 8192
 """Of a chunk of CHUNK_BYTES."""
 SPAN_DISK_BYTES = NUM_CHUNKS * SLOT_BYTES
+MIXED = SpanLayout.shared((None, ChunkKind.HIDDEN, ChunkKind.KV, None, ChunkKind.HIDDEN), 1000, 13_000)
+"""NUM_CHUNKS chunks, SPAN_BYTES and SPAN_DISK_BYTES like other spans here, but in two sizes, and not of every layer."""
+LAYOUTS = {"uniform": None, "mixed": MIXED}
+"""What spans of a test may be: None leaves it to `make_record`."""
+
+layouts = st.builds(
+    SpanLayout.shared,
+    st.lists(st.sampled_from([None, *ChunkKind]), min_size=1, max_size=6).map(tuple).filter(any),
+    st.sampled_from([1, 900, 4096, 5000]),
+    st.sampled_from([1, 900, 4097, 13_000]),
+)
+"""Hypothesis: any layout; lengths that need equal slots and different ones."""
 
 
 def make_id(name: object) -> bytes:
@@ -35,16 +52,15 @@ def make_record(
     kind: ChunkKind = ChunkKind.HIDDEN,
     num_chunks: int = NUM_CHUNKS,
     chunk_bytes: int = CHUNK_BYTES,
+    layout: SpanLayout | None = None,
 ) -> SpanRecord:
+    """Chunks of layer 1 and those above it, all of one kind and size; or what `layout` says."""
     return SpanRecord(
         span_id=make_id(name),
         parent_id=None if parent is None else make_id(parent),
         span_idx=span_idx,
-        kind=kind,
         token_ids=hashlib.blake2b(str(name).encode()).digest() * 4,
-        first_layer=1,
-        num_chunks=num_chunks,
-        chunk_bytes=chunk_bytes,
+        layout=layout or SpanLayout.shared((None,) + (kind,) * num_chunks, chunk_bytes, chunk_bytes),
     )
 
 
@@ -52,11 +68,11 @@ def make_chunks(record: SpanRecord, writer: int = 0) -> list[memoryview]:
     """What a writer puts for a record: follows from span, layer, size, kind and writer."""
     return [
         memoryview(
-            random.Random(b"%b %d %b %d" % (record.span_id, chunk_idx, record.kind.encode(), writer)).randbytes(
-                record.chunk_bytes
+            random.Random(b"%b %d %b %d" % (record.span_id, chunk_idx, chunk.kind.encode(), writer)).randbytes(
+                chunk.num_bytes
             )
         )
-        for chunk_idx in range(record.num_chunks)
+        for chunk_idx, chunk in enumerate(record.layout.chunks)
     ]
 
 
@@ -68,11 +84,11 @@ def reads_of(record: SpanRecord) -> list[ChunkRead]:
     return [
         ChunkRead(
             span_id=record.span_id,
-            layer_idx=record.first_layer + chunk_idx,
-            out=memoryview(bytearray(record.chunk_bytes)),
-            kind=record.kind,
+            layer_idx=chunk.layer_idx,
+            out=memoryview(bytearray(chunk.num_bytes)),
+            kind=chunk.kind,
         )
-        for chunk_idx in range(record.num_chunks)
+        for chunk in record.layout.chunks
     ]
 
 
@@ -89,15 +105,15 @@ def holds(store: ChunkStore, record: SpanRecord, writer: int = 0) -> bool:
     chunks, reason = read_span(store, record)
     assert chunks == make_chunks(record, writer)[: len(chunks)], "wrong bytes"
     assert found is None or found == record
-    assert (reason is None) == (len(chunks) == record.num_chunks)
+    assert (reason is None) == (len(chunks) == record.layout.num_chunks)
     return reason is None
 
 
 class StoreKit:
-    """Stores of one kind in a directory, opened and closed as a test likes."""
+    """Stores of one kind in a directory, opened and closed as a test likes, and the layout of the spans in them."""
 
-    def __init__(self, kind: str, path: Path) -> None:
-        self.kind, self.path = kind, path
+    def __init__(self, kind: str, path: Path, layout: SpanLayout | None = None) -> None:
+        self.kind, self.path, self.layout = kind, path, layout
         self._state_dir: StateDir | None = None
         self._store: ChunkStore | None = None
 
@@ -112,11 +128,20 @@ class StoreKit:
         self._store = file if self.kind == "file" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
         return self._store
 
+    def record(self, name: object, **what: Any) -> SpanRecord:
+        """`make_record` in the kit's layout, unless `what` says a kind or size."""
+        says_layout = what.keys() & {"kind", "num_chunks", "chunk_bytes", "layout"}
+        return make_record(name, **what, **({} if says_layout else {"layout": self.layout}))
+
+    def capacity_for(self, num_spans: int) -> int:
+        """What `num_spans` spans take: on disk a segment for each size, in DRAM payload."""
+        if self.kind == "memory":
+            return num_spans * SPAN_BYTES
+        return num_spans * SPAN_DISK_BYTES + 4096 * len(set(slot_sizes(self.record("any").layout)))
+
     def open_for(self, num_spans: int) -> ChunkStore:
         """A store that holds `num_spans` spans and no more."""
-        if self.kind == "memory":
-            return self.open(num_spans * SPAN_BYTES)
-        return self.open(num_spans * SPAN_DISK_BYTES + 4096)
+        return self.open(self.capacity_for(num_spans))
 
     def close(self) -> None:
         if self._store is not None:

@@ -11,33 +11,28 @@ import pytest
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
 from tests.storage.storage_kit import (
-    CHUNK_BYTES,
-    NUM_CHUNKS,
     SPAN_BYTES,
-    SPAN_DISK_BYTES,
     StoreKit,
     disk_bytes,
     holds,
     make_chunks,
     make_id,
-    make_record,
     put,
     read_span,
     reads_of,
 )
 
 
-def chain(name: str, num_spans: int) -> list:
+def chain(kit: StoreKit, name: str, num_spans: int) -> list:
     return [
-        make_record(f"{name}{idx}", parent=f"{name}{idx - 1}" if idx else None, span_idx=idx)
-        for idx in range(num_spans)
+        kit.record(f"{name}{idx}", parent=f"{name}{idx - 1}" if idx else None, span_idx=idx) for idx in range(num_spans)
     ]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4095, 4096, 4097, 70_000])
 def test_bytes_come_back_as_they_were_put(kit, chunk_bytes):
     store = kit.open(4 << 20)
-    record = make_record("a", chunk_bytes=chunk_bytes)
+    record = kit.record("a", chunk_bytes=chunk_bytes)
     assert store.find(record.span_id) is None
     assert put(store, record)
     assert store.find(record.span_id) == record
@@ -50,7 +45,7 @@ def test_bytes_come_back_as_they_were_put(kit, chunk_bytes):
 
 def test_put_keeps_no_reference_to_the_callers_buffer(kit):
     store = kit.open()
-    record = make_record("a")
+    record = kit.record("a")
     chunks = [memoryview(bytearray(chunk)) for chunk in make_chunks(record)]
     assert store.put(record, chunks)
     for chunk in chunks:
@@ -61,7 +56,7 @@ def test_put_keeps_no_reference_to_the_callers_buffer(kit):
 
 def test_the_first_writer_wins(kit):
     store = kit.open()
-    record = make_record("a")
+    record = kit.record("a")
     assert put(store, record, writer=1)
     assert put(store, record, writer=2)
     assert holds(store, record, writer=1)
@@ -73,7 +68,7 @@ def test_the_first_writer_wins(kit):
 
 def test_of_racing_writers_one_wins_whole(kit):
     store = kit.open()
-    records = [make_record(f"race{round_idx}") for round_idx in range(10)]
+    records = [kit.record(f"race{round_idx}") for round_idx in range(10)]
     for record in records:
         start = threading.Barrier(4)
         seen = []
@@ -104,12 +99,12 @@ def test_of_racing_writers_one_wins_whole(kit):
 @pytest.mark.parametrize("bad", ["too few", "too short", "too long"])
 def test_chunks_that_are_not_the_records_are_our_own_bug(kit, bad):
     store = kit.open()
-    record = make_record("a")
+    record = kit.record("a")
     chunks = make_chunks(record)
     if bad == "too few":
         chunks.pop()
     else:
-        chunks[1] = memoryview(bytes(CHUNK_BYTES + (1 if bad == "too long" else -1)))
+        chunks[1] = memoryview(bytes(chunks[1].nbytes + (1 if bad == "too long" else -1)))
     with pytest.raises(ValueError, match="chunk"):
         store.put(record, chunks)
     assert store.find(record.span_id) is None
@@ -117,7 +112,7 @@ def test_chunks_that_are_not_the_records_are_our_own_bug(kit, bad):
 
 def test_a_batch_stops_at_the_first_missing_span(kit):
     store = kit.open()
-    records = chain("a", 12)
+    records = chain(kit, "a", 12)
     for record in records:
         put(store, record)
     store.delete([records[7].span_id])
@@ -133,35 +128,42 @@ def test_a_batch_stops_at_the_first_missing_span(kit):
 
 def test_a_read_that_was_planned_for_something_else_is_missing(kit):
     store = kit.open()
-    record = make_record("a", kind=ChunkKind.KV)
+    record = kit.record("a")
     put(store, record)
 
-    def read(layer_idx=1, num_bytes=CHUNK_BYTES, kind=None):
+    def read(layer_idx, num_bytes, kind=None):
         out = memoryview(bytearray(num_bytes))
         return store.get_into([ChunkRead(span_id=record.span_id, layer_idx=layer_idx, out=out, kind=kind)])
 
-    assert read() == read(kind=ChunkKind.KV) == read(layer_idx=NUM_CHUNKS) == ReadOutcome(num_ok=1)
     missing = ReadOutcome(num_ok=0, reason="missing")
-    assert read(kind=ChunkKind.HIDDEN) == missing
-    assert read(layer_idx=0) == read(layer_idx=NUM_CHUNKS + 1) == missing
-    assert read(num_bytes=CHUNK_BYTES - 1) == read(num_bytes=CHUNK_BYTES + 1) == missing
+    layout = record.layout
+    for layer_idx, kind in enumerate(layout.kinds):
+        if kind is None:
+            assert {read(layer_idx, layout.bytes_of(other), other) for other in ChunkKind} == {missing}
+            continue
+        (other,) = set(ChunkKind) - {kind}
+        num_bytes = layout.bytes_of(kind)
+        assert read(layer_idx, num_bytes) == read(layer_idx, num_bytes, kind) == ReadOutcome(num_ok=1)
+        assert read(layer_idx, num_bytes, other) == read(layer_idx, layout.bytes_of(other), other) == missing
+        assert read(layer_idx, num_bytes - 1) == read(layer_idx, num_bytes + 1) == missing
+    assert read(-1, layout.kv_chunk_bytes) == read(layout.num_layers, layout.kv_chunk_bytes) == missing
     assert holds(store, record)
 
 
-def test_a_span_of_another_kind_may_follow_a_deleted_one(kit):
+def test_a_span_of_another_layout_may_follow_a_deleted_one(kit):
     store = kit.open()
-    hidden, kv = make_record("a"), make_record("a", kind=ChunkKind.KV)
-    put(store, hidden)
-    store.delete([hidden.span_id])
-    put(store, kv)
-    assert store.find(kv.span_id) == kv
-    assert store.get_into(reads_of(hidden)) == ReadOutcome(num_ok=0, reason="missing")
-    assert holds(store, kv)
+    first, second = kit.record("a"), kit.record("a", kind=ChunkKind.KV)
+    put(store, first)
+    store.delete([first.span_id])
+    put(store, second)
+    assert store.find(second.span_id) == second
+    assert store.get_into(reads_of(first)) == ReadOutcome(num_ok=0, reason="missing")
+    assert holds(store, second)
 
 
 def test_the_least_recently_used_go_first(kit):
     store = kit.open_for(5)
-    records = [make_record(name) for name in range(9)]
+    records = [kit.record(name) for name in range(9)]
     for record in records[:5]:
         assert put(store, record)
         store.flush()
@@ -180,16 +182,16 @@ def test_the_least_recently_used_go_first(kit):
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_a_chain_goes_from_its_end_and_use_of_a_span_is_use_of_its_ancestors(kind, tmp_path):
-    kit = StoreKit(kind, tmp_path)
+def test_a_chain_goes_from_its_end_and_use_of_a_span_is_use_of_its_ancestors(kind, layout, tmp_path):
+    kit = StoreKit(kind, tmp_path, layout)
     store = kit.open_for(6)
-    old, young = chain("old", 3), chain("young", 3)
+    old, young = chain(kit, "old", 3), chain(kit, "young", 3)
     for record in (*old, *young):
         put(store, record)
     store.touch([old[2].span_id])  # now young goes first, from its end
     gone = []
     for idx in range(6):
-        put(store, make_record(f"new{idx}"))
+        put(store, kit.record(f"new{idx}"))
         gone += [r.span_id for r in (*old, *young) if store.find(r.span_id) is None and r.span_id not in gone]
     assert gone == [record.span_id for record in (*reversed(young), *reversed(old))]
     kit.close()
@@ -197,17 +199,17 @@ def test_a_chain_goes_from_its_end_and_use_of_a_span_is_use_of_its_ancestors(kin
 
 def test_capacity_is_never_exceeded(kit):
     store = kit.open_for(7)
-    record = make_record(0)
+    record = kit.record(0)
     for idx in range(60):
         sizes = {} if idx % 3 else {"chunk_bytes": 20_000, "num_chunks": 2}  # another size of slot
-        record = make_record(idx, **sizes)
+        record = kit.record(idx, **sizes)
         assert put(store, record), idx
         if kit.kind == "memory":
             assert store.stats().num_bytes <= store.stats().capacity_bytes
         else:
             if kit.kind == "tiered":
                 store.flush()  # files must stand still to be measured
-            assert disk_bytes(kit.path) <= 7 * SPAN_DISK_BYTES + 4096, idx
+            assert disk_bytes(kit.path) <= kit.capacity_for(7), idx
     store.flush()
     assert holds(store, record)
     assert store.stats().num_spans >= 3
@@ -216,9 +218,9 @@ def test_capacity_is_never_exceeded(kit):
 
 def test_a_span_bigger_than_the_store_is_refused_and_evicts_nothing(kit):
     store = kit.open_for(3)
-    small = make_record("small")
+    small = kit.record("small")
     assert put(store, small)
-    big = make_record("big", num_chunks=20)
+    big = kit.record("big", num_chunks=20)
     assert not put(store, big)
     assert store.find(big.span_id) is None
     assert store.stats().dropped_spans >= 1
@@ -227,43 +229,43 @@ def test_a_span_bigger_than_the_store_is_refused_and_evicts_nothing(kit):
 
 def test_pinned_spans_stay_until_unpinned_as_often(kit):
     store = kit.open_for(4)
-    pinned = [make_record(f"pinned{idx}") for idx in range(3)]
+    pinned = [kit.record(f"pinned{idx}") for idx in range(3)]
     for record in pinned:
         put(store, record)
     ids = [record.span_id for record in pinned]
     store.pin([*ids, make_id("unknown")])
     with store.pinned(ids):
         for idx in range(8):
-            put(store, make_record(idx))
+            put(store, kit.record(idx))
             store.flush()
         assert all(holds(store, record) for record in pinned)
-    put(store, make_record(8))
+    put(store, kit.record(8))
     assert all(holds(store, record) for record in pinned), "pinned twice, unpinned once"
     store.unpin([*ids, make_id("unknown"), make_id(8)])
     for idx in range(20, 30):
-        put(store, make_record(idx))
+        put(store, kit.record(idx))
         store.flush()
     assert not any(store.find(span_id) for span_id in ids)
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_a_store_full_of_pinned_spans_refuses_more(kind, tmp_path):
-    kit = StoreKit(kind, tmp_path)
+def test_a_store_full_of_pinned_spans_refuses_more(kind, layout, tmp_path):
+    kit = StoreKit(kind, tmp_path, layout)
     store = kit.open_for(3)
-    records = [make_record(idx) for idx in range(3)]
+    records = [kit.record(idx) for idx in range(3)]
     for record in records:
         put(store, record)
     with store.pinned([record.span_id for record in records]):
-        assert not put(store, make_record("more"))
+        assert not put(store, kit.record("more"))
         assert store.stats().dropped_spans == 1
         assert all(holds(store, record) for record in records)
-    assert put(store, make_record("more"))
+    assert put(store, kit.record("more"))
     kit.close()
 
 
 def test_deletion_overrides_pins(kit):
     store = kit.open()
-    records = [make_record(idx) for idx in range(4)]
+    records = [kit.record(idx) for idx in range(4)]
     for record in records:
         put(store, record)
     ids = [record.span_id for record in records]
@@ -281,7 +283,7 @@ def test_deletion_overrides_pins(kit):
 
 def test_why_missing_forgets_when_the_span_is_back(kit):
     store = kit.open()
-    record = make_record("a")
+    record = kit.record("a")
     put(store, record)
     store.delete([record.span_id])
     put(store, record)
@@ -293,7 +295,7 @@ def test_why_missing_forgets_when_the_span_is_back(kit):
 
 def test_stats_count(kit):
     store = kit.open()
-    records = [make_record(idx) for idx in range(3)]
+    records = [kit.record(idx) for idx in range(3)]
     for record in records:
         put(store, record)
     store.flush()
@@ -307,13 +309,13 @@ def test_stats_count(kit):
 
 def test_a_closed_store_has_nothing_and_takes_nothing(kit):
     store = kit.open()
-    record = make_record("a")
+    record = kit.record("a")
     put(store, record)
     store.close()
     store.close()
     assert store.find(record.span_id) is None
     assert store.get_into(reads_of(record)) == ReadOutcome(num_ok=0, reason="missing")
-    assert not put(store, make_record("b"))
+    assert not put(store, kit.record("b"))
     assert store.delete([record.span_id]) == 0
     store.touch([record.span_id])
     store.pin([record.span_id])
@@ -325,7 +327,7 @@ def test_a_closed_store_has_nothing_and_takes_nothing(kit):
 def test_threads_that_put_read_and_delete_never_see_a_wrong_byte(kit):
     """A store so small that slots are reused all the time. Two writers' bytes differ, so mixing them would show."""
     store = kit.open_for(6)
-    records = [make_record(idx, **({"chunk_bytes": 9000} if idx % 4 == 0 else {})) for idx in range(16)]
+    records = [kit.record(idx, **({"chunk_bytes": 9000} if idx % 4 == 0 else {})) for idx in range(16)]
     allowed = {r.span_id: [make_chunks(r, writer) for writer in range(2)] for r in records}
     stop_s = time.monotonic() + 1.5
     wrong: list[str] = []
@@ -359,12 +361,12 @@ def test_threads_that_put_read_and_delete_never_see_a_wrong_byte(kit):
     assert min(num_read) > 20
     assert store.stats().corrupt_chunks == 0
     if kit.kind != "memory":
-        assert disk_bytes(kit.path) <= 6 * SPAN_DISK_BYTES + 4096
+        assert disk_bytes(kit.path) <= kit.capacity_for(6)
 
 
 def test_close_waits_for_threads_that_still_use_the_store(kit):
     store: ChunkStore = kit.open()
-    records = [make_record(idx) for idx in range(8)]
+    records = [kit.record(idx) for idx in range(8)]
     errors: list[Exception] = []
 
     def worker(seed: int) -> None:

@@ -14,14 +14,16 @@ import pytest
 
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.crash_writer import CAPACITY_BYTES, NUM_NAMES
-from tests.storage.storage_kit import StoreKit, disk_bytes, holds, make_chunks, make_record, put, read_span
+from tests.storage.storage_kit import LAYOUTS, StoreKit, disk_bytes, holds, make_chunks, make_record, put, read_span
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_and_kill(path: Path, seed: int, num_lines: int, delay_s: float = 0.0) -> list[list[str]]:
+def run_and_kill(
+    path: Path, seed: int, num_lines: int, delay_s: float = 0.0, layout: str = "uniform"
+) -> list[list[str]]:
     """What a writer said before it was killed, which is some time after it said `num_lines`."""
-    command = [sys.executable, "-m", "tests.storage.crash_writer", path, str(seed)]
+    command = [sys.executable, "-m", "tests.storage.crash_writer", path, str(seed), layout]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
         said = [writer.stdout.readline() for _ in range(num_lines)]
         time.sleep(delay_s)
@@ -39,18 +41,19 @@ def promised(said: list[list[str]]) -> tuple[set[int], int]:
     return names, sum(words[0] == "evicting" for words in said[last:])
 
 
-def test_killed_at_random_moments(tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_killed_at_random_moments(layout, tmp_path):
     rng = random.Random(20)
     num_found = num_promised = 0
     for round_idx in range(14):
-        said = run_and_kill(tmp_path, round_idx, rng.randrange(1, 60), rng.uniform(0, 0.005))
-        kit = StoreKit("file", tmp_path)
+        said = run_and_kill(tmp_path, round_idx, rng.randrange(1, 60), rng.uniform(0, 0.005), layout)
+        kit = StoreKit("file", tmp_path, LAYOUTS[layout])
         store = kit.open(CAPACITY_BYTES)
         assert store.notes == []
         assert disk_bytes(tmp_path) <= CAPACITY_BYTES
-        there = {name for name in range(NUM_NAMES) if holds(store, make_record(name))}
+        there = {name for name in range(NUM_NAMES) if holds(store, kit.record(name))}
         assert store.stats().corrupt_chunks == 0
-        assert there == {name for name in range(NUM_NAMES) if store.find(make_record(name).span_id)}
+        assert there == {name for name in range(NUM_NAMES) if store.find(kit.record(name).span_id)}
         names, num_evictions = promised(said)
         assert len(names - there) <= num_evictions, (names, there, num_evictions)
         num_found += len(there)
@@ -78,9 +81,10 @@ def copy_live(source: Path, target: Path, *, catalog_first: bool) -> None:
 
 
 @pytest.mark.parametrize("catalog_first", [True, False])
-def test_copied_while_it_is_written(file_kit, catalog_first, tmp_path):
+def test_copied_while_it_is_written(file_kit, catalog_first, layout, tmp_path):
     """Each writer of a name leaves other bytes, so that a span of mixed writers shows."""
     store = file_kit.open(CAPACITY_BYTES)
+    records = [make_record(name, layout=layout) for name in range(NUM_NAMES)]
     stop = threading.Event()
 
     def write() -> None:
@@ -88,9 +92,9 @@ def test_copied_while_it_is_written(file_kit, catalog_first, tmp_path):
         while not stop.is_set():
             name = rng.randrange(NUM_NAMES)
             if rng.random() < 0.3:
-                store.delete([make_record(name).span_id])
+                store.delete([records[name].span_id])
             else:
-                put(store, make_record(name), writer=rng.randrange(3))
+                put(store, records[name], writer=rng.randrange(3))
             if rng.random() < 0.3:
                 store.flush()
 
@@ -106,8 +110,7 @@ def test_copied_while_it_is_written(file_kit, catalog_first, tmp_path):
             copy_live(file_kit.path, copy, catalog_first=catalog_first)
             copied = StoreKit("file", copy)
             opened = copied.open(CAPACITY_BYTES)
-            for name in range(NUM_NAMES):
-                record = make_record(name)
+            for record in records:
                 chunks, reason = read_span(opened, record)
                 assert chunks in [make_chunks(record, writer_idx)[: len(chunks)] for writer_idx in range(3)]
                 num_whole += reason is None
@@ -161,12 +164,13 @@ def test_what_was_put_is_durable_soon_without_a_flush(kind, tmp_path):
     kit.close()
 
 
-def test_slots_are_not_reused_before_their_row_is_gone(file_kit, monkeypatch):
+def test_slots_are_not_reused_before_their_row_is_gone(file_kit, layout, monkeypatch):
     """No write of ours may touch a slot that a committed row names."""
     import sqlite3
 
     from mii_hcache.storage.segment import SegmentFile
 
+    file_kit.layout = layout
     store = file_kit.open_for(4)
     violations = []
     write = SegmentFile.write
@@ -183,7 +187,7 @@ def test_slots_are_not_reused_before_their_row_is_gone(file_kit, monkeypatch):
 
     monkeypatch.setattr(SegmentFile, "write", watched)
     for idx in range(30):
-        assert put(store, make_record(idx, **({"chunk_bytes": 9000} if idx % 5 == 0 else {})))
+        assert put(store, file_kit.record(idx, **({"chunk_bytes": 9000} if idx % 5 == 0 else {})))
         if idx % 2:
             store.flush()
         if idx % 7 == 0:

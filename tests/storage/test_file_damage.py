@@ -164,7 +164,7 @@ def test_truncated_segments(saved, tmp_path):
 def test_deleted_segments(saved):
     segment_of(saved, 1).unlink()
     store = saved.open()
-    assert held(store) == [record.chunk_bytes == 900 for record in RECORDS]
+    assert held(store) == [record.layout.hidden_chunk_bytes == 900 for record in RECORDS]
     assert store.stats().num_spans == 2
     assert "8 saved spans" in store.notes[0]
     assert all(put(store, record) for record in RECORDS)
@@ -211,7 +211,7 @@ def test_a_garbage_catalog_is_set_aside(saved, garbage, caplog):
         ("DROP TABLE span", "tables"),
         ("ALTER TABLE span ADD COLUMN more", "tables"),
         ("CREATE TRIGGER t AFTER INSERT ON span BEGIN DELETE FROM span; END", "tables"),
-        ("PRAGMA user_version = 2", "format version 2, this is 1"),
+        ("PRAGMA user_version = 3", "format version 3, this is 2"),
         ("PRAGMA application_id = 7", "another program"),
         ("DELETE FROM store", "rows but no identity"),
         ("UPDATE store SET uuid = x'00'", "identity is malformed"),
@@ -219,7 +219,11 @@ def test_a_garbage_catalog_is_set_aside(saved, garbage, caplog):
         ("UPDATE span SET token_ids = zeroblob(256) WHERE rowid = 3", "checksum"),
         ("UPDATE span SET generation = generation + 1 WHERE rowid = 3", "checksum"),
         ("UPDATE span SET places = x'00' WHERE rowid = 3", "checksum"),
-        ("UPDATE span SET kind = 3 - kind WHERE rowid = 3", "checksum"),
+        ("UPDATE span SET kinds = x'00020202' WHERE rowid = 3", "checksum"),
+        ("UPDATE span SET kinds = x'01010100' WHERE rowid = 3", "checksum"),
+        ("UPDATE span SET kinds = 3 WHERE rowid = 3", "malformed"),
+        ("UPDATE span SET hidden_chunk_bytes = 5001 WHERE rowid = 3", "checksum"),
+        ("UPDATE span SET kv_chunk_bytes = 'many' WHERE rowid = 3", "malformed"),
         ("UPDATE span SET span_idx = 'three' WHERE rowid = 3", "malformed"),
         ("UPDATE span SET last_used = 'never' WHERE rowid = 3", "checksum"),
         ("UPDATE span SET span_id = CAST('text' AS TEXT) WHERE rowid = 3", "checksum"),
@@ -306,7 +310,7 @@ def test_segments_of_another_store_and_unknown_files_are_left_alone(saved, tmp_p
     (saved.path / "segments" / "x.seg").write_text("hello")
     before = {file.name: file.read_bytes() for file in (saved.path / "segments").iterdir()}
     store = saved.open()
-    assert held(store) == [record.chunk_bytes != 900 for record in RECORDS]
+    assert held(store) == [record.layout.hidden_chunk_bytes != 900 for record in RECORDS]
     assert len([note for note in store.notes if "belongs to another store" in note]) == 2
     assert all(put(store, record) for record in RECORDS)
     put(store, make_record("big", chunk_bytes=30_000))

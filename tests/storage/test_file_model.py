@@ -10,17 +10,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.storage_kit import disk_bytes, holds, make_chunks, make_record, put, read_span, reads_of
 
 NAMES = range(6)
-SIZES = (900, 5000)
+LAYOUTS = (
+    SpanLayout.shared((None, ChunkKind.HIDDEN, ChunkKind.HIDDEN), 900, 5000),
+    SpanLayout.shared((ChunkKind.KV, ChunkKind.KV, None), 900, 5000),
+    SpanLayout.shared((None, ChunkKind.HIDDEN, ChunkKind.KV), 900, 5000),
+)
+"""Two chunks each, in slots of one size, of another, and of both."""
 names = st.sampled_from(NAMES)
 
 
 class FileStoreMachine(RuleBasedStateMachine):
-    """The model: who wrote each span that is there, in how long chunks; and what is surely durable."""
+    """The model: who wrote each span that is there, in which layout; and what is surely durable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,33 +55,34 @@ class FileStoreMachine(RuleBasedStateMachine):
         self.store.close()
         self.state_dir.close()
 
-    def record(self, name: int, size: int):
-        return make_record(name, chunk_bytes=size, num_chunks=2, parent=name - 1 if name else None, span_idx=name)
+    def record(self, name: int, layout_idx: int = 0):
+        parent = name - 1 if name else None
+        return make_record(name, layout=LAYOUTS[layout_idx], parent=parent, span_idx=name)
 
     def changed(self, name: int) -> None:
         self.perhaps.setdefault(name, [self.durable.get(name)]).append(self.there.get(name))
 
     def notice_evictions(self) -> None:
         """In a small store spans may go whenever one is put, but not pinned ones."""
-        for name, (size, _) in list(self.there.items()):
-            if self.store.find(self.record(name, size).span_id) is None:
+        for name in list(self.there):
+            if self.store.find(self.record(name).span_id) is None:
                 assert self.is_small
                 assert not self.pinned.get(name)
-                assert self.store.why_missing(self.record(name, size).span_id) == "evicted"
+                assert self.store.why_missing(self.record(name).span_id) == "evicted"
                 del self.there[name]
                 self.changed(name)
 
-    @rule(name=names, size=st.sampled_from(SIZES))
-    def put(self, name, size):
+    @rule(name=names, layout_idx=st.sampled_from(range(len(LAYOUTS))))
+    def put(self, name, layout_idx):
         self.num_writers += 1
         was = self.there.get(name)
-        accepted = put(self.store, self.record(name, size), writer=self.num_writers)
+        accepted = put(self.store, self.record(name, layout_idx), writer=self.num_writers)
         self.notice_evictions()
         if was is not None:
             assert accepted
             assert self.there[name] == was, "the first writer wins, and is not evicted for it"
         elif accepted:
-            self.there[name] = (size, self.num_writers)
+            self.there[name] = (layout_idx, self.num_writers)
             self.changed(name)
         else:
             assert self.is_small
@@ -82,7 +90,7 @@ class FileStoreMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def delete(self, name):
-        num_deleted = self.store.delete([self.record(name, 1).span_id])
+        num_deleted = self.store.delete([self.record(name).span_id])
         assert num_deleted == (name in self.there)
         if num_deleted:
             del self.there[name]
@@ -90,8 +98,8 @@ class FileStoreMachine(RuleBasedStateMachine):
 
     @rule(batch=st.lists(names, min_size=1, max_size=8), chunk_idx=st.integers(0, 1))
     def read_batch(self, batch, chunk_idx):
-        sizes = [self.there.get(name, (900, 0))[0] for name in batch]
-        reads = [reads_of(self.record(name, size))[chunk_idx] for name, size in zip(batch, sizes, strict=True)]
+        records = [self.record(name, self.there.get(name, (0, 0))[0]) for name in batch]
+        reads = [reads_of(record)[chunk_idx] for record in records]
         outcome = self.store.get_into(reads)
         num_there = next((idx for idx, name in enumerate(batch) if name not in self.there), len(batch))
         assert outcome.num_ok == num_there
@@ -99,11 +107,11 @@ class FileStoreMachine(RuleBasedStateMachine):
 
     @rule(batch=st.lists(names, max_size=3))
     def touch(self, batch):
-        self.store.touch([self.record(name, 1).span_id for name in batch])
+        self.store.touch([self.record(name).span_id for name in batch])
 
     @rule(name=names)
     def pin(self, name):
-        self.store.pin([self.record(name, 1).span_id])
+        self.store.pin([self.record(name).span_id])
         if name in self.there:
             self.pinned[name] = self.pinned.get(name, 0) + 1
 
@@ -111,7 +119,7 @@ class FileStoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def unpin(self, data):
         name = data.draw(st.sampled_from(sorted(self.pinned)))
-        self.store.unpin([self.record(name, 1).span_id])
+        self.store.unpin([self.record(name).span_id])
         self.pinned[name] -= 1
         if not self.pinned[name]:
             del self.pinned[name]
@@ -141,7 +149,7 @@ class FileStoreMachine(RuleBasedStateMachine):
         self.open(copy)
         there = {}
         for name in NAMES:
-            record = self.store.find(self.record(name, 1).span_id)
+            record = self.store.find(self.record(name).span_id)
             may_be = self.perhaps.get(name, [self.durable.get(name)])
             if record is None:
                 assert None in may_be, (name, may_be)
@@ -158,13 +166,13 @@ class FileStoreMachine(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         for name in NAMES:
-            size, writer = self.there.get(name, (900, 0))
-            record = self.record(name, size)
+            layout_idx, writer = self.there.get(name, (0, 0))
+            record = self.record(name, layout_idx)
             assert self.store.find(record.span_id) == (record if name in self.there else None)
             assert holds(self.store, record, writer) == (name in self.there)
         stats = self.store.stats()
         assert stats.num_spans == len(self.there)
-        assert stats.num_bytes == sum(2 * size for size, _ in self.there.values())
+        assert stats.num_bytes == sum(LAYOUTS[layout_idx].num_bytes for layout_idx, _ in self.there.values())
         assert stats.corrupt_chunks == 0
         assert disk_bytes(self.path) <= self.store.disk_bytes <= self.capacity_bytes
 

@@ -11,8 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.layout import SpanLayout
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader, padded_bytes, slot_bytes
+from mii_hcache.storage.format import (
+    BLOCK_BYTES,
+    SegmentHeader,
+    SlotHeader,
+    pack_kinds,
+    padded_bytes,
+    parse_kinds,
+    slot_bytes,
+    slot_counts,
+    slot_sizes,
+)
 
 slot_headers = st.builds(
     SlotHeader,
@@ -54,12 +65,12 @@ def test_segment_headers_round_trip(header):
     assert SegmentHeader.parse(header.pack()) == header
 
 
-def test_version_1_never_changes():
+def test_version_2_never_changes():
     """Files of released versions are out there: a new layout needs a new version."""
     assert SLOT.pack()[:96] == struct.pack(
-        "<8sI16s32sIB3xQQI", b"HCACHESL", 1, b"u" * 16, b"s" * 32, 3, 2, 5, 7, 11
+        "<8sI16s32sIB3xQQI", b"HCACHESL", 2, b"u" * 16, b"s" * 32, 3, 2, 5, 7, 11
     ).ljust(96, b"\0")
-    assert SEGMENT.pack()[:64] == struct.pack("<8sI16sQQ", b"HCACHESG", 1, b"u" * 16, 12_288, 9).ljust(64, b"\0")
+    assert SEGMENT.pack()[:64] == struct.pack("<8sI16sQQ", b"HCACHESG", 2, b"u" * 16, 12_288, 9).ljust(64, b"\0")
     for block in (SLOT.pack(), SEGMENT.pack()):
         assert block[-4:] == struct.pack("<I", crc32c(block[:-4]))
 
@@ -80,13 +91,34 @@ def test_garbage_is_not_a_header(header, block):
         type(header).parse(block)
 
 
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("header", [SLOT, SEGMENT])
-def test_another_version_is_refused(header):
+def test_another_version_is_refused(header, version):
     block = bytearray(header.pack())
-    block[8:12] = struct.pack("<I", 2)
+    block[8:12] = struct.pack("<I", version)
     block[-4:] = struct.pack("<I", crc32c(block[:-4]))
-    with pytest.raises(CorruptChunkError, match="format version 2, this is 1"):
+    with pytest.raises(CorruptChunkError, match=f"format version {version}, this is 2"):
         type(header).parse(block)
+
+
+@given(kinds=st.lists(st.sampled_from([None, *ChunkKind]), max_size=200).map(tuple))
+def test_kinds_round_trip_in_a_byte_a_layer(kinds):
+    assert len(pack_kinds(kinds)) == len(kinds)
+    assert parse_kinds(pack_kinds(kinds)) == kinds
+
+
+def test_codes_of_kinds_never_change():
+    assert pack_kinds((None, ChunkKind.HIDDEN, ChunkKind.KV)) == b"\0\1\2"
+    with pytest.raises(CorruptChunkError, match="unknown kind 3"):
+        parse_kinds(b"\0\3")
+
+
+def test_each_chunk_has_a_slot_of_its_size():
+    mixed = SpanLayout.shared((ChunkKind.HIDDEN, None, ChunkKind.KV, ChunkKind.HIDDEN), 4096, 4097)
+    assert slot_sizes(mixed) == (8192, 12_288, 8192)
+    assert slot_counts(mixed) == {8192: 2, 12_288: 1}
+    alike = SpanLayout.shared((ChunkKind.HIDDEN, ChunkKind.KV), 4000, 4096)
+    assert slot_counts(alike) == {8192: 2}, "other lengths, one size of slot"
 
 
 def test_one_kind_of_header_is_not_the_other():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -11,6 +13,7 @@ from mii_hcache.storage.slots import Place, Places, SlotPool, SlotSet
 SIZES = (8192, 12_288, 40_960)
 CAPACITY_BYTES = 200_000
 BLOCK = 4096
+slots_wanted = st.dictionaries(st.sampled_from(SIZES), st.integers(1, 8), min_size=1, max_size=2)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -30,16 +33,23 @@ class PoolMachine(RuleBasedStateMachine):
             self.taken[place] = size
             self.on_disk.setdefault(place.segment, (size, set()))[1].add(place.slot)
 
-    @rule(size=st.sampled_from(SIZES), num=st.integers(1, 8), may_grow=st.booleans())
-    def take(self, size, num, may_grow):
-        num_missing = self.pool.missing_bytes(size, num)
-        num_free = self.pool.num_free(size)
-        places = self.pool.take(size, num, may_grow=may_grow)
-        assert (places is not None) == (num_missing <= 0 and (may_grow or num_free >= num))
-        if places is not None:
-            assert len(set(places)) == num
+    @rule(wanted=slots_wanted, may_grow=st.booleans())
+    def take(self, wanted, may_grow):
+        missing_bytes = self.pool.missing_bytes(wanted)
+        missing_slots = self.pool.missing_slots(wanted)
+        before = self.pool.disk_bytes
+        assert missing_slots == {n: k - self.pool.num_free(n) for n, k in wanted.items() if k > self.pool.num_free(n)}
+        taken = self.pool.take(wanted, may_grow=may_grow)
+        assert (taken is not None) == (missing_bytes <= 0 and (may_grow or not missing_slots))
+        if taken is None:
+            assert self.pool.disk_bytes == before, "all or nothing"
+            return
+        assert {size: len(set(places)) for size, places in taken.items()} == wanted
+        for size, places in taken.items():
             assert all(self.pool.shape(place.segment)[0] == size for place in places)
             self.write(places)
+        grown_bytes = self.pool.disk_bytes - before
+        assert missing_bytes == (grown_bytes - (CAPACITY_BYTES - before) if grown_bytes else 0), "it was exact"
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data(), blank=st.booleans())
@@ -51,10 +61,14 @@ class PoolMachine(RuleBasedStateMachine):
                 self.on_disk[place.segment][1].discard(place.slot)
         self.pool.give(places, blank=blank)
 
-    @rule(size=st.sampled_from(SIZES), num_bytes=st.integers(1, 100_000))
-    def punch_spare(self, size, num_bytes):
-        places = self.pool.take_spare(size, num_bytes)
-        assert all(self.pool.shape(place.segment)[0] != size for place in places)
+    @rule(wanted=slots_wanted, num_bytes=st.integers(1, 200_000))
+    def punch_spare(self, wanted, num_bytes):
+        num_free = {size: self.pool.num_free(size) for size in SIZES}
+        spare_bytes = sum(size * max(0, num - wanted.get(size, 0)) for size, num in num_free.items())
+        places = self.pool.take_spare(wanted, num_bytes)
+        for size in wanted:
+            assert self.pool.num_free(size) >= min(num_free[size], wanted[size]), "what is useful stays"
+        assert sum(self.pool.shape(place.segment)[0] for place in places) >= min(num_bytes, spare_bytes)
         self.write(places)
         for place in places:
             del self.taken[place]
@@ -94,7 +108,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_free_can_be_taken(self):
         for size in SIZES:
-            assert self.pool.missing_bytes(size, self.pool.num_free(size)) <= 0
+            assert self.pool.missing_bytes({size: self.pool.num_free(size)}) <= 0
 
 
 TestPool = PoolMachine.TestCase
@@ -102,21 +116,21 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=30, deadline=N
 
 
 def test_fits_is_exact():
-    for size in SIZES:
-        for num in range(1, 40):
+    for size, other in itertools.product(SIZES, SIZES):
+        for num, num_other in itertools.product(range(1, 40), range(0, 20, 3)):
             pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
-            assert pool.fits(size, num) == (pool.take(size, num) is not None)
+            wanted = {other: num_other, size: num}
+            assert pool.fits(wanted) == (pool.take(wanted) is not None)
 
 
 def test_numbers_of_files_that_are_there_are_not_used_again():
     pool = SlotPool(CAPACITY_BYTES, segment_bytes=60_000)
     pool.reserve_number(41)
-    places = pool.take(8192, 1)
-    assert places == [Place(42, 0)]
-    pool.give(places)
+    assert pool.take({8192: 1}) == {8192: [Place(42, 0)]}
+    pool.give([Place(42, 0)])
     assert pool.take_empty() == [42]
     pool.forget_bytes()
-    assert pool.take(8192, 1) == [Place(43, 0)]
+    assert pool.take({8192: 1}) == {8192: [Place(43, 0)]}
 
 
 words = st.integers(0, 2**32 - 2)
@@ -140,6 +154,7 @@ def test_neighbours_are_one_run():
     assert Places([(7, 3), (7, 4), (7, 5)]).runs() == [(7, 3, 6)]
     assert len(Places([(7, 3), (7, 5), (7, 4)]).runs()) == 3
     assert len(Places([(7, 3), (8, 4)]).runs()) == 2
+    assert Places([(7, 3), (7, 4), (8, 0), (8, 1), (7, 5)]).runs() == [(7, 3, 5), (8, 0, 2), (7, 5, 6)]
     assert len(Places([(7, 0), (7, 2**32 - 2)]).runs()) == 2  # in no time
 
 

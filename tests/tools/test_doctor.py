@@ -16,11 +16,11 @@ import torch
 from mii_hcache.__main__ import main
 from mii_hcache.engine import compat
 from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.tools import machine_checks, software_checks, state_checks
 from mii_hcache.tools.checkpoint import read_config
 from mii_hcache.tools.findings import Finding, find_out, ok
-from mii_hcache.tools.machine import filesystem_of
 
 compat.install()  # its imports write to a stdout that is one test's own
 

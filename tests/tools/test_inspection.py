@@ -18,6 +18,7 @@ from mii_hcache.__main__ import main
 from mii_hcache.engine import compat
 from mii_hcache.storage.open import OpenedState, open_state
 from tests.engine_kit import VOCAB, open_client, poisoned_engine
+from tests.storage.storage_kit import MIXED, make_record, put
 
 compat.install()  # its imports write to a stdout that is one test's own
 
@@ -93,7 +94,7 @@ def test_a_filled_directory(filled, inspect):
     status, report = inspect(filled, "--verify", "--spans")
     assert fingerprints(filled) == before
     assert status == 0 and not report["problems"] and not report["notes"]
-    assert report["owner"] is None and report["format_version"] == 1
+    assert report["owner"] is None and report["format_version"] == 2
     assert report["store_uuid"].replace("-", "") == (filled / "store.id").read_text()
     assert report["kinds"] == {"hidden": {"num_spans": 11, "num_bytes": 11 * SPAN_BYTES}}
     assert report["num_transcripts"] == 1
@@ -105,6 +106,8 @@ def test_a_filled_directory(filled, inspect):
     (segment,) = report["segments"]
     assert (segment["num_used"], segment["num_free"], segment["slot_bytes"]) == (33, 0, 4096 + 64 * 128 * 4)
     assert len(report["spans"]) == 11 and report["spans"][0]["first_token"] == 0
+    assert report["spans"][0]["kinds"] == [None, "hidden", "hidden", "hidden"]
+    assert report["spans"][0]["chunk_bytes"] == {"hidden": SPAN_BYTES // 3}
     assert report["verified"] == {"num_chunks": 33, "num_bytes": 11 * SPAN_BYTES, "damaged": []}
 
 
@@ -135,6 +138,31 @@ def test_a_damaged_chunk_is_found_and_named(state_dir, inspect, capsys, where, r
     )
 
 
+def test_spans_of_two_kinds(tmp_path, inspect, capsys):
+    state = open_state(tmp_path / "state", 1 << 24, 0)
+    records = [make_record(idx, layout=MIXED) for idx in range(3)] + [make_record("plain")]
+    assert all(put(state.store, record) for record in records)
+    state.close()
+    status, report = inspect(tmp_path / "state", "--verify", "--spans")
+    assert (status, report["verified"]["num_chunks"], report["verified"]["damaged"]) == (0, 12, [])
+    assert report["kinds"] == {
+        "hidden+kv": {"num_spans": 3, "num_bytes": 45_000},
+        "hidden": {"num_spans": 1, "num_bytes": 15_000},
+    }
+    span = next(span for span in report["spans"] if span["span_id"] == records[0].span_id.hex())
+    assert span["kinds"] == [None, "hidden", "kv", None, "hidden"]
+    assert (span["num_chunks"], span["num_bytes"], span["segments"]) == (3, 15_000, [1, 2])
+    assert span["chunk_bytes"] == {"hidden": 1000, "kv": 13_000}
+    assert {tuple(context["kinds"]) for context in report["contexts"]} == {("hidden", "kv"), ("hidden",)}
+    flip(tmp_path / "state" / "segments" / "00000002.seg", 4096 + 4096 + 12_999)
+    status, report = inspect(tmp_path / "state", "--verify")
+    (damage,) = report["verified"]["damaged"]
+    assert (status, damage["layer_idx"], damage["reason"]) == (1, 2, "wrong checksum")
+    main(["inspect", str(tmp_path / "state"), "--spans"])
+    text = capsys.readouterr().out
+    assert "3 hidden+kv (43.9 KiB)" in text and "hidden 2 + kv 1" in text
+
+
 def test_a_segment_that_ends_early_or_is_gone(state_dir, inspect):
     os.truncate(segment_of(state_dir), 100_000)
     status, report = inspect(state_dir, "--verify")
@@ -149,7 +177,7 @@ def test_a_damaged_catalog_is_told_and_left_alone(state_dir, inspect):
     before = fingerprints(state_dir)
     status, report = inspect(state_dir, "--verify")
     assert status == 1 and report["num_spans"] == 0
-    assert "the catalog is damaged (" in report["problems"][0] and "set aside" not in report["problems"][0]
+    assert "the catalog cannot be used (" in report["problems"][0] and "set aside" not in report["problems"][0]
     assert fingerprints(state_dir) == before
     (state_dir / "catalog.sqlite").unlink()
     assert "the catalog is missing" in inspect(state_dir)[1]["problems"][0]

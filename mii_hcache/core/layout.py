@@ -1,0 +1,142 @@
+"""Which layers of a span are stored, and as what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from mii_hcache.core.geometry import ChunkKind, ModelGeometry
+
+LayerKinds = tuple[ChunkKind | None, ...]
+"""For each layer of the model, in order: the kind in which it is stored, None when it is not."""
+
+_MAX_SHARED = 4096
+
+
+def first_stored(kinds: LayerKinds) -> int:
+    """The first layer from which on every layer is stored: no restore can do with fewer recomputed layers."""
+    return max((layer_idx + 1 for layer_idx, kind in enumerate(kinds) if kind is None), default=0)
+
+
+class LayoutChunk(NamedTuple):
+    """One stored layer of a span."""
+
+    layer_idx: int
+    kind: ChunkKind
+    num_bytes: int
+    offset: int
+    """Where the chunk starts when all chunks of the span are joined."""
+
+    def cut(self, joined: memoryview) -> memoryview:
+        """This chunk's part of all chunks joined, as a view."""
+        return joined[self.offset : self.offset + self.num_bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanLayout:
+    """Which layers of a span are stored, as what, and how long: one chunk per stored layer, in the order of layers.
+
+    Immutable and pure; safe from any thread. Stores keep millions of records that have few layouts between them, so
+    take layouts from `of`, `uniform` or `shared`, which give equal ones as the same object. Raises ValueError for a
+    layout that stores nothing, or chunks of no bytes.
+    """
+
+    kinds: LayerKinds
+    hidden_chunk_bytes: int
+    """Bytes of a hidden chunk; of no meaning when there is none."""
+    kv_chunk_bytes: int
+    """Bytes of a kv chunk; of no meaning when there is none."""
+
+    def __post_init__(self) -> None:
+        used = {kind for kind in self.kinds if kind is not None}
+        if not used:
+            raise ValueError(f"a span must store one layer at least, got {len(self.kinds)} that are not stored")
+        for kind in used:
+            if self.bytes_of(kind) < 1:
+                raise ValueError(f"{kind.value}_chunk_bytes must be > 0, got {self.bytes_of(kind)}")
+
+    @classmethod
+    def of(cls, geometry: ModelGeometry, kinds: Iterable[ChunkKind | None]) -> SpanLayout:
+        """Layers of a model in these kinds, one for each of its layers."""
+        kinds = tuple(kinds)
+        if len(kinds) != geometry.num_layers:
+            raise ValueError(f"{len(kinds)} kinds for {geometry.num_layers} layers")
+        return cls.shared(kinds, geometry.chunk_bytes(ChunkKind.HIDDEN), geometry.chunk_bytes(ChunkKind.KV))
+
+    @classmethod
+    def uniform(cls, geometry: ModelGeometry, kind: ChunkKind) -> SpanLayout:
+        """All layers that have a chunk of this kind (`ModelGeometry.saved_layers`)."""
+        saved = geometry.saved_layers(kind)
+        return cls.of(geometry, (kind if layer_idx in saved else None for layer_idx in range(geometry.num_layers)))
+
+    @classmethod
+    def shared(cls, kinds: LayerKinds, hidden_chunk_bytes: int, kv_chunk_bytes: int) -> SpanLayout:
+        """The one object of this value."""
+        return _shared(kinds, hidden_chunk_bytes, kv_chunk_bytes)
+
+    def __hash__(self) -> int:
+        """Of a few numbers: cheap, and the same in every process."""
+        return hash((self.num_layers, self.num_chunks, self.num_bytes, self.first_stored))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, stored or not."""
+        return len(self.kinds)
+
+    @cached_property
+    def chunks(self) -> tuple[LayoutChunk, ...]:
+        """The stored layers, in order."""
+        chunks: list[LayoutChunk] = []
+        offset = 0
+        for layer_idx, kind in enumerate(self.kinds):
+            if kind is not None:
+                chunks.append(LayoutChunk(layer_idx, kind, self.bytes_of(kind), offset))
+                offset += chunks[-1].num_bytes
+        return tuple(chunks)
+
+    @property
+    def num_chunks(self) -> int:
+        """Stored layers."""
+        return len(self.chunks)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all chunks."""
+        return sum(chunk.num_bytes for chunk in self.chunks)
+
+    @cached_property
+    def first_stored(self) -> int:
+        """The smallest layer from which on every layer is stored: the layers before it must be recomputed for a
+        restore. `num_layers` when the last layer is not stored."""
+        return first_stored(self.kinds)
+
+    @cached_property
+    def kind_counts(self) -> Mapping[ChunkKind, int]:
+        """Stored layers of each kind that is used, hidden before kv. Not to be changed."""
+        counts = Counter(chunk.kind for chunk in self.chunks)
+        return {kind: counts[kind] for kind in ChunkKind if kind in counts}
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """Names of the kinds that are used: `hidden`, `kv` or both."""
+        return tuple(kind.value for kind in self.kind_counts)
+
+    def bytes_of(self, kind: ChunkKind) -> int:
+        """Bytes of a chunk of this kind."""
+        return self.hidden_chunk_bytes if kind is ChunkKind.HIDDEN else self.kv_chunk_bytes
+
+    def chunk_of(self, layer_idx: int) -> int | None:
+        """Index of a layer's chunk, None when the layer is not stored or there is no such layer."""
+        return self._chunk_by_layer.get(layer_idx)
+
+    @cached_property
+    def _chunk_by_layer(self) -> dict[int, int]:
+        return {chunk.layer_idx: chunk_idx for chunk_idx, chunk in enumerate(self.chunks)}
+
+
+@lru_cache(maxsize=_MAX_SHARED)
+def _shared(kinds: LayerKinds, hidden_chunk_bytes: int, kv_chunk_bytes: int) -> SpanLayout:
+    return SpanLayout(kinds=kinds, hidden_chunk_bytes=hidden_chunk_bytes, kv_chunk_bytes=kv_chunk_bytes)

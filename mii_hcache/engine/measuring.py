@@ -1,0 +1,134 @@
+"""The measured profile of an engine on its machine: made once, kept in the state directory, made anew when it no longer
+fits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from mii_hcache.core.cost import MeasuredProfile
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.engine.ragged_engine import HCacheEngine
+from mii_hcache.errors import ConfigError
+from mii_hcache.runtime.machine import device_name, num_usable_cpus
+from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
+
+_log = logging.getLogger(__name__)
+
+_SCRATCH = "profile-scratch"
+_UID = 0
+"""Of the sequence that is measured with; the scheduler's start at 1."""
+
+
+def machine_of(engine: HCacheEngine) -> str:
+    """What the costs depend on, besides the model."""
+    return f"{device_name(engine.device)}, {num_usable_cpus()} cores"
+
+
+def can_measure(engine: HCacheEngine) -> bool:
+    """Whether the engine's pool is large enough."""
+    return engine.max_context_tokens >= TILE_TOKENS
+
+
+def measured_profile(
+    engine: HCacheEngine,
+    state_dir: Path,
+    fingerprint: bytes,
+    *,
+    with_memory: bool = True,
+    io_bytes: int = 32 << 20,
+    repeats: int = 5,
+    anew: bool = False,
+    on_progress: Callable[[str], None] = lambda what: None,
+) -> MeasuredProfile:
+    """What `state_dir` remembers of this machine and model, else measured now (seconds; the engine must be idle) and
+    remembered. `anew` measures in any case. Raises ConfigError when the engine's pool is too small to measure with."""
+    path = state_dir / PROFILE_FILE
+    machine, model = machine_of(engine), fingerprint.hex()
+    known = None if anew else _read(path)
+    if known is not None and (known.machine, known.model) == (machine, model):
+        return known
+    num_tokens = min(MAX_CONTEXT_TOKENS, engine.max_context_tokens) // TILE_TOKENS * TILE_TOKENS
+    if not can_measure(engine):
+        raise ConfigError(
+            f"kv_blocks and max_context_tokens must leave room for {TILE_TOKENS} tokens to measure this machine with, "
+            f"got {engine.max_context_tokens}; or choose --method hidden, kv or recompute, which need no measuring"
+        )
+    engine.reserve(_UID, num_tokens)
+    try:
+        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, with_memory=with_memory) as tiers:
+            costs = profile_layer(
+                adapter=engine,
+                target=engine.target(_UID),
+                num_target_tokens=num_tokens,
+                tiers=tiers,
+                io_bytes=io_bytes,
+                repeats=repeats,
+                on_progress=on_progress,
+            )
+    finally:
+        engine.evict(_UID)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    profile = MeasuredProfile(machine=machine, model=model, date=date, tiers=costs)
+    _write(path, profile)
+    return profile
+
+
+@contextmanager
+def _scratch_tiers(
+    engine: HCacheEngine, folder: Path, io_bytes: int, *, with_memory: bool
+) -> Iterator[dict[str, ProfiledTier]]:
+    """Stores of the same kinds, on the same disk, for the time of a `with` block."""
+    shutil.rmtree(folder, ignore_errors=True)
+    span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
+    capacity_bytes = 4 * max(io_bytes, span_bytes) + (64 << 20)
+    state_dir = StateDir(folder)
+    file = FileStore(state_dir, capacity_bytes)
+    memory = MemoryStore(capacity_bytes)
+    try:
+        tiers = {"memory": ProfiledTier(store=memory, forget=lambda: None)} if with_memory else {}
+        yield {**tiers, "file": ProfiledTier(store=file, forget=lambda: forget_files(folder))}
+    finally:
+        memory.close()
+        file.close()
+        state_dir.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_files(folder: Path) -> None:
+    """Ask the kernel to drop the files from its page cache, so that a read is a read."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _read(path: Path) -> MeasuredProfile | None:
+    try:
+        return MeasuredProfile.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        _log.warning("the profile %s cannot be used (%s): measuring anew", path, error)
+        return None
+
+
+def _write(path: Path, profile: MeasuredProfile) -> None:
+    staged = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        staged.write_text(profile.to_json())
+        os.replace(staged, path)
+    except OSError as error:
+        _log.warning("the profile %s cannot be written (%s): it will be measured again", path, error)

@@ -1,0 +1,193 @@
+"""How a server brings histories back: its method's rule, over costs that are kept up to date."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mii_hcache.core.cost import LayerCost
+from mii_hcache.core.estimate import CostEstimate, Part
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
+from mii_hcache.core.methods import Method, plan_storage
+from mii_hcache.core.planner import lengths_up_to, plan_restore_bucketed
+from mii_hcache.core.plans import RestorePlan, StoragePlan, runs_of
+from mii_hcache.errors import ConfigError
+from mii_hcache.runtime.restore import ALONE_FILL_TOKENS, Restore
+from mii_hcache.runtime.restorer import MAX_TILE_SPANS
+from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.timeline import Activity, Event
+from mii_hcache.storage.base import SpanRecord
+
+_log = logging.getLogger(__name__)
+
+LEAST_OBSERVED_S = 0.002
+"""Shorter observations say more about the clock than about the machine."""
+FREE = LayerCost(io_hidden_s=0.0, io_kv_s=0.0, c_hidden_s=0.0, c_token_s=0.0)
+"""For methods that ask nobody what things cost."""
+REGRET_TRIES = 24
+PARTS: tuple[Part, ...] = ("project", "place", "fill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreChoice:
+    """What was decided for one request."""
+
+    recompute_tokens: int
+    recompute_layers: int
+    tiers: tuple[str, ...]
+    """Where each span lies."""
+    plan: RestorePlan | None
+    """With its predictions; None when the method needs none."""
+
+    @property
+    def is_prefill(self) -> bool:
+        """Nothing is worth restoring."""
+        return self.plan is not None and self.plan.is_prefill
+
+
+class RestorePolicy:
+    """One method on one engine and store. Engine thread only."""
+
+    def __init__(
+        self,
+        *,
+        geometry: ModelGeometry,
+        method: Method,
+        storage: StoragePlan | None,
+        estimate: CostEstimate | None,
+        counters: Counters,
+        tile_tokens: int,
+        chunk_tokens: int,
+    ) -> None:
+        """`storage`: what is saved, None for nothing. `estimate` None: this method decides without costs."""
+        self._geometry = geometry
+        self.method = method
+        self.storage = storage
+        self.estimate = estimate
+        self._counters = counters
+        self._tile_tokens = tile_tokens
+        self._chunk_tokens = chunk_tokens
+
+    def choose(self, records: Sequence[SpanRecord], tiers: Sequence[str]) -> RestoreChoice:
+        """How to bring these spans back: some, all, or none of them. `tiers[i]`: where span `i` lies."""
+        if self.estimate is None:
+            layers = max((record.layout.first_stored for record in records), default=0)
+            return RestoreChoice(recompute_tokens=0, recompute_layers=layers, tiers=tuple(tiers), plan=None)
+        plan = self._plan(records, tiers, time.monotonic())
+        return RestoreChoice(
+            recompute_tokens=plan.recompute_tokens,
+            recompute_layers=plan.recompute_layers,
+            tiers=tuple(tiers),
+            plan=plan,
+        )
+
+    def _plan(self, records: Sequence[SpanRecord], tiers: Sequence[str], now_s: float) -> RestorePlan:
+        assert self.estimate is not None
+        cost = self.estimate.cost(tiers, now_s)
+        runs = runs_of(record.layout.kinds for record in records)
+        num_tokens = len(records) * SPAN_TOKENS
+        if self.method.name == "auto":
+            return plan_restore_bucketed(
+                cost, runs, num_tokens, tile_tokens=self._tile_tokens, chunk_tokens=self._chunk_tokens
+            )
+        return self.method.restore(cost, runs, num_tokens, self._tile_tokens, self._chunk_tokens)
+
+    def learn(self, choice: RestoreChoice, restore: Restore, records: Sequence[SpanRecord]) -> None:
+        """A restore is over: compare what it took with what was expected, and never make the same mistake twice."""
+        if self.estimate is None or choice.plan is None:
+            return
+        now_s = time.monotonic()
+        timeline = restore.timeline
+        cost = self.estimate.cost(choice.tiers, now_s)
+        tiers = tuple(dict.fromkeys(choice.tiers[choice.recompute_tokens // SPAN_TOKENS :]))
+        expected: dict[Activity, float] = {"read": 0.0, "project": 0.0, "place": 0.0, "fill": 0.0}
+        for event in timeline.events:
+            if event.activity in expected:
+                expected[event.activity] += self._expected_s(event, cost)
+        compute_s = expected["project"] + expected["place"] + expected["fill"]
+        slowed_io_s, slowed_compute_s = cost.overlapped(expected["read"], compute_s)
+        if len(tiers) == 1 and timeline.io_s > LEAST_OBSERVED_S:
+            self.estimate.observe_read(tiers[0], slowed_io_s / self.estimate.penalty(tiers[0], now_s), timeline.io_s)
+        for part in PARTS:
+            observed_s = timeline.busy_s(part)
+            if observed_s > LEAST_OBSERVED_S:
+                slowed = slowed_compute_s / compute_s if compute_s else 1.0
+                self.estimate.observe_compute(part, slowed * expected[part], observed_s)
+        self._regret(choice, timeline.busy_s("read", "wait", *PARTS), tiers, records, now_s)
+
+    def _expected_s(self, event: Event, cost: LayerCost) -> float:
+        if event.activity == "read":
+            return cost.io_start_s + event.num_bytes * cost.io_kv_s / self._geometry.row_bytes(ChunkKind.KV)
+        if event.activity == "fill":
+            forward_s = (event.num_layers - 1) * (cost.forward_s(event.start, event.num_tokens) + cost.c_start_s)
+            return forward_s + cost.c_hidden_s * event.num_tokens + cost.c_start_s
+        token_s = cost.c_hidden_s if event.activity == "project" else cost.c_kv_s
+        return cost.c_start_s + token_s * event.num_tokens
+
+    def _regret(
+        self,
+        choice: RestoreChoice,
+        observed_s: float,
+        tiers: Sequence[str],
+        records: Sequence[SpanRecord],
+        now_s: float,
+    ) -> None:
+        """Where prefilling would have been faster, count reads as what they took, and dearer until the plan changes."""
+        assert self.estimate is not None and choice.plan is not None
+        cost = self.estimate.cost(choice.tiers, now_s)
+        prefill_s = self._geometry.num_layers * cost.forward_s(0, choice.plan.num_tokens)
+        if observed_s <= prefill_s or choice.is_prefill:
+            return
+        self._counters.add("regretted_restores_total")
+        _log.info(
+            "a restore of %d tokens from %s took %.0f ms, prefilling them would take %.0f ms: planning anew",
+            *(choice.plan.num_tokens, "+".join(tiers), 1e3 * observed_s, 1e3 * prefill_s),
+        )
+        factor = observed_s / min(prefill_s, max(1e-9, choice.plan.timeline.makespan_s))
+        for _ in range(REGRET_TRIES):
+            for tier in tiers:
+                self.estimate.punish(tier, factor, now_s)
+            if self._plan(records, choice.tiers, now_s).recompute_tokens != choice.recompute_tokens:
+                return
+            factor = 1.5
+
+
+def make_policy(
+    *,
+    method: Method,
+    geometry: ModelGeometry,
+    costs: Mapping[str, LayerCost] | None,
+    max_context_tokens: int,
+    counters: Counters,
+    max_fill_tokens: int,
+) -> RestorePolicy:
+    """What `method` saves and how it restores, for one model. `costs`: of this machine and model, by the tier that is
+    read from; storage is planned for the last one, where most histories will lie in the long run.
+
+    Raises ConfigError when the method needs costs and has none, or recomputes parts that this engine cannot.
+    """
+    if method.needs_costs and costs is None:
+        raise ConfigError(f"method {method.name!r} needs to know what this machine can do, and it was not measured")
+    if method.needs_costs and not max_fill_tokens:
+        raise ConfigError(f"method {method.name!r} recomputes parts of a history, which this engine cannot")
+    storage: StoragePlan | None = None
+    if method.saves:
+        storage = plan_storage(
+            method.name,
+            geometry,
+            list(costs.values())[-1] if costs else FREE,
+            lengths=lengths_up_to(max_context_tokens),
+            tile_tokens=MAX_TILE_SPANS * SPAN_TOKENS,
+            chunk_tokens=min(ALONE_FILL_TOKENS, max_fill_tokens) or None,
+        )
+    return RestorePolicy(
+        geometry=geometry,
+        method=method,
+        storage=storage if storage is not None and any(storage.kinds) else None,
+        estimate=CostEstimate(costs) if costs and method.needs_costs else None,
+        counters=counters,
+        tile_tokens=MAX_TILE_SPANS * SPAN_TOKENS,
+        chunk_tokens=min(ALONE_FILL_TOKENS, max_fill_tokens) or ALONE_FILL_TOKENS,
+    )

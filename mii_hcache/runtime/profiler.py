@@ -1,0 +1,272 @@
+"""What one layer of this model costs on this machine: the paper's offline profiling (section 4.1), in seconds.
+
+Everything is measured the way restores do it: reads in tiles by the readers' threads, verified, from stores that were
+told to forget what they have cached; projections, placing and forwards on a live sequence's blocks; and reading and
+projecting at once, for how much each slows the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+
+from mii_hcache.core.cost import LayerCost
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.core.identity import SpanId, pack_tokens
+from mii_hcache.core.layout import SpanLayout
+from mii_hcache.runtime.buffers import as_bytes, host_empty
+from mii_hcache.runtime.ports import EngineAdapter, KVTarget
+from mii_hcache.runtime.restore import ALONE_FILL_TOKENS
+from mii_hcache.runtime.restorer import MAX_TILE_SPANS, NUM_READERS
+from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
+
+TILE_TOKENS = MAX_TILE_SPANS * SPAN_TOKENS
+FORWARD_LAYERS = 4
+"""Whole layers that a measured forward goes through."""
+MAX_CONTEXT_TOKENS = 4096
+"""Longest history that a measured forward attends to."""
+MAX_SLOWDOWN = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfiledTier:
+    """A store to be measured. Whatever is put into it is deleted again."""
+
+    store: ChunkStore
+    forget: Callable[[], None]
+    """Drops what a cache may hold of it, so that a read is a read."""
+
+
+def profile_layer(
+    *,
+    adapter: EngineAdapter,
+    target: KVTarget,
+    num_target_tokens: int,
+    tiers: Mapping[str, ProfiledTier],
+    io_bytes: int = 64 << 20,
+    repeats: int = 5,
+    on_progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, LayerCost]:
+    """Costs by tier. Engine thread; nothing else should run.
+
+    `target`: blocks of a live sequence for `num_target_tokens` (at least 512), which will hold rubbish. `io_bytes`:
+    what is read from each tier, for each kind.
+    """
+    on_progress("projecting and placing")
+    computing = _Computing(adapter, target, num_target_tokens, repeats)
+    base = computing.measure()
+    costs = {}
+    for name, tier in tiers.items():
+        on_progress(f"reading from {name}")
+        with _Saved(adapter, tier, io_bytes) as saved:
+            costs[name] = _with_reads(base, computing, saved, repeats)
+    return costs
+
+
+def _least_s(action: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Least seconds of several calls, after one to warm up: others on the machine only ever add."""
+    times_s = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started_s = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times_s.append(time.perf_counter() - started_s)
+    return min(times_s[1:])
+
+
+class _Computing:
+    """The engine's part."""
+
+    def __init__(self, adapter: EngineAdapter, target: KVTarget, num_tokens: int, repeats: int) -> None:
+        if num_tokens < TILE_TOKENS:
+            raise ValueError(f"{num_tokens} tokens are too few to measure with, {TILE_TOKENS} are needed")
+        self.adapter = adapter
+        self._target = target
+        self._num_tokens = min(num_tokens, MAX_CONTEXT_TOKENS)
+        self._repeats = repeats
+        geometry = adapter.geometry
+        make = torch.Generator().manual_seed(0)
+        rows = torch.randn(TILE_TOKENS, geometry.hidden_size, generator=make)
+        kv = torch.randn(TILE_TOKENS, 2, geometry.num_kv_heads, geometry.head_size, generator=make)
+        self._hidden = rows.to(adapter.dtype)
+        self._kv = kv.to(adapter.dtype)
+        self._layers = itertools.cycle(range(geometry.num_layers))
+
+    def project(self, num_tokens: int = TILE_TOKENS) -> None:
+        """One tile, each time in another layer, as a restore does."""
+        rows = self._hidden[:num_tokens].to(self.adapter.device)
+        self._target.project_hidden(next(self._layers), 0, rows)
+
+    def place(self) -> None:
+        """One tile of K and V."""
+        self._target.write_kv(next(self._layers), 0, self._kv.to(self.adapter.device))
+
+    def measure(self) -> LayerCost:
+        """What does not depend on a store; reading costs nothing here."""
+        for _ in self.adapter.geometry.saved_layers(ChunkKind.KV):
+            self.place()  # so that forwards attend to numbers
+        small_s, large_s = self._seconds(lambda: self.project(SPAN_TOKENS)), self._seconds(self.project)
+        c_hidden_s = max(0.0, large_s - small_s) / (TILE_TOKENS - SPAN_TOKENS) or large_s / TILE_TOKENS
+        cost = LayerCost(
+            io_hidden_s=0.0,
+            io_kv_s=0.0,
+            c_hidden_s=c_hidden_s,
+            c_kv_s=self._seconds(self.place) / TILE_TOKENS,
+            c_token_s=0.0,
+            c_start_s=max(0.0, small_s - SPAN_TOKENS * c_hidden_s),
+        )
+        return self._with_forward(cost)
+
+    def _with_forward(self, cost: LayerCost) -> LayerCost:
+        if not self.adapter.max_fill_tokens:
+            return replace(cost, c_token_s=math.ldexp(1.0, 20))  # this engine never recomputes a part
+        num_whole = min(FORWARD_LAYERS, self.adapter.geometry.num_layers - 1)
+        chunk = min(ALONE_FILL_TOKENS, self.adapter.max_fill_tokens, self._num_tokens // 2)
+        ids = torch.arange(chunk) % 7  # any tokens will do
+        far = self._num_tokens - chunk
+
+        def fill_s(start: int, num_layers: int) -> float:
+            return self._seconds(lambda: self._target.fill(start, ids, num_layers))
+
+        if num_whole == 0:
+            return replace(cost, c_token_s=fill_s(0, 1) / chunk)
+        embedded_s = fill_s(0, 1)  # the embedding, and the projection of the last layer
+        near_s = (fill_s(0, num_whole + 1) - embedded_s) / num_whole
+        far_s = (fill_s(far, num_whole + 1) - embedded_s) / num_whole
+        c_attention_s = max(0.0, far_s - near_s) / (chunk * far)
+        c_token_s = max(0.05 * near_s, near_s - cost.c_start_s - c_attention_s * chunk * (chunk + 1) / 2) / chunk
+        return replace(cost, c_attention_s=c_attention_s, c_token_s=c_token_s)
+
+    def _seconds(self, action: Callable[[], object]) -> float:
+        return _least_s(action, self.adapter.device, self._repeats)
+
+
+class _Saved:
+    """Random spans in a store, for the time of a `with` block."""
+
+    def __init__(self, adapter: EngineAdapter, tier: ProfiledTier, io_bytes: int) -> None:
+        self._tier = tier
+        self._geometry = adapter.geometry
+        self._io_bytes = io_bytes
+        self._records: dict[ChunkKind, list[SpanRecord]] = {}
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="hcache-profile")
+        largest = max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
+        self._buffers = [host_empty(MAX_TILE_SPANS * largest, dtype=torch.uint8) for _ in range(NUM_READERS)]
+
+    def __enter__(self) -> _Saved:
+        for kind in ChunkKind:
+            self._records[kind] = self._put(kind)
+        self._tier.store.flush()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._readers.shutdown()
+        self._tier.store.delete([record.span_id for records in self._records.values() for record in records])
+
+    def _put(self, kind: ChunkKind) -> list[SpanRecord]:
+        layout = SpanLayout.uniform(self._geometry, kind)
+        joined = memoryview(bytearray(os.urandom(layout.num_bytes)))
+        records = []
+        for span_idx in range(max(1, min(MAX_TILE_SPANS, self._io_bytes // layout.num_bytes))):
+            record = SpanRecord(
+                span_id=SpanId(os.urandom(32)),
+                parent_id=None,
+                span_idx=span_idx,
+                token_ids=pack_tokens([0] * SPAN_TOKENS),
+                layout=layout,
+            )
+            if self._tier.store.put(record, [chunk.cut(joined) for chunk in layout.chunks]):
+                records.append(record)
+        return records
+
+    def num_rows(self, kind: ChunkKind) -> int:
+        """Token rows of one layer that `read` reads."""
+        return SPAN_TOKENS * sum(record.layout.num_chunks for record in self._records[kind])
+
+    def read(self, kind: ChunkKind, is_wanted: Callable[[], bool] = lambda: True) -> int:
+        """Read all of it, tile by tile, as restores do. Returns rows read; stops early when not wanted any more."""
+        self._tier.forget()
+
+        def read_tile(tile: tuple[int, Sequence[SpanRecord]]) -> int:
+            return self._read_tile(*tile) if is_wanted() else 0
+
+        return sum(self._readers.map(read_tile, self._tiles(kind)))
+
+    def _tiles(self, kind: ChunkKind) -> Iterator[tuple[int, Sequence[SpanRecord]]]:
+        records = self._records[kind]
+        for layer_idx in self._geometry.saved_layers(kind) if records else ():
+            yield layer_idx, records
+
+    def _read_tile(self, layer_idx: int, records: Sequence[SpanRecord]) -> int:
+        buffer = self._buffers.pop()
+        view, size = as_bytes(buffer), records[0].layout.chunks[0].num_bytes
+        reads = [
+            ChunkRead(span_id=record.span_id, layer_idx=layer_idx, out=view[idx * size : (idx + 1) * size])
+            for idx, record in enumerate(records)
+        ]
+        outcome = self._tier.store.get_into(reads)
+        self._buffers.append(buffer)
+        return SPAN_TOKENS * outcome.num_ok
+
+
+def _with_reads(base: LayerCost, computing: _Computing, saved: _Saved, repeats: int) -> LayerCost:
+    """Seconds per row of each kind, alone and while the engine projects."""
+    alone_s = {}
+    for kind in ChunkKind:
+        times_s = []
+        for _ in range(repeats):
+            started_s = time.perf_counter()
+            num_rows = saved.read(kind)
+            times_s.append((time.perf_counter() - started_s) / max(1, num_rows))
+        alone_s[kind] = min(times_s)
+    project_alone_s = _least_s(computing.project, computing.adapter.device, repeats)
+    read_s, project_s = _together(computing, saved, least_s=max(0.05, 4 * project_alone_s))
+    io_slowdown = read_s / alone_s[ChunkKind.HIDDEN] if read_s else 1.0
+    return replace(
+        base,
+        io_hidden_s=alone_s[ChunkKind.HIDDEN],
+        io_kv_s=alone_s[ChunkKind.KV],
+        io_slowdown=min(MAX_SLOWDOWN, max(1.0, io_slowdown)),
+        compute_slowdown=min(MAX_SLOWDOWN, max(1.0, project_s / project_alone_s)),
+    )
+
+
+def _together(computing: _Computing, saved: _Saved, least_s: float) -> tuple[float, float]:
+    """Read and project at once until both were done often enough. Seconds per hidden row read, and per projection."""
+    is_over = threading.Event()
+    rows_read = 0
+    reading_s = 0.0
+
+    def read_on() -> None:
+        nonlocal rows_read, reading_s
+        started_s = time.perf_counter()
+        while not is_over.is_set():
+            rows_read += saved.read(ChunkKind.HIDDEN, lambda: not is_over.is_set())
+            reading_s = time.perf_counter() - started_s
+
+    reader = threading.Thread(target=read_on, name="hcache-profile-reads")
+    started_s = time.perf_counter()
+    reader.start()
+    num_projections = 0
+    while True:
+        computing.project()
+        if computing.adapter.device.type == "cuda":
+            torch.cuda.synchronize(computing.adapter.device)
+        num_projections += 1
+        elapsed_s = time.perf_counter() - started_s
+        if elapsed_s >= least_s and (rows_read >= saved.num_rows(ChunkKind.HIDDEN) or elapsed_s >= 8 * least_s):
+            break
+    is_over.set()
+    reader.join()
+    return (reading_s / rows_read if rows_read else 0.0), elapsed_s / num_projections

@@ -1,0 +1,293 @@
+"""One context on its way back: reads ahead of the engine thread, projections and forwards between engine steps.
+
+Paper sections 3.1 and 4.1. Reader threads keep tiles in flight; the engine thread places what has arrived, and fills
+tokens by a forward while nothing has. So both resources work whenever they can, in whatever order the bytes come.
+Tokens count as present only after every layer of every span has arrived and been verified; damage cuts the restored
+prefix at its span, and the rest is prefilled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.runtime.ports import KVTarget
+from mii_hcache.runtime.timeline import Activity, RestoreTimeline
+from mii_hcache.runtime.work import Fill, Tile, plan_fills, plan_tiles
+from mii_hcache.storage.base import ChunkRead, ReadOutcome, SpanRecord
+
+if TYPE_CHECKING:
+    from mii_hcache.runtime.restorer import Restorer
+
+SHARED_FILL_TOKENS = 64
+"""Most tokens that a forward fills at a time while others decode."""
+ALONE_FILL_TOKENS = 256
+"""The same while nothing else runs."""
+
+
+@dataclass(kw_only=True)
+class _Read:
+    tile: Tile
+    buffer: torch.Tensor
+    outcome: Future[ReadOutcome]
+
+
+@dataclass(kw_only=True)
+class RestoreOutcome:
+    """What a restore brought back."""
+
+    num_tokens: int = 0
+    """Tokens that are present now."""
+    recomputed_tokens: int = 0
+    """Of these, the leading ones that went through all layers."""
+    kinds: list[str] = field(default_factory=list)
+    """Ways in which layers came back: `hidden`, `kv`, `recompute` (more than layer 0's projection)."""
+    tiers: list[str] = field(default_factory=list)
+    cut_reason: str | None = None
+    """`corrupt` or `missing` when the prefix was cut short."""
+    read_bytes: int = 0
+
+
+class Restore:
+    """One context being restored. Engine thread only: call `step` until it returns the outcome, or `cancel`."""
+
+    def __init__(
+        self,
+        restorer: Restorer,
+        target: KVTarget,
+        records: Sequence[SpanRecord],
+        token_ids: Sequence[int],
+        *,
+        recompute_tokens: int,
+        recompute_layers: int,
+    ) -> None:
+        """See `Restorer.start`."""
+        num_tokens = len(records) * SPAN_TOKENS
+        if len(token_ids) < num_tokens:
+            raise ValueError(f"{len(token_ids)} token ids for {len(records)} spans")
+        if recompute_tokens % SPAN_TOKENS or not 0 <= recompute_tokens <= num_tokens:
+            raise ValueError(f"cannot recompute the first {recompute_tokens} of {num_tokens} tokens")
+        geometry = restorer.adapter.geometry
+        layouts = [record.layout for record in records]
+        self._restorer = restorer
+        self._target = target
+        self._token_ids = torch.tensor(token_ids[:num_tokens], dtype=torch.int64)
+        self._num_spans = len(records)
+        self._recompute_tokens = recompute_tokens
+        self._fills: deque[Fill] = deque(
+            plan_fills(
+                layouts,
+                num_layers=geometry.num_layers,
+                recompute_tokens=recompute_tokens,
+                recompute_layers=recompute_layers,
+            )
+        )
+        self._is_recomputing = any(fill.num_layers > 1 for fill in self._fills)
+        if self._is_recomputing and not restorer.adapter.max_fill_tokens:
+            raise ValueError("this engine cannot recompute layers behind the first one")
+        self._tiles = plan_tiles(
+            layouts,
+            recompute_tokens=recompute_tokens,
+            recompute_layers=recompute_layers,
+            tile_spans=restorer.tile_spans,
+        )
+        self._next_tile = next(self._tiles, None)
+        self._reads: deque[_Read] = deque()
+        self._records = list(records)
+        self._span_ids = [record.span_id for record in records]
+        self._is_open = True
+        store = restorer.store
+        self._tiers = [store.tier_of(span_id) or store.name for span_id in self._span_ids]
+        self.outcome = RestoreOutcome()
+        self.timeline = RestoreTimeline()
+        store.touch(self._span_ids)
+        store.pin(self._span_ids)
+        restorer.num_open += 1
+
+    @property
+    def can_work(self) -> bool:
+        """Whether `step` would find something to do without waiting."""
+        if self._reads:
+            return self._reads[0].outcome.done() or bool(self._fills)
+        return bool(self._fills) or self._next_tile is None
+
+    def read_ahead(self) -> None:
+        """Start the reads that come next, as far as may be; `step` does so too. Does not block."""
+        while self._next_tile is not None and len(self._reads) < self._restorer.tiles_ahead:
+            tile, self._next_tile = self._next_tile, next(self._tiles, None)
+            if tile.first_span < self._num_spans:
+                self._reads.append(self._start_read(tile))
+
+    def step(self, budget_s: float, *, wait: bool) -> RestoreOutcome | None:
+        """Work for about `budget_s` (a piece at least, when one can be done). The outcome when done, else None.
+
+        `wait` False returns at once when nothing can be done before a read ends, so that others may decode, and keeps
+        pieces small; True waits for it, for what is left of `budget_s`.
+        """
+        if not self._is_open:
+            raise RuntimeError("this restore is over")
+        started_s = time.perf_counter()
+        left_s = budget_s
+        try:
+            while True:
+                self.read_ahead()
+                if self._reads and self._reads[0].outcome.done():
+                    self._place_tile()
+                elif self._fills:
+                    self._fill(ALONE_FILL_TOKENS if wait else SHARED_FILL_TOKENS)
+                elif not self._reads and self._next_tile is None:
+                    self._finish()
+                    return self.outcome
+                elif not (wait and self._reads and self._wait(left_s)):
+                    return None
+                left_s = budget_s - (time.perf_counter() - started_s)
+                if left_s <= 0:
+                    return None
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Give buffers and pins back; the target holds nothing valid. Idempotent. Does not block: a buffer that is
+        still read into is given back when that read ends."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._restorer.num_open -= 1
+        while self._reads:
+            read = self._reads.popleft()
+            read.outcome.cancel()
+            read.outcome.add_done_callback(partial(self._give_back, read))
+        self._restorer.store.unpin(self._span_ids)
+
+    def _finish(self) -> None:
+        self.cancel()
+        outcome = self.outcome
+        if outcome.cut_reason == "corrupt":
+            # What follows has not been read to the end and will be prefilled now: let it be saved anew.
+            self._restorer.store.delete(self._span_ids[self._num_spans :])
+        first = self._recompute_tokens // SPAN_TOKENS
+        kept = self._records[first : self._num_spans]
+        outcome.num_tokens = self._num_spans * SPAN_TOKENS
+        outcome.recomputed_tokens = self._recompute_tokens
+        kinds = {name for record in kept for name in record.layout.kind_names}
+        outcome.kinds = sorted({*kinds, "recompute"} if self._is_recomputing else kinds)
+        outcome.tiers = sorted(set(self._tiers[first : self._num_spans]))
+        self._target.commit(outcome.num_tokens)
+        self.timeline.finish()
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def _start_read(self, tile: Tile) -> _Read:
+        restorer = self._restorer
+        buffer = restorer.buffers.acquire()
+        assert buffer is not None
+        chunk_bytes = restorer.adapter.geometry.chunk_bytes(tile.kind)
+        view = as_bytes(buffer)
+        reads = [
+            ChunkRead(
+                span_id=self._span_ids[tile.first_span + idx],
+                layer_idx=tile.layer_idx,
+                out=view[idx * chunk_bytes : (idx + 1) * chunk_bytes],
+                kind=tile.kind,
+            )
+            for idx in range(tile.num_spans)
+        ]
+        try:
+            outcome = restorer.submit_read(lambda: self._read(tile, reads))
+        except BaseException:
+            restorer.buffers.release(buffer)
+            raise
+        return _Read(tile=tile, buffer=buffer, outcome=outcome)
+
+    def _read(self, tile: Tile, reads: list[ChunkRead]) -> ReadOutcome:
+        """On a reader thread."""
+        started_s = time.perf_counter()
+        outcome = self._restorer.store.get_into(reads)
+        self._note("read", started_s, tile, sum(read.out.nbytes for read in reads))
+        return outcome
+
+    def _wait(self, left_s: float) -> bool:
+        """Whether the next read ended in time."""
+        started_s = time.perf_counter()
+        done, _ = wait_for([self._reads[0].outcome], timeout=min(left_s, threading.TIMEOUT_MAX))
+        self.timeline.add("wait", started_s)
+        return bool(done)
+
+    # --- the engine thread's work -------------------------------------------------------------------------------
+
+    def _fill(self, most_tokens: int) -> None:
+        fill = self._fills.popleft()
+        stop = min(fill.stop, self._num_spans * SPAN_TOKENS)  # nothing behind a cut is of use
+        if fill.num_layers > 1:
+            most_tokens = min(most_tokens, self._restorer.adapter.max_fill_tokens)
+        else:
+            most_tokens = self._restorer.tile_spans * SPAN_TOKENS
+        middle = min(stop, fill.start + most_tokens)
+        if fill.start >= stop:
+            return
+        started_s = time.perf_counter()
+        self._target.fill(fill.start, self._token_ids[fill.start : middle], fill.num_layers)
+        self.timeline.add(
+            "fill", started_s, num_layers=fill.num_layers, start=fill.start, num_tokens=middle - fill.start
+        )
+        if middle < stop:
+            self._fills.appendleft(Fill(start=middle, stop=stop, num_layers=fill.num_layers))
+
+    def _place_tile(self) -> None:
+        """Finish one tile, whose read has ended."""
+        read = self._reads.popleft()
+        try:
+            outcome = read.outcome.result()
+            tile = read.tile
+            first_bad = tile.first_span + outcome.num_ok
+            if outcome.num_ok < tile.num_spans and first_bad < self._num_spans:
+                self._num_spans = first_bad
+                self.outcome.cut_reason = outcome.reason
+                self._restorer.counters.add("restore_cuts_total")
+            num_spans = min(tile.num_spans, self._num_spans - tile.first_span)
+            if num_spans > 0:
+                self._write(tile, read.buffer, num_spans)
+        finally:
+            self._give_back(read)
+
+    def _write(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
+        started_s = time.perf_counter()
+        adapter = self._restorer.adapter
+        geometry = adapter.geometry
+        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
+        num_bytes = num_spans * geometry.chunk_bytes(tile.kind)
+        rows = buffer[:num_bytes].view(adapter.dtype).view(num_tokens, -1).to(adapter.device, non_blocking=True)
+        if tile.kind is ChunkKind.HIDDEN:
+            self._target.project_hidden(tile.layer_idx, start, rows)
+        else:
+            kv = rows.view(num_tokens, 2, geometry.num_kv_heads, geometry.head_size)
+            self._target.write_kv(tile.layer_idx, start, kv)
+        if adapter.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
+        self.outcome.read_bytes += num_bytes
+        self._note("project" if tile.kind is ChunkKind.HIDDEN else "place", started_s, tile, num_bytes)
+
+    def _note(self, activity: Activity, started_s: float, tile: Tile, num_bytes: int) -> None:
+        self.timeline.add(
+            activity,
+            started_s,
+            first_layer=tile.layer_idx,
+            start=tile.first_span * SPAN_TOKENS,
+            num_tokens=tile.num_spans * SPAN_TOKENS,
+            num_bytes=num_bytes,
+        )
+
+    def _give_back(self, read: _Read, _: Future[ReadOutcome] | None = None) -> None:
+        self._restorer.buffers.release(read.buffer)

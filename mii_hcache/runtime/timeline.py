@@ -1,0 +1,142 @@
+"""What a restore did when: the record from which overlap and bubbles are computed, and traces are written."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Activity = Literal["read", "project", "place", "fill", "wait"]
+"""`read`: bytes come from the store. The others are the engine thread's: K and V are projected from hidden states, or
+placed as they are, or filled by a forward; or it waits for a read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One piece of work. Times are `time.perf_counter`'s."""
+
+    activity: Activity
+    start_s: float
+    stop_s: float
+    first_layer: int = 0
+    num_layers: int = 1
+    start: int = 0
+    """First token."""
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.stop_s - self.start_s
+
+
+class RestoreTimeline:
+    """Events of one restore. `add` may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.started_s = time.perf_counter()
+        self.stopped_s = self.started_s
+        self.events: list[Event] = []
+
+    def add(self, activity: Activity, start_s: float, **what: int) -> None:
+        """Something that began at `start_s` has just ended."""
+        self.events.append(Event(activity, start_s, time.perf_counter(), **what))
+
+    def finish(self) -> None:
+        """The restore is over."""
+        self.stopped_s = time.perf_counter()
+
+    def busy_s(self, *activities: Activity) -> float:
+        """Time in which at least one of these was going on."""
+        return union_s((event.start_s, event.stop_s) for event in self.events if event.activity in activities)
+
+    def seconds_per(self, activity: Activity, measure: Callable[[Event], float]) -> float | None:
+        """Busy time of an activity for each unit of `measure`, None when there was none."""
+        units = sum(measure(event) for event in self.events if event.activity == activity)
+        return self.busy_s(activity) / units if units else None
+
+    @property
+    def io_s(self) -> float:
+        """Time in which something was being read."""
+        return self.busy_s("read")
+
+    @property
+    def compute_s(self) -> float:
+        """Time in which the engine thread worked for this restore."""
+        return self.busy_s("project", "place", "fill")
+
+    @property
+    def makespan_s(self) -> float:
+        """From the start to the end, with whatever the engine did in between."""
+        return self.stopped_s - self.started_s
+
+    @property
+    def bubble_s(self) -> float:
+        """Time in which the busier of the two resources was idle."""
+        return max(0.0, self.makespan_s - max(self.io_s, self.compute_s))
+
+
+def union_s(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total = 0.0
+    reached = float("-inf")
+    for start, stop in sorted(intervals):
+        if stop > reached:
+            total += stop - max(start, reached)
+            reached = stop
+    return total
+
+
+class TraceFile:
+    """Timelines as a Chrome trace (open it in Perfetto). Any thread; every write leaves a file that can be opened."""
+
+    def __init__(self, path: Path) -> None:
+        """Starts a new file. Raises OSError."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._zero_s = time.perf_counter()
+        self._num = 0
+        path.write_text("[\n")
+
+    def write(self, name: str, timeline: RestoreTimeline, about: dict[str, Any]) -> None:
+        """Append one restore: a process of its own, a row for reads and one for the engine thread."""
+        with self._lock:
+            self._num += 1
+            lines = [
+                json.dumps(entry) + ",\n" for entry in _chrome_events(self._num, name, timeline, about, self._zero_s)
+            ]
+            with self._path.open("a") as file:  # the format allows the closing bracket to be missing
+                file.writelines(lines)
+
+
+def _chrome_events(
+    number: int, name: str, timeline: RestoreTimeline, about: dict[str, Any], zero_s: float
+) -> Sequence[dict[str, Any]]:
+    def entry(title: str, row: int, start_s: float, stop_s: float, args: dict[str, Any]) -> dict[str, Any]:
+        micros = {"ts": round(1e6 * (start_s - zero_s), 1), "dur": round(1e6 * (stop_s - start_s), 1)}
+        return {"ph": "X", "pid": number, "tid": row, "name": title, **micros, "args": args}
+
+    rows = {0: "restore", 1: "engine"}
+    entries = [{"ph": "M", "pid": number, "name": "process_name", "args": {"name": name}}]
+    entries.append(entry("restore", 0, timeline.started_s, timeline.stopped_s, about))
+    ends: list[float] = []
+    for event in sorted(timeline.events, key=lambda event: event.start_s):
+        if event.activity == "read":  # reads overlap: each goes to the first row that is free
+            lane = next((idx for idx, stop_s in enumerate(ends) if stop_s <= event.start_s), len(ends))
+            ends[lane:] = [event.stop_s, *ends[lane + 1 :]]
+            row = 2 + lane
+            rows[row] = f"read {lane}"
+        else:
+            row = 1
+        last = event.first_layer + event.num_layers - 1
+        layers = f"layer {last}" if event.num_layers == 1 else f"layers {event.first_layer}-{last}"
+        what = {"tokens": f"{event.start}-{event.start + event.num_tokens}", "bytes": event.num_bytes}
+        entries.append(entry(f"{event.activity} {layers}", row, event.start_s, event.stop_s, what))
+    for row, title in rows.items():
+        entries.append({"ph": "M", "pid": number, "tid": row, "name": "thread_name", "args": {"name": title}})
+    return entries

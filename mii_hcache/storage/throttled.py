@@ -1,0 +1,71 @@
+"""A store whose reads are slowed down to a bandwidth: for emulating devices that this machine does not have."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from mii_hcache.core.identity import SpanId
+from mii_hcache.errors import ConfigError
+from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+
+
+class ThrottledStore(ChunkStore):
+    """Wraps a store; all reads together arrive no faster than `read_bytes_per_s`, as from one device that serves them
+    in turn. Results are emulated, and must be called so. Writing is not slowed down."""
+
+    def __init__(self, inner: ChunkStore, read_bytes_per_s: float, *, read_latency_s: float = 0.0) -> None:
+        """Takes `inner` over. `read_latency_s` is added to each batch of reads."""
+        if read_bytes_per_s <= 0:
+            raise ConfigError(f"read_bytes_per_s must be > 0, got {read_bytes_per_s}")
+        self.name = inner.name
+        self.read_bytes_per_s = read_bytes_per_s
+        self._inner = inner
+        self._latency_s = read_latency_s
+        self._lock = threading.Lock()
+        self._free_at_s = 0.0
+
+    def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
+        num_bytes = sum(read.out.nbytes for read in reads)
+        with self._lock:  # the device is taken for so long, whoever else asks meanwhile waits behind
+            self._free_at_s = max(time.perf_counter(), self._free_at_s) + num_bytes / self.read_bytes_per_s
+            done_s = self._free_at_s + self._latency_s
+        outcome = self._inner.get_into(reads)
+        left_s = done_s - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
+        return outcome
+
+    def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        return self._inner.put(record, chunks)
+
+    def find(self, span_id: SpanId) -> SpanRecord | None:
+        return self._inner.find(span_id)
+
+    def tier_of(self, span_id: SpanId) -> str | None:
+        return self._inner.tier_of(span_id)
+
+    def why_missing(self, span_id: SpanId) -> str:
+        return self._inner.why_missing(span_id)
+
+    def touch(self, span_ids: Iterable[SpanId]) -> None:
+        self._inner.touch(span_ids)
+
+    def pin(self, span_ids: Iterable[SpanId]) -> None:
+        self._inner.pin(span_ids)
+
+    def unpin(self, span_ids: Iterable[SpanId]) -> None:
+        self._inner.unpin(span_ids)
+
+    def delete(self, span_ids: Iterable[SpanId]) -> int:
+        return self._inner.delete(span_ids)
+
+    def flush(self) -> None:
+        self._inner.flush()
+
+    def stats(self) -> StoreStats:
+        return self._inner.stats()
+
+    def close(self) -> None:
+        self._inner.close()
