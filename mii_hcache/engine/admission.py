@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -78,6 +79,9 @@ class Admission:
         self.waiting: deque[Job] = deque()
         self.restoring: deque[Restoring] = deque()
         self.residents = Residents()
+        self._left_s = time.perf_counter()
+        self._others_s = 0.0
+        """Time between two slices that running sequences take, lately."""
         self._leaving: deque[tuple[int, float]] = deque()
         """Sequences whose missing spans are still to be saved, and until when; their blocks are not free yet."""
 
@@ -93,12 +97,15 @@ class Admission:
 
     def step(self) -> None:
         """Finish evictions, admit what fits, then work on the restores."""
+        if self._running:
+            self._others_s += 0.2 * (time.perf_counter() - self._left_s - self._others_s)
         self._finish_evictions()
         while self.waiting and len(self._running) + len(self.restoring) < self._max_sequences:
             if not self._try_admit(self.waiting[0]):
                 break
             self.waiting.popleft()
         self._restore_slice()
+        self._left_s = time.perf_counter()
 
     def withdraw_cancelled(self) -> list[Job]:
         """Take cancelled jobs out; the caller ends them."""
@@ -206,6 +213,13 @@ class Admission:
             self._start(job, 0)
         return True
 
+    def _compute_share(self) -> float:
+        """Share of the engine's time that restores get now; in steps, so that plans can be remembered."""
+        if not self._running:
+            return 1.0
+        share = self._restore_slice_s / (self._restore_slice_s + self._others_s)
+        return float(2.0 ** round(math.log2(share)))
+
     def _fail_restore(self, job: Job) -> None:
         """To be called where an exception was caught."""
         _log.exception("a restore failed; the history is prefilled instead")
@@ -218,7 +232,9 @@ class Admission:
         store = self._store
         tiers = [store.tier_of(record.span_id) or store.name for record in records]
         try:
-            choice = self._policy.choose(records, tiers)
+            choice = self._policy.choose(
+                records, tiers, compute_share=self._compute_share(), num_others=len(self.restoring)
+            )
         except Exception:
             self._fail_restore(job)
             return False

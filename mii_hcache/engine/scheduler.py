@@ -17,6 +17,7 @@ import torch
 from mii.batching.data_classes import RequestBatch
 from mii.batching.ragged_batching import RaggedBatchBase
 
+from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.engine.admission import Admission
 from mii_hcache.engine.job import Job, JobRequest
 from mii_hcache.engine.ragged_engine import HCacheEngine
@@ -69,11 +70,14 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
 
         self._engine = engine
         self._store = store
+        self._policy = policy
         self._saver = saver
         self._counters = counters
         self._keep = keep
         self._sightings = sightings
         self._running: dict[int, Job] = {}
+        self._prefill: tuple[int, int, float] | None = None
+        """Sequence, tokens and start of a step that only prefills one of them."""
         self._admission = Admission(
             engine=engine,
             store=store,
@@ -204,6 +208,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             StepSegment(uid=uid, token_ids=tokens.tolist()) for uid, tokens in zip(uids, tokenized_input, strict=True)
         ]
         self._saver.begin_step(segments)
+        is_one = len(segments) == 1 and len(segments[0].token_ids) >= SPAN_TOKENS
+        self._prefill = (uids[0], len(segments[0].token_ids), time.perf_counter()) if is_one else None
         wants_all = any(self._running[uid].wants_prompt_logprobs for uid in uids)
         self._engine.model().output_tap = partial(self._read_prompt_logprobs, segments) if wants_all else None
         try:
@@ -237,6 +243,11 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         greedy = next_token_logits.argmax(-1).cpu()
         # argmax ignores nothing: a NaN anywhere in a row makes its sum NaN.
         is_sound = torch.isfinite(next_token_logits.to(torch.float32).sum(-1)).cpu()
+        if self._prefill is not None:  # the step is over on a GPU, too, now that its logits are here
+            uid, num_tokens, started_s = self._prefill
+            start = self._engine.seen_tokens(uid) - num_tokens
+            self._policy.learn_prefill(start, num_tokens, time.perf_counter() - started_s)
+            self._prefill = None
         for row, request in enumerate(running_requests):
             if not request.last_in_prompt:
                 continue

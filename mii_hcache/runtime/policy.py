@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.estimate import CostEstimate, Part
@@ -70,12 +70,28 @@ class RestorePolicy:
         self._tile_tokens = tile_tokens
         self._chunk_tokens = chunk_tokens
 
-    def choose(self, records: Sequence[SpanRecord], tiers: Sequence[str]) -> RestoreChoice:
-        """How to bring these spans back: some, all, or none of them. `tiers[i]`: where span `i` lies."""
+    def choose(
+        self,
+        records: Sequence[SpanRecord],
+        tiers: Sequence[str],
+        *,
+        compute_share: float = 1.0,
+        num_others: int = 0,
+    ) -> RestoreChoice:
+        """How to bring these spans back: some, all, or none of them. `tiers[i]`: where span `i` lies.
+
+        The present load: `compute_share` of the engine's time is a restore's, the rest goes to running sequences;
+        `num_others` restores read at the same time. A prefill is not slowed by either: it rides in their steps.
+        """
         if self.estimate is None:
             layers = max((record.layout.first_stored for record in records), default=0)
             return RestoreChoice(recompute_tokens=0, recompute_layers=layers, tiers=tuple(tiers), plan=None)
-        plan = self._plan(records, tiers, time.monotonic())
+        now_s = time.monotonic()
+        plan = self._plan(records, tiers, now_s, io=1.0 + num_others, compute=1 / compute_share)
+        if self.method.name == "auto" and compute_share < 1:
+            alone = self.estimate.cost(tiers, now_s)
+            if plan.timeline.makespan_s > self._geometry.num_layers * alone.forward_s(0, plan.num_tokens):
+                plan = replace(plan, recompute_tokens=plan.num_tokens)
         return RestoreChoice(
             recompute_tokens=plan.recompute_tokens,
             recompute_layers=plan.recompute_layers,
@@ -83,9 +99,19 @@ class RestorePolicy:
             plan=plan,
         )
 
-    def _plan(self, records: Sequence[SpanRecord], tiers: Sequence[str], now_s: float) -> RestorePlan:
+    def _plan(
+        self,
+        records: Sequence[SpanRecord],
+        tiers: Sequence[str],
+        now_s: float,
+        *,
+        io: float = 1.0,
+        compute: float = 1.0,
+    ) -> RestorePlan:
         assert self.estimate is not None
         cost = self.estimate.cost(tiers, now_s)
+        if io > 1 or compute > 1:
+            cost = cost.scaled(io=io, compute=compute)
         runs = runs_of(record.layout.kinds for record in records)
         num_tokens = len(records) * SPAN_TOKENS
         if self.method.name == "auto":
@@ -116,6 +142,13 @@ class RestorePolicy:
                 slowed = slowed_compute_s / compute_s if compute_s else 1.0
                 self.estimate.observe_compute(part, slowed * expected[part], observed_s)
         self._regret(choice, timeline.busy_s("read", "wait", *PARTS), tiers, records, now_s)
+
+    def learn_prefill(self, start: int, num_tokens: int, observed_s: float) -> None:
+        """Tokens `[start, start + num_tokens)` of one sequence were computed, and nothing else."""
+        if self.estimate is not None and observed_s > LEAST_OBSERVED_S:
+            cost = self.estimate.cost((), time.monotonic())
+            layer_s = cost.forward_s(start, num_tokens) + cost.c_start_s
+            self.estimate.observe_compute("fill", self._geometry.num_layers * layer_s, observed_s)
 
     def _expected_s(self, event: Event, cost: LayerCost) -> float:
         if event.activity == "read":

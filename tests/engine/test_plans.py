@@ -43,7 +43,7 @@ def never_evicted(tiny_model):
 
 
 def _talk(client: Client) -> list:
-    return interleave(client, 4, 3, num_tokens=70)
+    return interleave(client, 4, 3, num_tokens=45)
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -97,7 +97,7 @@ class RandomPolicy(RestorePolicy):
 
         return StoragePlan(method="random", kinds=kinds(), other_kinds=kinds(), other_share=self.chance.random())
 
-    def choose(self, records, tiers) -> RestoreChoice:
+    def choose(self, records, tiers, *, compute_share=1.0, num_others=0) -> RestoreChoice:
         return RestoreChoice(
             recompute_tokens=SPAN_TOKENS * self.chance.randint(0, len(records)),
             recompute_layers=self.chance.choice([0, 0, 1, 2, self.num_layers]),
@@ -106,7 +106,7 @@ class RandomPolicy(RestorePolicy):
         )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt", "qwen3"])
 def test_random_plans_give_the_same_tokens(tiny_model, never_evicted, monkeypatch, family, seed):
     engine = poisoned_engine(tiny_model(family), max_batch_tokens=256, num_blocks=400 if seed % 2 else 70)
