@@ -1,0 +1,1 @@
+"""The paper's figures and tables, one folder each. Nothing imports this package but itself and its tests."""

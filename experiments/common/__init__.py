@@ -1,0 +1,1 @@
+"""What the items share: rows, the paper's series, models and platforms, simulators, plots, the runner, the report."""

@@ -1,0 +1,42 @@
+"""Figure 10: time to first token of long-context tasks, one request at a time."""
+
+from __future__ import annotations
+
+from experiments.common.item import Check, Item, Panel
+from experiments.common.models import MODELS
+
+METHODS = ("Recomputation", "KV Offload", "HCache", "Ideal")
+PANELS = dict(zip("abc", MODELS, strict=True))
+
+ITEM = Item(
+    folder="fig10_leval",
+    title="Figure 10: time to first token of long-context tasks",
+    claim="HCache answers 1.62 to 1.93 times sooner than KV offload, 2.66 to 5.73 times than recomputation",
+    how="simulated: one request at a time; L-Eval lengths where the data set is there, else the mean lengths in the "
+    "paper's "
+    "table 1 (and no Mixed). One constant for each model is fitted to another figure of the paper.",
+    panels=tuple(
+        Panel(key=key, title=model, x_label="task", y_label="time to first token, s") for key, model in PANELS.items()
+    ),
+    checks=(
+        Check(
+            text="KV offload over HCache",
+            numerator="KV Offload",
+            denominator="HCache",
+            low=1.62,
+            high=1.93,
+            panels=tuple(PANELS),
+        ),
+        Check(
+            text="recomputation over HCache",
+            numerator="Recomputation",
+            denominator="HCache",
+            low=2.66,
+            high=5.73,
+            panels=tuple(PANELS),
+            why="The paper's own 13B bars reach 6.39, above the 5.73 of its text. Its 13B recomputes Paper Assistant "
+            "(10.6K tokens) in 0.75 s and GSM-100 (5.5K tokens) in 1.20 s, which cannot both be right: the labels of "
+            "these two seem to be swapped, which is why ours are far off in opposite directions there.",
+        ),
+    ),
+)

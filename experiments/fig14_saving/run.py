@@ -1,0 +1,24 @@
+"""States that there is no number yet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from experiments.common.item import Context
+from experiments.common.rows import Row
+from experiments.common.runner import main
+from experiments.fig14_saving.config import ITEM
+
+
+def measure(_: Context) -> Iterator[Row]:
+    """One row for each panel."""
+    for panel in ITEM.panels:
+        note = "not yet measured: decoding with saving on needs a GPU"
+        yield Row(
+            figure=ITEM.key, panel=panel.key, series="HCache", x="batch", y=None, unit="s", how="measured", note=note
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main([*sys.argv[1:], "--no-plots", ITEM.key]))
