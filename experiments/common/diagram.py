@@ -69,7 +69,8 @@ def drawing_of(item: Item, boxes: dict[str, Box], arrows: Sequence[Arrow]) -> Ca
             style = {"arrowstyle": "->", "linestyle": "--" if arrow.is_dashed else "-", "color": "#444444"}
             axes.annotate("", xy=(at, to), xytext=(start, stop), arrowprops=style)
             place = {"ha": "center", "va": "bottom"} if stop == to else {"ha": "left", "va": "center"}
-            aside = (0.0, 0.6) if stop == to else (1.5, -0.8)
+            falls = (at - start) * (to - stop) < 0  # the free side of the line is above it
+            aside = (0.0, 0.6) if stop == to else (1.5, 0.9 if falls else -0.8)
             axes.text((start + at) / 2 + aside[0], (stop + to) / 2 + aside[1], arrow.text, fontsize=7, **place)
         return {item.folder: figure}
 

@@ -143,7 +143,7 @@ def _difference(axes: Axes, panel: Panel, paper: Sequence[Row], ours: Sequence[R
         draw_points(axes, panel, ordered, names)
         axes.axhline(0, color="#777777", linewidth=0.8)
         if axes.get_ylim()[1] > _MOST_PERCENT:
-            axes.set_ylim(top=_MOST_PERCENT)
+            axes.set_ylim(-100, _MOST_PERCENT)
             axes.set_title(f"{axes.get_title(loc='left')} (cut at {_MOST_PERCENT})", fontsize=8, loc="left")
 
 
