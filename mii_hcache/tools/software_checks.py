@@ -105,7 +105,7 @@ def _families() -> Finding:
 
 
 def _method(model: str | None) -> Finding:
-    """Hidden states or K and V: whichever is smaller for the model is saved by default."""
+    """What is saved by default, and what each way weighs."""
     if model is None:
         from mii_hcache.engine.demo_model import ensure_demo_model
 
@@ -127,5 +127,7 @@ def _method(model: str | None) -> Finding:
     hidden, kv = (geometry.bytes_per_token(kind) / 1024 for kind in (ChunkKind.HIDDEN, ChunkKind.KV))
     method = default_method(geometry)
     return ok(
-        "method", f"{method.name} for {name}: a token takes {hidden:.1f} KiB as hidden states, {kv:.1f} KiB as K and V"
+        "method",
+        f"auto: planned from the profile (without a plan {method.name}, the smaller one, for {name}); "
+        f"a token takes {hidden:.1f} KiB as hidden states, {kv:.1f} KiB as K and V",
     )
