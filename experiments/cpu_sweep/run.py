@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import queue
 import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +30,14 @@ from mii_hcache.core.methods import METHODS
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
-from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, RestoreReport, SamplingParams
+from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, profile_layer
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.throttled import ThrottledStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cpu_turn2.run import machine, make_model
+from cpu_turn2.run import ask, machine, make_model
 
 METHOD_NAMES = ("recompute", "kv", "hidden", "naive-hybrid", "cake", "hcache", "token-wise-rounded", "auto")
 STORE_BYTES = 4 << 30
@@ -64,22 +62,6 @@ def profile(engine: HCacheEngine, mb_per_s: float) -> dict[str, LayerCost]:
     finally:
         engine.evict(0)
         store.close()
-
-
-def ask(service: EngineService, prompt: list[int]) -> GenerationResult:
-    """One token for a prompt."""
-    results: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
-    service.submit(
-        GenerationRequest(
-            request_id=str(time.monotonic_ns()),
-            prompt_token_ids=prompt,
-            sampling=SamplingParams(max_new_tokens=1),
-            on_finish=results.put,
-        )
-    )
-    result = results.get()
-    assert result.error is None, result.error
-    return result
 
 
 class Contender:
