@@ -56,9 +56,10 @@ def profile(engine: HCacheEngine, mb_per_s: float) -> dict[str, LayerCost]:
     engine.reserve(0, num_tokens)
     try:
         tier = ProfiledTier(store=store, forget=lambda: None)
-        return profile_layer(
+        costs, _ = profile_layer(
             adapter=engine, target=engine.target(0), num_target_tokens=num_tokens, tiers={"memory": tier}, repeats=5
         )
+        return costs
     finally:
         engine.evict(0)
         store.close()

@@ -19,6 +19,8 @@ from typing import Any
 from mii_hcache.core.geometry import ChunkKind, ModelGeometry
 from mii_hcache.errors import ConfigError
 
+MAX_SPREAD = 2.0
+"""Of a profile that is believed."""
 MEASURED_VERSION = 1
 """Of the JSON form of `MeasuredProfile`."""
 
@@ -165,7 +167,15 @@ class MeasuredProfile:
     """ISO 8601."""
     tiers: Mapping[str, LayerCost]
     """By the name of the storage tier that is read from. The first one is the default."""
-    notes: str = ""
+    shape: str = ""
+    """The model's, in words (`ModelGeometry.shape`): costs hold for no other. Empty: not known."""
+    spread: float = 1.0
+    """How many times longer a typical run of a measurement was than the fastest: 1 on a quiet machine."""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """The machine was busy with something else."""
+        return self.spread > MAX_SPREAD
 
     def __post_init__(self) -> None:
         if not self.tiers:
@@ -193,7 +203,8 @@ class MeasuredProfile:
             machine=parsed.take("machine", str),
             model=parsed.take("model", str),
             date=parsed.take("date", str),
-            notes=parsed.take("notes", str, ""),
+            shape=parsed.take("shape", str, ""),
+            spread=parsed.take("spread", float, 1.0),
             tiers=tiers,
         )
         parsed.end()

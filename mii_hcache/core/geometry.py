@@ -47,6 +47,12 @@ class ModelGeometry:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r}")
 
     @property
+    def shape(self) -> str:
+        """In words, all that decides what a layer costs but its feed-forward part."""
+        heads = f"{self.num_heads} heads and {self.num_kv_heads} KV heads of {self.head_size}"
+        return f"{self.num_layers} layers of {self.hidden_size}, {heads}, {self.dtype}"
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes per element."""
         return DTYPE_BYTES[self.dtype]

@@ -1,6 +1,6 @@
 """The platforms of the paper's table 2, and the H200, as profiles that ship.
 
-Rates are effective ones (`gpu.md` is this project's study of the paper's numbers, section 3 there): about 0.8 of a
+Rates are effective ones (from this project's study of the paper's numbers): about 0.8 of a
 datasheet's dense 16-bit FLOP/s for the A100, 25 of PCIe 4's 32 GB/s, 6.9 GB/s for each PM9A3. They agree with what the
 paper prints: KV offload from four SSDs reads 24.2 GB/s, from one 7.1; hidden states are projected at 197 (7B) and 215
 (13B) TFLOP/s. A plan moves with 10 % in any of them, so measure the machine that restores; these are for comparing.
@@ -18,7 +18,7 @@ _IO_START_S = 3e-6
 """A copy that is queued behind others; the 12 us of a lone one are hidden."""
 _C_START_S = 12e-6
 """Three launches of 4 us."""
-_STUDY = "effective rates assumed in gpu.md section 3"
+_STUDY = "effective rates, assumed: about 0.8 of the datasheets'"
 
 
 def _platform(

@@ -50,11 +50,12 @@ def measured_profile(
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> MeasuredProfile:
     """What `state_dir` remembers of this machine and model, else measured now (seconds; the engine must be idle) and
-    remembered. `anew` measures in any case. Raises ConfigError when the engine's pool is too small to measure with."""
+    remembered. `anew` measures in any case; a doubtful profile is not believed twice. Raises ConfigError when the
+    engine's pool is too small to measure with."""
     path = state_dir / PROFILE_FILE
     machine, model = machine_of(engine), fingerprint.hex()
     known = None if anew else _read(path)
-    if known is not None and (known.machine, known.model) == (machine, model):
+    if known is not None and (known.machine, known.model) == (machine, model) and not known.is_doubtful:
         return known
     num_tokens = min(MAX_CONTEXT_TOKENS, engine.max_context_tokens) // TILE_TOKENS * TILE_TOKENS
     if not can_measure(engine):
@@ -65,7 +66,7 @@ def measured_profile(
     engine.reserve(_UID, num_tokens)
     try:
         with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, with_memory=with_memory) as tiers:
-            costs = profile_layer(
+            costs, spread = profile_layer(
                 adapter=engine,
                 target=engine.target(_UID),
                 num_target_tokens=num_tokens,
@@ -77,7 +78,9 @@ def measured_profile(
     finally:
         engine.evict(_UID)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    profile = MeasuredProfile(machine=machine, model=model, date=date, tiers=costs)
+    profile = MeasuredProfile(
+        machine=machine, model=model, date=date, tiers=costs, shape=engine.geometry.shape, spread=round(spread, 2)
+    )
     _write(path, profile)
     return profile
 

@@ -157,4 +157,9 @@ def _choose_method(
         loaded.fingerprint,
         on_progress=lambda what: progress(f"measuring this machine, once: {what}", 0, 0),
     )
+    if profile.is_doubtful:
+        notes.append(
+            f"The machine was busy when it was measured (runs differ {profile.spread:.1f} times): plans may be poor. "
+            "It is measured again at the next start, or with `python -m mii_hcache profile`."
+        )
     return method, f"{why}, planned from what this machine measured on {profile.date[:10]}", profile

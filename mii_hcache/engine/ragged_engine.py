@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -267,6 +268,9 @@ def build_engine(
 
     from mii_hcache.engine.families import policy_for
 
+    folder = Path(model_path)
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
     try:
         checkpoint = HuggingFaceCheckpointEngine(model_path)
     except (OSError, ValueError) as error:

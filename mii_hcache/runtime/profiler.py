@@ -54,8 +54,8 @@ def profile_layer(
     io_bytes: int = 64 << 20,
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda what: None,
-) -> dict[str, LayerCost]:
-    """Costs by tier. Engine thread; nothing else should run.
+) -> tuple[dict[str, LayerCost], float]:
+    """Costs by tier, and their spread (`MeasuredProfile.spread`). Engine thread; nothing else should run.
 
     `target`: blocks of a live sequence for `num_target_tokens` (at least 512), which will hold rubbish. `io_bytes`:
     what is read from each tier, for each kind.
@@ -68,22 +68,37 @@ def profile_layer(
         on_progress(f"reading from {name}")
         with _Saved(adapter, tier, io_bytes) as saved:
             costs[name] = _with_reads(base, computing, saved, repeats)
-    return costs
+    return costs, computing.watch.spread
 
 
-def _least_s(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Least seconds of several calls, after one to warm up: others on the machine only ever add. Long ones are not
+class _Stopwatch:
+    """Least seconds of several calls, after one to warm up: others on the machine only ever add. Long calls are not
     repeated so often."""
-    times_s: list[float] = []
-    while len(times_s) <= repeats and (len(times_s) < 2 or sum(times_s) < ENOUGH_S):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started_s = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times_s.append(time.perf_counter() - started_s)
-    return min(times_s[1:])
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device = device
+        self._repeats = repeats
+        self.spread = 1.0
+        """How many times longer a typical call was than the fastest, at worst."""
+
+    def least_s(self, action: Callable[[], object]) -> float:
+        """Of one call."""
+        times_s: list[float] = []
+        while len(times_s) <= self._repeats and (len(times_s) < 2 or sum(times_s) < ENOUGH_S):
+            self.settle()
+            started_s = time.perf_counter()
+            action()
+            self.settle()
+            times_s.append(time.perf_counter() - started_s)
+        counted = sorted(times_s[1:])
+        if len(counted) >= 3:
+            self.spread = max(self.spread, counted[len(counted) // 2] / counted[0])
+        return counted[0]
+
+    def settle(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class _Computing:
@@ -95,7 +110,7 @@ class _Computing:
         self.adapter = adapter
         self._target = target
         self._num_tokens = min(num_tokens, MAX_CONTEXT_TOKENS)
-        self._repeats = repeats
+        self.watch = _Stopwatch(adapter.device, repeats)
         geometry = adapter.geometry
         make = torch.Generator().manual_seed(0)
         rows = torch.randn(TILE_TOKENS, geometry.hidden_size, generator=make)
@@ -150,7 +165,7 @@ class _Computing:
         return replace(cost, c_attention_s=c_attention_s, c_token_s=c_token_s)
 
     def _seconds(self, action: Callable[[], object]) -> float:
-        return _least_s(action, self.adapter.device, self._repeats)
+        return self.watch.least_s(action)
 
 
 class _Saved:
@@ -231,7 +246,7 @@ def _with_reads(base: LayerCost, computing: _Computing, saved: _Saved, repeats: 
             num_rows = saved.read(kind)
             times_s.append((time.perf_counter() - started_s) / max(1, num_rows))
         alone_s[kind] = min(times_s)
-    project_alone_s = _least_s(computing.project, computing.adapter.device, repeats)
+    project_alone_s = computing.watch.least_s(computing.project)
     read_s, project_s = _together(computing, saved, least_s=max(0.05, 4 * project_alone_s))
     io_slowdown = read_s / alone_s[ChunkKind.HIDDEN] if read_s else 1.0
     return replace(
@@ -262,8 +277,7 @@ def _together(computing: _Computing, saved: _Saved, least_s: float) -> tuple[flo
     num_projections = 0
     while True:
         computing.project()
-        if computing.adapter.device.type == "cuda":
-            torch.cuda.synchronize(computing.adapter.device)
+        computing.watch.settle()
         num_projections += 1
         elapsed_s = time.perf_counter() - started_s
         if elapsed_s >= least_s and (rows_read >= saved.num_rows(ChunkKind.HIDDEN) or elapsed_s >= 8 * least_s):

@@ -101,17 +101,17 @@ class TraceFile:
         self._lock = threading.Lock()
         self._zero_s = time.perf_counter()
         self._num = 0
-        path.write_text("[\n")
+        path.write_text("[]\n")
 
     def write(self, name: str, timeline: RestoreTimeline, about: dict[str, Any]) -> None:
         """Append one restore: a process of its own, a row for reads and one for the engine thread."""
         with self._lock:
             self._num += 1
-            lines = [
-                json.dumps(entry) + ",\n" for entry in _chrome_events(self._num, name, timeline, about, self._zero_s)
-            ]
-            with self._path.open("a") as file:  # the format allows the closing bracket to be missing
-                file.writelines(lines)
+            entries = _chrome_events(self._num, name, timeline, about, self._zero_s)
+            lines = ",\n".join(json.dumps(entry) for entry in entries)
+            with self._path.open("r+") as file:
+                file.seek(max(1, self._path.stat().st_size - 2))  # over the closing bracket
+                file.write(f"{',' if self._num > 1 else ''}\n{lines}]\n")
 
 
 def _chrome_events(

@@ -94,6 +94,11 @@ def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -
         "",
         "K and V are read at",
         *rates,
+        *(
+            [f"The machine was busy: runs differ {profile.spread:.1f} times. Measure again."]
+            if profile.is_doubtful
+            else []
+        ),
         "",
     ]
 

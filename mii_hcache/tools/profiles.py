@@ -38,6 +38,12 @@ class Profile:
         if isinstance(self.basis, HardwareProfile):
             return self.basis.layer_cost(geometry, tier)
         if isinstance(self.basis, MeasuredProfile):
+            if self.basis.shape not in ("", geometry.shape):
+                raise ConfigError(
+                    f"profile {self.name} was measured for another model ({self.basis.shape}), its times would be "
+                    f"wrong for this one ({geometry.shape}): measure it, `python -m mii_hcache profile --model ...`, "
+                    f"or take one of {', '.join(PLATFORMS)}"
+                )
             return self.basis.layer_cost(tier)
         if tier is not None:
             raise ConfigError(f"tier must not be given with a custom profile, which has one, got {tier!r}")

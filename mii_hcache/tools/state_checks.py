@@ -121,6 +121,9 @@ def _profile(directory: Path) -> Finding:
     ]
     first = next(iter(profile.tiers.values()))
     computing = f"project {1e6 * first.c_hidden_s:.2f} us, compute {1e6 * first.c_token_s:.2f} us a token and layer"
+    if profile.is_doubtful:
+        reason = f"the machine was busy when it was measured: runs differ {profile.spread:.1f} times"
+        return problem("profile", reason, f"{advice}, when nothing else runs")
     return ok("profile", f"measured {profile.date[:10]} on {profile.machine}; {'; '.join(costs)}; {computing}")
 
 

@@ -36,7 +36,8 @@ PROFILE = MeasuredProfile(
     model="ab" * 32,
     date="2026-11-21T15:00:00Z",
     tiers={"memory": COST, "file": COST.scaled(io=4)},
-    notes="quiet",
+    shape="4 layers of 256",
+    spread=1.5,
 )
 UNIT = HardwareProfile(
     name="unit", source="made up", read_bytes_per_s={"file": 1e9, "memory": 1e12}, h2d_bytes_per_s=2e9,
@@ -163,7 +164,7 @@ def test_a_rate_that_cannot_be_is_refused_by_name(name):
 
 def test_platforms_say_where_their_rates_come_from():
     for name, platform in PLATFORMS.items():
-        assert platform.name == name and "gpu.md" in platform.source
+        assert platform.name == name and "rates" in platform.source
         assert "ssd" not in name or platform.layer_cost(LLAMA_2_7B).io_kv_s >= 16384 / 27.6e9
     assert "expected, not measured" in PLATFORMS["h200-dram"].source
     assert PLATFORMS["a100-1ssd"].layer_cost(LLAMA_2_7B).io_kv_s == pytest.approx(16384 / 6.9e9)
@@ -229,9 +230,9 @@ def test_what_is_no_profile_is_refused(text):
 
 def test_fields_that_came_later_have_defaults():
     body = json.loads(PROFILE.to_json())
-    del body["notes"], body["tiers"]["file"]["c_start_s"]
+    del body["shape"], body["spread"], body["tiers"]["file"]["c_start_s"]
     read = MeasuredProfile.from_json(json.dumps(body))
-    assert read.notes == "" and read.tiers["file"].c_start_s == 0
+    assert read.shape == "" and not read.is_doubtful and read.tiers["file"].c_start_s == 0
 
 
 def test_an_unmeasured_tier_is_refused():
