@@ -231,27 +231,30 @@ class Admission:
         assert job.uid is not None
         store = self._store
         tiers = [store.tier_of(record.span_id) or store.name for record in records]
+        restore: Restore | None = None
         try:
             choice = self._policy.choose(
                 records, tiers, compute_share=self._compute_share(), num_others=len(self.restoring)
             )
+            if choice.is_prefill:
+                self._counters.add("restores_not_worth_it_total")
+                if job.num_generated == 0 and job.report.miss_reason is None:
+                    job.report.miss_reason = "slower"
+                return False
+            self._engine.reserve(job.uid, len(records) * SPAN_TOKENS)
+            restore = self._restorer.start(
+                self._engine.target(job.uid),
+                records,
+                job.token_ids,
+                recompute_tokens=choice.recompute_tokens,
+                recompute_layers=choice.recompute_layers,
+            )
+            restore.read_ahead()
         except Exception:
+            if restore is not None:
+                restore.cancel()
             self._fail_restore(job)
             return False
-        if choice.is_prefill:
-            self._counters.add("restores_not_worth_it_total")
-            if job.num_generated == 0 and job.report.miss_reason is None:
-                job.report.miss_reason = "slower"
-            return False
-        self._engine.reserve(job.uid, len(records) * SPAN_TOKENS)
-        restore = self._restorer.start(
-            self._engine.target(job.uid),
-            records,
-            job.token_ids,
-            recompute_tokens=choice.recompute_tokens,
-            recompute_layers=choice.recompute_layers,
-        )
-        restore.read_ahead()
         self.restoring.append(Restoring(job=job, restore=restore, choice=choice, records=records))
         return True
 
@@ -326,8 +329,9 @@ class Admission:
         self.restoring.remove(restoring)
         try:
             self._policy.learn(restoring.choice, restoring.restore, restoring.records)
-        except Exception:
-            _log.exception("nothing was learnt from a restore")
+        except Exception:  # what came back is right all the same
+            _log.exception("nothing was learnt from a restore; plans stay as they are")
+            self._counters.add("plan_errors_total")
         self._report(restoring, outcome)
         self._start(restoring.job, outcome.num_tokens)
         return True

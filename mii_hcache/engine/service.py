@@ -46,7 +46,7 @@ class EngineService:
         costs: Mapping[str, LayerCost] | None = None,
     ) -> None:
         """Takes the engine over. `costs`: of this machine and model, by tier; methods with a plan need them. Raises
-        ConfigError, OSError (of the trace file)."""
+        ConfigError."""
         self._engine = engine
         self._store = store
         self._fingerprint = fingerprint
@@ -60,6 +60,7 @@ class EngineService:
             counters=self._counters,
             max_fill_tokens=engine.max_fill_tokens,
         )
+        trace = None if config.trace is None else TraceFile(Path(config.trace))  # before there are threads to end
         sightings = Sightings(save_after=config.save_after)
         self._saver = Saver(
             adapter=engine,
@@ -79,7 +80,7 @@ class EngineService:
             saver=self._saver,
             restorer=self._restorer,
             policy=self.policy,
-            trace=None if config.trace is None else TraceFile(Path(config.trace)),
+            trace=trace,
             counters=self._counters,
             keep="none" if config.keep == "none" and method.name != "ideal" else "lru",
             restore_slice_s=config.restore_slice_s,

@@ -331,20 +331,20 @@ class Saver:
                 return None
         back = None if kv is None else partial(self._kv_blocks.release, kv)
         releases = [action for action in (release, back) if action is not None]
+        kv_rows = iter(() if kv is None else kv)
         rows = []
         for chunk in layout.chunks:
-            source, row = hidden, self._hidden_rows.get(chunk.layer_idx, 0)
             if chunk.kind is ChunkKind.KV:
-                source, row = kv, kv_layers.index(chunk.layer_idx)
-            assert source is not None
-            rows.append(source[row])
+                rows.append(next(kv_rows))
+            else:
+                assert hidden is not None
+                rows.append(hidden[self._hidden_rows[chunk.layer_idx]])
         return SpanPut(record=self._record(track, span_idx, layout), rows=rows, releases=releases)
 
     def _heal_span(self, track: SequenceTrack, span_idx: int, buffer: torch.Tensor) -> bool:
         """Save a span from its blocks; takes the buffer over. False: it could not be read."""
         layout = SpanLayout.uniform(self._adapter.geometry, ChunkKind.KV)
-        layers = range(self._adapter.geometry.num_layers)
-        if not self._healed_blocks.read(track.uid, span_idx, layers, buffer):
+        if not self._healed_blocks.read(track.uid, span_idx, range(layout.num_layers), buffer):
             return False
         put = SpanPut(
             record=self._record(track, span_idx, layout),

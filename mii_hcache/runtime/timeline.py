@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from mii_hcache.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 Activity = Literal["read", "project", "place", "fill", "wait"]
 """`read`: bytes come from the store. The others are the engine thread's: K and V are projected from hidden states, or
@@ -28,11 +33,6 @@ class Event:
     """First token."""
     num_tokens: int = 0
     num_bytes: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        return self.stop_s - self.start_s
 
 
 class RestoreTimeline:
@@ -54,11 +54,6 @@ class RestoreTimeline:
     def busy_s(self, *activities: Activity) -> float:
         """Time in which at least one of these was going on."""
         return union_s((event.start_s, event.stop_s) for event in self.events if event.activity in activities)
-
-    def seconds_per(self, activity: Activity, measure: Callable[[Event], float]) -> float | None:
-        """Busy time of an activity for each unit of `measure`, None when there was none."""
-        units = sum(measure(event) for event in self.events if event.activity == activity)
-        return self.busy_s(activity) / units if units else None
 
     @property
     def io_s(self) -> float:
@@ -96,22 +91,35 @@ class TraceFile:
     """Timelines as a Chrome trace (open it in Perfetto). Any thread; every write leaves a file that can be opened."""
 
     def __init__(self, path: Path) -> None:
-        """Starts a new file. Raises OSError."""
+        """Starts a new file. Raises ConfigError."""
         self._path = path
         self._lock = threading.Lock()
         self._zero_s = time.perf_counter()
         self._num = 0
-        path.write_text("[]\n")
+        self._is_broken = False
+        try:
+            path.write_text("[]\n")
+        except OSError as error:
+            raise ConfigError(f"trace {path} cannot be written ({error.strerror}); choose another file") from error
 
     def write(self, name: str, timeline: RestoreTimeline, about: dict[str, Any]) -> None:
-        """Append one restore: a process of its own, a row for reads and one for the engine thread."""
+        """Append one restore: a process of its own, a row for reads and one for the engine thread. A file that cannot
+        be written any more is given up, and said so once: restores go on."""
         with self._lock:
-            self._num += 1
-            entries = _chrome_events(self._num, name, timeline, about, self._zero_s)
-            lines = ",\n".join(json.dumps(entry) for entry in entries)
-            with self._path.open("r+") as file:
-                file.seek(max(1, self._path.stat().st_size - 2))  # over the closing bracket
-                file.write(f"{',' if self._num > 1 else ''}\n{lines}]\n")
+            if not self._is_broken:
+                try:
+                    self._append(name, timeline, about)
+                except OSError as error:
+                    self._is_broken = True
+                    _log.error("the trace %s cannot be written (%s); it ends here", self._path, error)
+
+    def _append(self, name: str, timeline: RestoreTimeline, about: dict[str, Any]) -> None:
+        self._num += 1
+        entries = _chrome_events(self._num, name, timeline, about, self._zero_s)
+        lines = ",\n".join(json.dumps(entry) for entry in entries)
+        with self._path.open("r+") as file:
+            file.seek(max(1, self._path.stat().st_size - 2))  # over the closing bracket
+            file.write(f"{',' if self._num > 1 else ''}\n{lines}]\n")
 
 
 def _chrome_events(

@@ -15,6 +15,8 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.methods import METHODS
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime.policy import RestoreChoice, RestorePolicy
+from mii_hcache.runtime.restore import Restore
+from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.throttled import ThrottledStore
 from tests.engine_kit import VOCAB, Client, answers, interleave, open_client, poisoned_engine, restorable
@@ -170,3 +172,25 @@ def test_every_restore_leaves_its_timeline_in_the_trace(tiny_model, tmp_path):
         assert entry["args"]["makespan_s"] >= max(entry["args"]["io_s"], entry["args"]["compute_s"]) - 1e-6
     assert sum(entry["args"]["bytes"] for entry in entries if entry["name"].startswith("read ") and "args" in entry)
     assert metrics["restore_io_seconds_total"] == pytest.approx(sum(entry["args"]["io_s"] for entry in restores))
+
+
+@pytest.mark.parametrize("what", ["choose", "learn", "start", "read_ahead"])
+def test_a_plan_that_fails_costs_only_time(tiny_model, monkeypatch, what):
+    engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256)
+    client = open_client(engine, method="auto", keep="none", costs={"memory": READS_DEAR})
+    history = random.Random(3).choices(range(3, VOCAB), k=400)
+    first = client.ask([*history, 5], 4)
+    client.service.drain_saves()
+    owner = {"start": Restorer, "read_ahead": Restore}.get(what, RestorePolicy)
+
+    def fail(*args, **kwargs):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(owner, what, fail)
+    second = client.ask([*history, 5], 4)
+    metrics = client.service.metrics()
+    client.service.close()
+    assert second.token_ids == first.token_ids
+    assert metrics["plan_errors_total" if what == "learn" else "restore_errors_total"] == 1
+    assert (second.report.miss_reason == "restore_failed") == (what != "learn")
+    assert client.service.metrics()["blocks_free"] == engine.num_blocks

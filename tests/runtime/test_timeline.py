@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.timeline import Event, RestoreTimeline, TraceFile, union_s
 
 
@@ -63,5 +64,13 @@ def test_a_trace_can_be_opened_after_every_write(tmp_path):
 
 
 def test_a_trace_that_cannot_be_written_says_so_at_once(tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ConfigError, match=r"nowhere.*choose another file"):
         TraceFile(tmp_path / "nowhere" / "trace.json")
+
+
+def test_a_trace_that_can_no_longer_be_written_ends_and_nothing_else_does(tmp_path, caplog):
+    trace = TraceFile(tmp_path / "trace.json")
+    (tmp_path / "trace.json").unlink()
+    for _ in range(2):
+        trace.write("request", _timeline(started_s=0.0, stopped_s=1.0), {})
+    assert len([record for record in caplog.records if "it ends here" in record.message]) == 1
