@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import queue
 import random
@@ -29,9 +28,11 @@ import mii_hcache
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import METHODS
+from mii_hcache.engine.measuring import forget_files
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, SamplingParams
+from mii_hcache.runtime.machine import cpu_name, num_usable_cpus
 from mii_hcache.storage.open import OpenedState, open_state
 
 NEW_TOKENS = 32
@@ -81,16 +82,6 @@ def make_model(name: str, folder: Path) -> Path:
     dtype = torch.float32 if name == "demo" else torch.bfloat16
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
     return path
-
-
-def forget_files(folder: Path) -> None:
-    """Ask the kernel to drop the files from its page cache, so that a read is a read."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def ask(service: EngineService, prompt: list[int]) -> GenerationResult:
@@ -164,11 +155,9 @@ def measure(engine: HCacheEngine, way: Way, history: list[int], repeats: int, fo
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
     return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "cores": num_usable_cpus(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -202,7 +191,7 @@ def main() -> None:
                 repeats = options.repeats if way.name != "recompute" else max(2, options.repeats // 2)
                 with tempfile.TemporaryDirectory() as folder:
                     row = measure(engine, way, history, repeats, Path(folder))
-                seen.add(tuple(row["first_tokens"][:2]))
+                seen.add(tuple(row["first_tokens"][: min(2, options.repeats)]))
                 row["same_tokens"] = len(seen) == 1
                 out.write(json.dumps({**about, **row}) + "\n")
                 out.flush()

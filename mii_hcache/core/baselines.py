@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.core.makespan import NOTHING
-from mii_hcache.core.plans import KindRuns, RestorePlan, StoragePlan
+from mii_hcache.core.plans import KindRuns, RestorePlan, StoragePlan, uniform_storage
 from mii_hcache.core.restoration import Restoration
 from mii_hcache.core.search import fastest, plan_of, prefill
 from mii_hcache.core.splits import Split, hcache_split, hidden_share, mixes_with_kv, naive_split
@@ -45,17 +46,17 @@ def _rounding(split: Split) -> str:
 
 def hidden_storage(geometry: ModelGeometry, *_: object) -> StoragePlan:
     """Every layer but the first."""
-    return StoragePlan(method="hidden", kinds=(None, *(ChunkKind.HIDDEN,) * (geometry.num_layers - 1)))
+    return uniform_storage(geometry, ChunkKind.HIDDEN)
 
 
 def kv_storage(geometry: ModelGeometry, *_: object) -> StoragePlan:
     """Every layer."""
-    return StoragePlan(method="kv", kinds=(ChunkKind.KV,) * geometry.num_layers)
+    return uniform_storage(geometry, ChunkKind.KV)
 
 
 def cake_storage(geometry: ModelGeometry, *_: object) -> StoragePlan:
     """As kv: what is recomputed is chosen when restoring."""
-    return StoragePlan(method="cake", kinds=(ChunkKind.KV,) * geometry.num_layers)
+    return replace(kv_storage(geometry), method="cake")
 
 
 def nothing_stored(method: str) -> Callable[..., StoragePlan]:
@@ -142,13 +143,7 @@ def _restore_share(
     else:
         num_hidden = _nearest(closed_form, step, num_tokens)
     plan = plan_of(restoration, num_tokens - num_hidden, restoration.least_layers)
-    return RestorePlan(
-        num_tokens=num_tokens,
-        recompute_tokens=plan.recompute_tokens,
-        recompute_layers=plan.recompute_layers,
-        timeline=plan.timeline,
-        closed_form=closed_form,
-    )
+    return replace(plan, closed_form=closed_form)
 
 
 def restore_ideal(cost: LayerCost, runs: KindRuns, num_tokens: int, *_: object) -> RestorePlan:

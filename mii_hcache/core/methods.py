@@ -30,6 +30,8 @@ class Method:
     """False: nothing is ever stored."""
     needs_costs: bool = True
     """False: its plans are the same whatever things cost."""
+    is_free: bool = False
+    """Any split will do that is fast: plans may be taken from a length nearby, and a busy engine may prefill."""
 
 
 METHODS: dict[str, Method] = {
@@ -40,6 +42,7 @@ METHODS: dict[str, Method] = {
             summary="the fastest of all: hidden and kv layers, and leading tokens recomputed",
             store=store_auto,
             restore=restore_auto,
+            is_free=True,
         ),
         Method(
             name="hcache",

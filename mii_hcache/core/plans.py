@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
-from mii_hcache.core.layout import LayerKinds
+from mii_hcache.core.layout import LayerKinds, SpanLayout
 from mii_hcache.core.makespan import Timeline
 from mii_hcache.errors import ConfigError
 
@@ -102,9 +102,7 @@ class StoragePlan:
 
 def uniform_storage(geometry: ModelGeometry, kind: ChunkKind) -> StoragePlan:
     """Every layer that can be, in one kind."""
-    saved = geometry.saved_layers(kind)
-    kinds = tuple(kind if layer_idx in saved else None for layer_idx in range(geometry.num_layers))
-    return StoragePlan(method=kind.value, kinds=kinds)
+    return StoragePlan(method=kind.value, kinds=SpanLayout.uniform(geometry, kind).kinds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,6 @@ def measured_profile(
     state_dir: Path,
     fingerprint: bytes,
     *,
-    with_memory: bool = True,
     io_bytes: int = 32 << 20,
     repeats: int = 5,
     anew: bool = False,
@@ -65,7 +64,7 @@ def measured_profile(
         )
     engine.reserve(_UID, num_tokens)
     try:
-        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, with_memory=with_memory) as tiers:
+        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes) as tiers:
             costs, spread = profile_layer(
                 adapter=engine,
                 target=engine.target(_UID),
@@ -86,9 +85,7 @@ def measured_profile(
 
 
 @contextmanager
-def _scratch_tiers(
-    engine: HCacheEngine, folder: Path, io_bytes: int, *, with_memory: bool
-) -> Iterator[dict[str, ProfiledTier]]:
+def _scratch_tiers(engine: HCacheEngine, folder: Path, io_bytes: int) -> Iterator[dict[str, ProfiledTier]]:
     """Stores of the same kinds, on the same disk, for the time of a `with` block."""
     shutil.rmtree(folder, ignore_errors=True)
     span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
@@ -97,8 +94,10 @@ def _scratch_tiers(
     file = FileStore(state_dir, capacity_bytes)
     memory = MemoryStore(capacity_bytes)
     try:
-        tiers = {"memory": ProfiledTier(store=memory, forget=lambda: None)} if with_memory else {}
-        yield {**tiers, "file": ProfiledTier(store=file, forget=lambda: forget_files(folder))}
+        yield {
+            "memory": ProfiledTier(store=memory, forget=lambda: None),
+            "file": ProfiledTier(store=file, forget=lambda: forget_files(folder)),
+        }
     finally:
         memory.close()
         file.close()

@@ -88,7 +88,7 @@ class RestorePolicy:
             return RestoreChoice(recompute_tokens=0, recompute_layers=layers, tiers=tuple(tiers), plan=None)
         now_s = time.monotonic()
         plan = self._plan(records, tiers, now_s, io=1.0 + num_others, compute=1 / compute_share)
-        if self.method.name == "auto" and compute_share < 1:
+        if self.method.is_free and compute_share < 1:
             alone = self.estimate.cost(tiers, now_s)
             if plan.timeline.makespan_s > self._geometry.num_layers * alone.forward_s(0, plan.num_tokens):
                 plan = replace(plan, recompute_tokens=plan.num_tokens)
@@ -114,7 +114,7 @@ class RestorePolicy:
             cost = cost.scaled(io=io, compute=compute)
         runs = runs_of(record.layout.kinds for record in records)
         num_tokens = len(records) * SPAN_TOKENS
-        if self.method.name == "auto":
+        if self.method.is_free:
             return plan_restore_bucketed(
                 cost, runs, num_tokens, tile_tokens=self._tile_tokens, chunk_tokens=self._chunk_tokens
             )

@@ -8,7 +8,6 @@ projecting at once, for how much each slows the other.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import threading
 import time
@@ -34,6 +33,7 @@ ENOUGH_S = 1.5
 MAX_CONTEXT_TOKENS = 4096
 """Longest history that a measured forward attends to."""
 MAX_SLOWDOWN = 3.0
+"""More than this is taken for a moment's noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,8 @@ def profile_layer(
 ) -> tuple[dict[str, LayerCost], float]:
     """Costs by tier, and their spread (`MeasuredProfile.spread`). Engine thread; nothing else should run.
 
-    `target`: blocks of a live sequence for `num_target_tokens` (at least 512), which will hold rubbish. `io_bytes`:
-    what is read from each tier, for each kind.
+    The engine must be one that fills any number of layers. `target`: blocks of a live sequence for `num_target_tokens`
+    (at least 512), which will hold rubbish. `io_bytes`: what is read from each tier, for each kind.
     """
     on_progress("projecting and placing")
     computing = _Computing(adapter, target, num_target_tokens, repeats)
@@ -132,28 +132,27 @@ class _Computing:
         """What does not depend on a store; reading costs nothing here."""
         for _ in self.adapter.geometry.saved_layers(ChunkKind.KV):
             self.place()  # so that forwards attend to numbers
-        small_s, large_s = self._seconds(lambda: self.project(SPAN_TOKENS)), self._seconds(self.project)
+        least_s = self.watch.least_s
+        small_s, large_s = least_s(lambda: self.project(SPAN_TOKENS)), least_s(self.project)
         c_hidden_s = max(0.0, large_s - small_s) / (TILE_TOKENS - SPAN_TOKENS) or large_s / TILE_TOKENS
         cost = LayerCost(
             io_hidden_s=0.0,
             io_kv_s=0.0,
             c_hidden_s=c_hidden_s,
-            c_kv_s=self._seconds(self.place) / TILE_TOKENS,
+            c_kv_s=least_s(self.place) / TILE_TOKENS,
             c_token_s=0.0,
             c_start_s=max(0.0, small_s - SPAN_TOKENS * c_hidden_s),
         )
         return self._with_forward(cost)
 
     def _with_forward(self, cost: LayerCost) -> LayerCost:
-        if not self.adapter.max_fill_tokens:
-            return replace(cost, c_token_s=math.ldexp(1.0, 20))  # this engine never recomputes a part
         num_whole = self.adapter.geometry.num_layers - 1  # fewer might stay in a cache that all of them do not fit
         chunk = min(ALONE_FILL_TOKENS, self.adapter.max_fill_tokens, self._num_tokens // 2)
         ids = torch.arange(chunk) % 7  # any tokens will do
         far = self._num_tokens - chunk
 
         def fill_s(start: int, num_layers: int) -> float:
-            return self._seconds(lambda: self._target.fill(start, ids, num_layers))
+            return self.watch.least_s(lambda: self._target.fill(start, ids, num_layers))
 
         if num_whole == 0:
             return replace(cost, c_token_s=fill_s(0, 1) / chunk)
@@ -163,9 +162,6 @@ class _Computing:
         c_attention_s = max(0.0, far_s - near_s) / (chunk * far)
         c_token_s = max(0.05 * near_s, near_s - cost.c_start_s - c_attention_s * chunk * (chunk + 1) / 2) / chunk
         return replace(cost, c_attention_s=c_attention_s, c_token_s=c_token_s)
-
-    def _seconds(self, action: Callable[[], object]) -> float:
-        return self.watch.least_s(action)
 
 
 class _Saved:
