@@ -29,6 +29,9 @@ NUM_BLOCKS, BLOCK_SIZE = 180, 16
 POOL_TOKENS = NUM_BLOCKS * BLOCK_SIZE
 """A quarter of what all clients would like to hold: running answers are preempted."""
 MAX_GROWTH_BYTES = 48 << 20
+MAX_NEW_THREADS = 8
+"""Thread pools start a thread when all of theirs are busy, so a slow machine's warm-up may not have met them all. A
+thread left behind by a request, a restore or a client that went away would be dozens."""
 
 
 @dataclass
@@ -195,7 +198,7 @@ def test_a_crowd_leaves_nothing_behind(tmp_path, keep):
         assert metrics.get(name, 0) > 0, name
     if keep == "none":
         assert metrics["blocks_free"] == metrics["blocks"] == NUM_BLOCKS and metrics["resident_contexts"] == 0
-    assert abs(last.num_threads - first.num_threads) <= 2
+    assert last.num_threads - first.num_threads <= MAX_NEW_THREADS
     assert abs(last.num_sockets - first.num_sockets) <= 2
     assert last.rss_bytes - first.rss_bytes < MAX_GROWTH_BYTES
     assert text_of(after) == text_of(before)  # state that went through all of this is what it was
