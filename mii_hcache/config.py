@@ -74,6 +74,8 @@ class HCacheConfig:
     """Background threads that put spans into the store."""
     restore_slice_s: float = 0.010
     """Longest that a restore holds up running sequences at a time."""
+    emulated_read_bytes_per_s: float | None = None
+    """Slow all reads of saved state down to this, to see what another device would do; None reads as fast as may be."""
     trace: str | None = None
     """File that every restore's timeline is written to, for Perfetto or chrome://tracing."""
     poison_blocks: bool = field(default_factory=lambda: os.environ.get("MII_HCACHE_POISON_BLOCKS", "") == "1")
@@ -100,6 +102,9 @@ class HCacheConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not 0 <= self.save_wait <= 10:
             raise ConfigError(f"save_wait must be between 0 and 10 (a share of the step), got {self.save_wait}")
+        rate = self.emulated_read_bytes_per_s
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"emulated_read_bytes_per_s must be > 0, got {rate}")
         if not 0 < self.restore_slice_s < math.inf:
             raise ConfigError(f"restore_slice_s must be > 0, got {self.restore_slice_s}")
 

@@ -22,8 +22,11 @@ ROUND_TOKENS = 256
 """To what `token-wise-rounded` rounds: a length that matrix products like (the paper's figure 13b)."""
 
 
-def hcache_storage(geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], *_: object) -> StoragePlan:
+def hcache_storage(
+    geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], _tile: int = 0, chunk_tokens: int | None = None
+) -> StoragePlan:
     """Hidden layers first, then kv; or layers that are recomputed, then hidden (equation 11, section 4.1)."""
+    cost = cost.spread(chunk_tokens)
     split = hcache_split(cost, geometry.num_layers, lengths[0])
     others = geometry.num_layers - split.best
     hidden = (ChunkKind.HIDDEN,) * split.best
@@ -31,8 +34,11 @@ def hcache_storage(geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[i
     return StoragePlan(method="hcache", kinds=kinds, closed_form=split.closed_form, note=_rounding(split))
 
 
-def naive_storage(geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], *_: object) -> StoragePlan:
+def naive_storage(
+    geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], _tile: int = 0, chunk_tokens: int | None = None
+) -> StoragePlan:
     """Layers that are recomputed, then kv."""
+    cost = cost.spread(chunk_tokens)
     split = naive_split(cost, geometry.num_layers, lengths[0])
     kinds = (*(None,) * (geometry.num_layers - split.best), *(ChunkKind.KV,) * split.best)
     return StoragePlan(method="naive-hybrid", kinds=kinds, closed_form=split.closed_form, note=_rounding(split))
@@ -68,14 +74,20 @@ def nothing_stored(method: str) -> Callable[..., StoragePlan]:
     return store
 
 
-def token_wise_storage(geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], *_: object) -> StoragePlan:
+def token_wise_storage(
+    geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], _tile: int = 0, chunk_tokens: int | None = None
+) -> StoragePlan:
     """Hidden spans with kv spans between them; or hidden spans only, some of which are recomputed on restore."""
+    cost = cost.spread(chunk_tokens)
     share = hidden_share(cost, lengths[0])
     return _token_wise("token-wise", geometry, cost, share, closed_form=share)
 
 
-def rounded_storage(geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], *_: object) -> StoragePlan:
+def rounded_storage(
+    geometry: ModelGeometry, cost: LayerCost, lengths: Sequence[int], _tile: int = 0, chunk_tokens: int | None = None
+) -> StoragePlan:
     """The same, with the share that rounds the hidden tokens of the first length."""
+    cost = cost.spread(chunk_tokens)
     share = hidden_share(cost, lengths[0])
     num_hidden = _nearest(share * lengths[0], ROUND_TOKENS, lengths[0])
     return _token_wise("token-wise-rounded", geometry, cost, num_hidden / lengths[0], closed_form=share)
@@ -137,7 +149,7 @@ def _restore_share(
     is_mixed = any(ChunkKind.KV in kinds for kinds in restoration.patterns)
     if is_mixed or mixes_with_kv(cost) or restoration.least_layers == restoration.num_layers:
         return restore_stored(cost, runs, num_tokens, tile_tokens, chunk_tokens)
-    closed_form = num_tokens * hidden_share(cost, num_tokens)
+    closed_form = num_tokens * hidden_share(cost.spread(chunk_tokens), num_tokens)
     if step == SPAN_TOKENS:
         num_hidden = min(num_tokens, math.ceil(closed_form / step) * step)
     else:

@@ -45,6 +45,9 @@ class LayerCost:
     """Per tile read: latency that nothing hides."""
     c_start_s: float = 0.0
     """Per tile that is projected or placed, and per chunk of tokens that is sent through a layer."""
+    c_forward_start_s: float = 0.0
+    """Per chunk that is sent through a layer, on top of `c_start_s`: its weights are read, however few tokens come. It
+    hides behind the products of a large chunk on a GPU; on a CPU, 64 tokens take half as long as 256."""
     io_slowdown: float = 1.0
     """Factor on reading while computing runs at the same time."""
     compute_slowdown: float = 1.0
@@ -57,10 +60,22 @@ class LayerCost:
             if not least <= value < math.inf:
                 raise ConfigError(f"{item.name} must be a number >= {least:g}, got {value!r}")
 
+    @property
+    def forward_start_s(self) -> float:
+        """Per chunk that is sent through a layer."""
+        return self.c_start_s + self.c_forward_start_s
+
     def forward_s(self, start: int, num_tokens: int) -> float:
-        """The whole layer for tokens `[start, start + num_tokens)`, each of which attends to all up to itself."""
+        """The whole layer for tokens `[start, start + num_tokens)`, each of which attends to all up to itself. Without
+        starts."""
         num_pairs = num_tokens * start + num_tokens * (num_tokens + 1) / 2
         return self.c_token_s * num_tokens + self.c_attention_s * num_pairs
+
+    def spread(self, chunk_tokens: int | None) -> LayerCost:
+        """The same layer with the start of a forward as part of its tokens', for rules that are linear in tokens; None:
+        chunks so long that it does not count."""
+        start_s = self.c_forward_start_s / chunk_tokens if chunk_tokens else 0.0
+        return replace(self, c_token_s=self.c_token_s + start_s, c_forward_start_s=0.0)
 
     def token_s(self, num_tokens: int) -> float:
         """The paper's C_token at this length: a layer forward per token, attention included."""
@@ -79,6 +94,7 @@ class LayerCost:
             c_token_s=compute * self.c_token_s,
             c_attention_s=compute * self.c_attention_s,
             c_start_s=compute * self.c_start_s,
+            c_forward_start_s=compute * self.c_forward_start_s,
         )
 
     def overlapped(self, io_s: float, compute_s: float) -> tuple[float, float]:
@@ -171,6 +187,9 @@ class MeasuredProfile:
     """The model's, in words (`ModelGeometry.shape`): costs hold for no other. Empty: not known."""
     spread: float = 1.0
     """How many times longer a typical run of a measurement was than the fastest: 1 on a quiet machine."""
+    h2d_bytes_per_s: float = 0.0
+    """From pinned host memory to the GPU, a tile at a time; 0 where there is no GPU. For people: what a restore copies
+    is part of its projections and placings."""
 
     @property
     def is_doubtful(self) -> bool:
@@ -205,6 +224,7 @@ class MeasuredProfile:
             date=parsed.take("date", str),
             shape=parsed.take("shape", str, ""),
             spread=parsed.take("spread", float, 1.0),
+            h2d_bytes_per_s=parsed.take("h2d_bytes_per_s", float, 0.0),
             tiers=tiers,
         )
         parsed.end()

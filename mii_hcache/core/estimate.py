@@ -68,6 +68,7 @@ class CostEstimate:
             c_kv_s=_stepped(self._compute["place"]) * base.c_kv_s,
             c_token_s=fill * base.c_token_s,
             c_attention_s=fill * base.c_attention_s,
+            c_forward_start_s=fill * base.c_forward_start_s,
         )
 
     @property

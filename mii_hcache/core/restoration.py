@@ -144,12 +144,12 @@ class Restoration:
     def _least_s(self, recompute_tokens: int, recompute_layers: int) -> tuple[float, float]:
         """Reading and computing, each on its own."""
         cost, left = self.cost, self.num_tokens - recompute_tokens
-        starts = cost.c_start_s / self.chunk_tokens
+        starts = cost.forward_start_s / self.chunk_tokens
         io_s = 0.0
         compute_s = self.num_layers * (cost.forward_s(0, recompute_tokens) + starts * recompute_tokens)
         if left and recompute_layers:
             compute_s += (recompute_layers - 1) * cost.forward_s(recompute_tokens, left)
-            compute_s += left * (cost.c_hidden_s + starts * recompute_layers)
+            compute_s += left * (cost.c_hidden_s + starts * (recompute_layers - 1) + cost.c_start_s / self.chunk_tokens)
         io_start_s, c_start_s = cost.io_start_s / self.tile_tokens, cost.c_start_s / self.tile_tokens
         kv_start_s = c_start_s if cost.c_kv_s else 0.0
         counts = self._layer_counts(recompute_layers)
@@ -182,10 +182,11 @@ class Restoration:
     def _recompute_s(self, cost: LayerCost, recompute_tokens: int, recompute_layers: int) -> float:
         left = self.num_tokens - recompute_tokens
         chunks = math.ceil(recompute_tokens / self.chunk_tokens)
-        compute_s = self.num_layers * (cost.forward_s(0, recompute_tokens) + chunks * cost.c_start_s)
+        compute_s = self.num_layers * (cost.forward_s(0, recompute_tokens) + chunks * cost.forward_start_s)
         if left and recompute_layers:
             compute_s += (recompute_layers - 1) * cost.forward_s(recompute_tokens, left) + left * cost.c_hidden_s
-            compute_s += recompute_layers * math.ceil(left / self.chunk_tokens) * cost.c_start_s
+            starts_s = (recompute_layers - 1) * cost.forward_start_s + cost.c_start_s
+            compute_s += math.ceil(left / self.chunk_tokens) * starts_s
         return compute_s
 
     def _tiles(self, start: int) -> list[tuple[_Tile, int]]:

@@ -16,10 +16,12 @@ from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import device_name, num_usable_cpus
-from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, h2d_bytes_per_s, profile_layer
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
+from mii_hcache.storage.throttled import ThrottledStore
 
 _log = logging.getLogger(__name__)
 
@@ -46,13 +48,16 @@ def measured_profile(
     io_bytes: int = 32 << 20,
     repeats: int = 5,
     anew: bool = False,
+    emulated_read_bytes_per_s: float | None = None,
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> MeasuredProfile:
     """What `state_dir` remembers of this machine and model, else measured now (seconds; the engine must be idle) and
-    remembered. `anew` measures in any case; a doubtful profile is not believed twice. Raises ConfigError when the
-    engine's pool is too small to measure with."""
+    remembered. `anew` measures in any case; a doubtful profile is not believed twice. `emulated_read_bytes_per_s` slows
+    every tier's reads down. Raises ConfigError when the engine's pool is too small to measure with."""
     path = state_dir / PROFILE_FILE
     machine, model = machine_of(engine), fingerprint.hex()
+    if emulated_read_bytes_per_s is not None:
+        machine += f", reads emulated at {emulated_read_bytes_per_s / 1e6:g} MB/s"
     known = None if anew else _read(path)
     if known is not None and (known.machine, known.model) == (machine, model) and not known.is_doubtful:
         return known
@@ -64,7 +69,7 @@ def measured_profile(
         )
     engine.reserve(_UID, num_tokens)
     try:
-        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes) as tiers:
+        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, emulated_read_bytes_per_s) as tiers:
             costs, spread = profile_layer(
                 adapter=engine,
                 target=engine.target(_UID),
@@ -78,14 +83,22 @@ def measured_profile(
         engine.evict(_UID)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     profile = MeasuredProfile(
-        machine=machine, model=model, date=date, tiers=costs, shape=engine.geometry.shape, spread=round(spread, 2)
+        machine=machine,
+        model=model,
+        date=date,
+        tiers=costs,
+        shape=engine.geometry.shape,
+        spread=round(spread, 2),
+        h2d_bytes_per_s=h2d_bytes_per_s(engine),
     )
     _write(path, profile)
     return profile
 
 
 @contextmanager
-def _scratch_tiers(engine: HCacheEngine, folder: Path, io_bytes: int) -> Iterator[dict[str, ProfiledTier]]:
+def _scratch_tiers(
+    engine: HCacheEngine, folder: Path, io_bytes: int, emulated_read_bytes_per_s: float | None
+) -> Iterator[dict[str, ProfiledTier]]:
     """Stores of the same kinds, on the same disk, for the time of a `with` block."""
     shutil.rmtree(folder, ignore_errors=True)
     span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
@@ -93,10 +106,14 @@ def _scratch_tiers(engine: HCacheEngine, folder: Path, io_bytes: int) -> Iterato
     state_dir = StateDir(folder)
     file = FileStore(state_dir, capacity_bytes)
     memory = MemoryStore(capacity_bytes)
+
+    def slowed(store: ChunkStore) -> ChunkStore:
+        return ThrottledStore(store, emulated_read_bytes_per_s) if emulated_read_bytes_per_s else store
+
     try:
         yield {
-            "memory": ProfiledTier(store=memory, forget=lambda: None),
-            "file": ProfiledTier(store=file, forget=lambda: forget_files(folder)),
+            "memory": ProfiledTier(store=slowed(memory), forget=lambda: None),
+            "file": ProfiledTier(store=slowed(file), forget=lambda: forget_files(folder)),
         }
     finally:
         memory.close()

@@ -16,6 +16,7 @@ from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.storage.open import OpenedState, open_state
+from mii_hcache.storage.throttled import ThrottledStore
 
 
 @dataclass(kw_only=True)
@@ -113,9 +114,16 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
         notes = [*state.notes, *loaded.notes]
         tokenizer = Tokenizer(loaded.path)
         method, why, profile = _choose_method(config, loaded, state_dir, notes, progress)
+        store = state.store
+        if config.emulated_read_bytes_per_s is not None:
+            store = ThrottledStore(store, config.emulated_read_bytes_per_s)
+            notes.append(
+                f"Reads of saved state are slowed down to {config.emulated_read_bytes_per_s / 1e6:.0f} MB/s: times are "
+                "emulated, not this machine's."
+            )
         service = EngineService(
             engine=loaded.engine,
-            store=state.store,
+            store=store,
             method=method,
             fingerprint=loaded.fingerprint,
             config=config,
@@ -155,6 +163,7 @@ def _choose_method(
         loaded.engine,
         state_dir,
         loaded.fingerprint,
+        emulated_read_bytes_per_s=config.emulated_read_bytes_per_s,
         on_progress=lambda what: progress(f"measuring this machine, once: {what}", 0, 0),
     )
     if profile.is_doubtful:

@@ -90,7 +90,7 @@ class RestorePolicy:
         plan = self._plan(records, tiers, now_s, io=1.0 + num_others, compute=1 / compute_share)
         if self.method.is_free and compute_share < 1:
             alone = self.estimate.cost(tiers, now_s)
-            if plan.timeline.makespan_s > self._geometry.num_layers * alone.forward_s(0, plan.num_tokens):
+            if plan.timeline.makespan_s > self._prefill_s(alone, plan.num_tokens):
                 plan = replace(plan, recompute_tokens=plan.num_tokens)
         return RestoreChoice(
             recompute_tokens=plan.recompute_tokens,
@@ -147,15 +147,18 @@ class RestorePolicy:
         """Tokens `[start, start + num_tokens)` of one sequence were computed, and nothing else."""
         if self.estimate is not None and observed_s > LEAST_OBSERVED_S:
             cost = self.estimate.cost((), time.monotonic())
-            layer_s = cost.forward_s(start, num_tokens) + cost.c_start_s
+            layer_s = cost.forward_s(start, num_tokens) + cost.forward_start_s
             self.estimate.observe_compute("fill", self._geometry.num_layers * layer_s, observed_s)
+
+    def _prefill_s(self, cost: LayerCost, num_tokens: int) -> float:
+        return self._geometry.num_layers * cost.spread(self._chunk_tokens).forward_s(0, num_tokens)
 
     def _expected_s(self, event: Event, cost: LayerCost) -> float:
         if event.activity == "read":
             return cost.io_start_s + event.num_bytes * cost.io_kv_s / self._geometry.row_bytes(ChunkKind.KV)
         if event.activity == "fill":
-            forward_s = (event.num_layers - 1) * (cost.forward_s(event.start, event.num_tokens) + cost.c_start_s)
-            return forward_s + cost.c_hidden_s * event.num_tokens + cost.c_start_s
+            layer_s = cost.forward_s(event.start, event.num_tokens) + cost.forward_start_s
+            return (event.num_layers - 1) * layer_s + cost.c_hidden_s * event.num_tokens + cost.c_start_s
         token_s = cost.c_hidden_s if event.activity == "project" else cost.c_kv_s
         return cost.c_start_s + token_s * event.num_tokens
 
@@ -170,7 +173,7 @@ class RestorePolicy:
         """Where prefilling would have been faster, count reads as what they took, and dearer until the plan changes."""
         assert self.estimate is not None and choice.plan is not None
         cost = self.estimate.cost(choice.tiers, now_s)
-        prefill_s = self._geometry.num_layers * cost.forward_s(0, choice.plan.num_tokens)
+        prefill_s = self._prefill_s(cost, choice.plan.num_tokens)
         if observed_s <= prefill_s or choice.is_prefill:
             return
         self._counters.add("regretted_restores_total")

@@ -69,6 +69,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         save_wait=values.save_wait,
         save_after=values.save_after,
         restore_slice_s=values.restore_slice / 1e3,
+        emulated_read_bytes_per_s=values.emulate_read_speed,
         trace=values.trace,
     )
     return Options(
@@ -177,6 +178,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=tuple(METHODS),
         default="auto",
         help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + " (default: %(default)s)",
+    )
+    state.add_argument(
+        "--emulate-read-speed",
+        type=parse_size,
+        metavar="SIZE",
+        help="slow reads of it down to so many bytes a second, as another disk would; plans count with it "
+        "(default: no)",
     )
     state.add_argument(
         "--save-wait",

@@ -94,6 +94,7 @@ def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -
         "",
         "K and V are read at",
         *rates,
+        *([f"and copied to the GPU at {size(profile.h2d_bytes_per_s)}/s"] if profile.h2d_bytes_per_s else []),
         *(
             [f"The machine was busy: runs differ {profile.spread:.1f} times. Measure again."]
             if profile.is_doubtful
@@ -104,15 +105,21 @@ def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -
 
 
 def _row(tier: str, cost: LayerCost) -> list[str]:
+    from mii_hcache.runtime.profiler import MAX_SLOWDOWN  # imports here, so that `--help` answers at once
+    from mii_hcache.runtime.restore import ALONE_FILL_TOKENS
+
+    def slowed(factor: float) -> str:
+        return f"x {factor:.2f}{' or more' if factor >= MAX_SLOWDOWN else ''}"
+
     return [
         tier,
         f"{1e3 * _TOKENS * cost.io_hidden_s:.3f}",
         f"{1e3 * _TOKENS * cost.io_kv_s:.3f}",
         f"{1e3 * _TOKENS * cost.c_hidden_s:.3f}",
         f"{1e3 * _TOKENS * cost.c_kv_s:.3f}",
-        f"{1e3 * cost.forward_s(0, _TOKENS):.3f}",
-        f"x {cost.io_slowdown:.2f}",
-        f"x {cost.compute_slowdown:.2f}",
+        f"{1e3 * cost.spread(ALONE_FILL_TOKENS).forward_s(0, _TOKENS):.3f}",
+        slowed(cost.io_slowdown),
+        slowed(cost.compute_slowdown),
     ]
 
 

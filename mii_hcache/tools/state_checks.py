@@ -121,6 +121,8 @@ def _profile(directory: Path) -> Finding:
     ]
     first = next(iter(profile.tiers.values()))
     computing = f"project {1e6 * first.c_hidden_s:.2f} us, compute {1e6 * first.c_token_s:.2f} us a token and layer"
+    if profile.h2d_bytes_per_s:
+        computing += f", copy to the GPU {profile.h2d_bytes_per_s / 1e9:.1f} GB/s"
     if profile.is_doubtful:
         reason = f"the machine was busy when it was measured: runs differ {profile.spread:.1f} times"
         return problem("profile", reason, f"{advice}, when nothing else runs")

@@ -61,6 +61,7 @@ costs = st.builds(
     c_attention_s=st.sampled_from([0.0, 1e-10, 1e-8]),
     io_start_s=st.sampled_from([0.0, 1e-6, 1e-4]),
     c_start_s=st.sampled_from([0.0, 1e-6, 1e-4]),
+    c_forward_start_s=st.sampled_from([0.0, 1e-5, 1e-3]),
 )
 """A whole layer costs more compute than one projection, as it does in every model."""
 

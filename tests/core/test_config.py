@@ -38,6 +38,7 @@ def test_defaults_are_valid_and_frozen():
         ("save_wait", 10.1),
         ("save_wait", float("nan")),
         ("restore_slice_s", 0.0),
+        ("emulated_read_bytes_per_s", 0.0),
         ("restore_slice_s", -1.0),
     ],
 )

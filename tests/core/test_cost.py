@@ -62,11 +62,11 @@ def test_a_forward_can_be_cut_anywhere(cost, start, one, other):
 def test_scaling_touches_times_and_nothing_else():
     cost = LayerCost(
         io_hidden_s=1, io_kv_s=2, c_hidden_s=3, c_kv_s=4, c_token_s=5, c_attention_s=6, io_start_s=7, c_start_s=8,
-        io_slowdown=1.5, compute_slowdown=1.25,
+        c_forward_start_s=9, io_slowdown=1.5, compute_slowdown=1.25,
     )  # fmt: skip
     assert cost.scaled(io=10, compute=100) == LayerCost(
         io_hidden_s=10, io_kv_s=20, c_hidden_s=300, c_kv_s=400, c_token_s=500, c_attention_s=600, io_start_s=70,
-        c_start_s=800, io_slowdown=1.5, compute_slowdown=1.25,
+        c_start_s=800, c_forward_start_s=900, io_slowdown=1.5, compute_slowdown=1.25,
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_platforms_say_where_their_rates_come_from():
 @settings(deadline=None)
 @given(slowed_costs, slowed_costs)
 def test_a_measured_profile_survives_its_file(memory, file):
-    profile = dataclasses.replace(PROFILE, tiers={"memory": memory, "file": file})
+    profile = dataclasses.replace(PROFILE, tiers={"memory": memory, "file": file}, h2d_bytes_per_s=5e10)
     assert MeasuredProfile.from_json(profile.to_json()) == profile
     assert MeasuredProfile.from_json(profile.to_json()).layer_cost("file") == file
     assert profile.layer_cost() == memory

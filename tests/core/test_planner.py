@@ -51,10 +51,10 @@ def simulated(cost: LayerCost, runs: KindRuns, tile_tokens: int, tokens: int, la
     spans = [kinds for kinds, count in runs for _ in range(count)]
     stop = A_SPAN * len(spans)
     num_layers, left = len(spans[0]), stop - tokens
-    before = num_layers * (cost.forward_s(0, tokens) + -(-tokens // tile_tokens) * cost.c_start_s)
+    before = num_layers * (cost.forward_s(0, tokens) + -(-tokens // tile_tokens) * cost.forward_start_s)
     if left and layers:
         before += (layers - 1) * cost.forward_s(tokens, left) + left * cost.c_hidden_s
-        before += layers * -(-left // tile_tokens) * cost.c_start_s
+        before += ((layers - 1) * cost.forward_start_s + cost.c_start_s) * -(-left // tile_tokens)
     cells = [Cell(0.0, before)]
     for layer in range(layers, num_layers):
         for start in range(tokens, stop, tile_tokens):

@@ -49,7 +49,7 @@ def test_every_setting_arrives(tmp_path):
     options = parse_options(
         "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
         "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 "
-        "--save-after 2 --restore-slice 2.5 "
+        "--save-after 2 --restore-slice 2.5 --emulate-read-speed 100MiB "
         "--max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
         "--allowed-host llm.example --allowed-host *:8 --allowed-origin https://a.example "
         f"--state-dir {tmp_path / 'new'}".split()
@@ -70,6 +70,7 @@ def test_every_setting_arrives(tmp_path):
         save_wait=0.5,
         save_after=2,
         restore_slice_s=0.0025,
+        emulated_read_bytes_per_s=100 << 20,
     )
     assert (options.host, options.port) == ("0.0.0.0", 0)
     assert options.verbose and options.log_json and options.allow_no_key
@@ -117,6 +118,7 @@ def test_mistakes_that_argparse_sees(capsys, arguments, message):
         "--max-waiting 0",
         "--state-capacity 5",
         "--restore-slice 0",
+        "--emulate-read-speed 0",
         "--save-wait -1",
         "--save-after -1",
     ],

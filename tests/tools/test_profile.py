@@ -7,10 +7,13 @@ import json
 import pytest
 
 from mii_hcache.__main__ import main
+from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import MeasuredProfile
+from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.engine.measuring import measured_profile
+from mii_hcache.engine.open import open_service
 from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
-from tests.engine_kit import poisoned_engine
+from tests.engine_kit import Client, poisoned_engine
 
 BRIEF = ["--read-mib", "1", "--repeats", "1"]
 
@@ -69,3 +72,38 @@ def test_a_profile_of_something_else_is_measured_anew(tiny_model, tmp_path, othe
     assert again.tiers != first.tiers
     assert MeasuredProfile.from_json(path.read_text()) == again
     assert engine.num_free_blocks == engine.num_blocks and engine.num_tracked == 0
+
+
+def test_an_emulated_disk_is_profiled_as_such_and_is_not_this_machines(tiny_model, tmp_path):
+    engine = poisoned_engine(tiny_model("llama"))
+    brief = {"io_bytes": 1 << 18, "repeats": 1}
+    rate = 10e6
+    slow = measured_profile(engine, tmp_path, b"one", emulated_read_bytes_per_s=rate, **brief)
+    row_bytes = engine.geometry.row_bytes(ChunkKind.KV)
+    for cost in slow.tiers.values():
+        assert row_bytes / rate <= cost.io_kv_s < 2 * row_bytes / rate
+    fast = measured_profile(engine, tmp_path, b"one", **brief)
+    assert "emulated at 10 MB/s" in slow.machine and "emulated" not in fast.machine
+    assert fast.tiers["memory"].io_kv_s < slow.tiers["memory"].io_kv_s
+
+
+def test_a_server_reads_as_slowly_as_it_is_told(tmp_path):
+    rate = 1e6
+    config = HCacheConfig(
+        state_dir=str(tmp_path / "state"),
+        method="kv",
+        keep="none",
+        emulated_read_bytes_per_s=rate,
+    )
+    opened = open_service(config)
+    try:
+        assert any("1 MB/s" in note and "emulated" in note for note in opened.notes)
+        history = list(range(5, 5 + 128))
+        client = Client(opened.service)
+        client.ask(history, 1)
+        opened.service.drain_saves()
+        report = client.ask([*history, 9], 1).report
+        least_s = 128 * opened.service.geometry.bytes_per_token(ChunkKind.KV) / rate
+        assert report.restored_tokens == 128 and report.restore_ms >= 1e3 * least_s
+    finally:
+        opened.close()
