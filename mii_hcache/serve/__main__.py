@@ -104,7 +104,8 @@ def _server_of(options: Options, opened: OpenedService, sock: socket.socket, loa
 
     known_texts: Any = opened.transcripts
     app = create_app(opened.service, opened.tokenizer, known_texts, opened.model_name, access=options.access)
-    return Server(app, on_started=say_ready)
+    stopping = "Stopping: running answers end, and state is written. Once more does not wait for them."
+    return Server(app, on_started=say_ready, on_stopping=lambda: _tell(options, stopping))
 
 
 def _tell(options: Options, words: str) -> None:

@@ -60,10 +60,14 @@ class Server(uvicorn.Server):
     For the main thread. `taking_signals` may reach beyond `run`, around what has to be closed after it.
     """
 
-    def __init__(self, app: FastAPI, *, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self, app: FastAPI, *, on_started: Callable[[], None], on_stopping: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_stopping`: the first signal has come; what runs is finished now."""
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", server_header=False))
         self._app = app
         self._on_started = on_started
+        self._on_stopping = on_stopping
         self._is_running = False
         self._num_signals = 0
 
@@ -88,6 +92,11 @@ class Server(uvicorn.Server):
             host, port = (sockets or self.servers[0].sockets)[0].getsockname()[:2]
             raise cannot_listen(host, port, error) from error
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no new requests and lets the running ones end."""
+        self._on_stopping()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def taking_signals(self) -> Iterator[None]:

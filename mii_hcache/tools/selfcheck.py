@@ -170,10 +170,10 @@ def _load(options: argparse.Namespace, directory: Path) -> HCacheEngine:
 @contextlib.contextmanager
 def _work_dir(parent: str | None) -> Iterator[Path]:
     """A folder of its own, removed afterwards: no server's state is touched."""
-    if parent is not None and not Path(parent).expanduser().is_dir():
-        raise ConfigError(f"--state-dir must be a directory that exists, got {parent!r}")
     where = None if parent is None else str(Path(parent).expanduser())
     try:
+        if where is not None:
+            Path(where).mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix="hcache-selfcheck-", dir=where)
     except OSError as error:
         raise ConfigError(f"--state-dir {parent} cannot be written ({error}); choose one that can") from error

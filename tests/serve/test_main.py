@@ -172,7 +172,8 @@ def test_quiet_by_default(start):
     _ask(url, {"prompt": []})
     httpx.get(url + "/nothing")
     assert process.end(signal.SIGTERM) == 0
-    assert process.text.removeprefix(before) == "closed with drain\nSaved state is on disk. Good bye.\n"
+    stopping, *rest = process.text.removeprefix(before).splitlines()
+    assert stopping.startswith("Stopping: ") and rest == ["closed with drain", "Saved state is on disk. Good bye."]
 
 
 def test_verbose(start):
