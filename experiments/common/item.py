@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,12 @@ class Panel:
     log_y: bool = False
     image: str = ""
     """Panels of one name share an image; the item's folder is its name when empty."""
+    here_of: str | None = None
+    """Of a panel that is run on the machine at hand: the paper's panel that it stands beside. Models and machines
+    differ, so both are shown relative to `relative_to` at the same x."""
+    relative_to: str = "HCache"
+    is_speed: bool = False
+    """y is a speed and not a time: more is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,8 @@ class Check:
     low: float
     high: float
     panels: tuple[str, ...] = ("",)
+    tolerance: float = AGREES
+    """Of the range's ends, that is forgiven."""
     why: str = ""
     """Where ours differs, and what is odd in the paper."""
 
@@ -60,12 +68,13 @@ class Check:
         return {(row.panel, row.x): row.y for row in found if row.y}
 
     def verdict(self, rows: Sequence[Row]) -> str:
-        """yes: all of ours lie in the paper's range, give or take `AGREES`, and on its side of 1; partly: some do."""
+        """yes: all of ours lie in the paper's range, give or take the tolerance, and on its side of 1; partly: some
+        do."""
         ratios = self.ratios(rows)
         if not ratios:
             return "not yet measured"
-        least = max(self.low * (1 - AGREES), min(self.low, 1.0))
-        inside = [least <= ratio <= self.high * (1 + AGREES) for ratio in ratios]
+        least = max(self.low * (1 - self.tolerance), min(self.low, 1.0))
+        inside = [least <= ratio <= self.high * (1 + self.tolerance) for ratio in ratios]
         return "yes" if all(inside) else "partly" if any(inside) else "no"
 
 
@@ -79,6 +88,8 @@ class Item:
     """What the paper says with it, in our words."""
     how: str
     """How our numbers were obtained, in a sentence."""
+    here: str = ""
+    """The same for what was run on the machine at hand; empty when nothing is."""
     panels: tuple[Panel, ...]
     checks: tuple[Check, ...] = ()
     why: str = ""
@@ -90,6 +101,15 @@ class Item:
     def key(self) -> str:
         """`fig11` of `fig11_sensitivity`."""
         return self.folder.split("_")[0]
+
+    @property
+    def is_beyond(self) -> bool:
+        """A page of ours, which the paper does not have."""
+        return not self.key.startswith(("fig", "tab"))
+
+    def is_here(self, row: Row) -> bool:
+        """Whether a row was run on the machine at hand, for a panel that says so."""
+        return any(panel.key == row.panel and panel.here_of is not None for panel in self.panels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +123,14 @@ class Context:
         """What belongs to the scale."""
         choices: Mapping[str, _Choice] = {"smoke": smoke, "small": small, "paper": paper}
         return choices[self.scale]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A piece of a run on the machine at hand; pieces that are done are kept when a run is stopped."""
+
+    key: str
+    measure: Callable[[], Iterable[Row]]
 
 
 @dataclass(frozen=True, kw_only=True)

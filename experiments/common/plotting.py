@@ -14,8 +14,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.common.here import comparable, paper_comparable
 from experiments.common.item import Item, Panel, matches
-from experiments.common.paper import paper_rows
 from experiments.common.rows import Row
 
 STYLE: Mapping[str, tuple[str, str, str]] = {
@@ -79,7 +79,7 @@ def _points(rows: Sequence[Row], factor: float) -> dict[str, dict[Any, float]]:
 
 def side_by_side(item: Item, ours: Sequence[Row]) -> dict[str, Figure]:
     """Images by name: a row of three for each panel."""
-    paper = paper_rows(item.key)
+    paper, ours = paper_comparable(item), comparable(item, ours)
     images: dict[str, list[Panel]] = {}
     for panel in item.panels:
         images.setdefault(panel.image or item.folder, []).append(panel)
@@ -96,7 +96,8 @@ def _image(item: Item, panels: Sequence[Panel], paper: Sequence[Row], ours: Sequ
         _panel_row(row, panel, [r for r in paper if r.panel == panel.key], [r for r in ours if r.panel == panel.key])
         _difference(row[2], panel, paper, ours, names)
         for axes, rows in zip(row, (paper, ours), strict=False):
-            draw_points(axes, panel, _points([r for r in rows if r.panel == panel.key], panel.y_factor), names)
+            factor = panel.y_factor if panel.here_of is None else 1.0
+            draw_points(axes, panel, _points([r for r in rows if r.panel == panel.key], factor), names)
             if panel.log_y and axes.has_data():
                 axes.set_yscale("log")
         _same_scale(row[0], row[1])
@@ -124,7 +125,7 @@ def _panel_row(row: Sequence[Axes], panel: Panel, paper: Sequence[Row], ours: Se
     row[2].set_title("difference, % of the paper's", fontsize=8, loc="left")
     for axes in row:
         axes.set_xlabel(panel.x_label)
-    row[0].set_ylabel(panel.y_label)
+    row[0].set_ylabel(panel.y_label if panel.here_of is None else f"{panel.relative_to} = 1, less is better")
     missing = {0: not paper, 1: not how, 2: not paper or not how}
     for idx, is_missing in missing.items():
         if is_missing:

@@ -10,6 +10,7 @@ machine    where it ran; of a simulated row the platform that is simulated
 versions   of Python, this package and what else decides the number
 commit     of this repository, `+` when files differed from it
 note       what a reader must know of this number
+cell       the piece of a run on this machine that made it, so that a run can go on where it stopped
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
     note: str = ""
+    cell: str = ""
 
     def __post_init__(self) -> None:
         if self.how not in HOW:
@@ -60,7 +62,7 @@ class Row:
     def of(cls, body: Any) -> Row:
         """From parsed JSON. Raises ValueError for unknown or missing fields."""
         known = {item.name for item in fields(cls)}
-        if not isinstance(body, dict) or set(body) != known:
+        if not isinstance(body, dict) or set(body) | {"cell"} != known:
             raise ValueError(f"a row must have exactly the fields {', '.join(sorted(known))}, got {body!r:.200}")
         return cls(**body)
 
@@ -85,10 +87,13 @@ def stamped(rows: Iterable[Row]) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Replaces the file."""
+    """Replaces the file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    bodies = [{name: value for name, value in asdict(row).items() if name != "cell" or value} for row in rows]
+    lines = [json.dumps(body, ensure_ascii=False) for body in bodies]
+    staged = path.with_suffix(".tmp")
+    staged.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    staged.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:

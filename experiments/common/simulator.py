@@ -77,7 +77,7 @@ def layer_timeline(cost: LayerCost, kinds: LayerKinds, num_tokens: int) -> list[
         if kind is None:
             is_last = layer_idx == num_recomputed - 1
             took_s = cost.c_hidden_s * num_tokens if is_last else cost.forward_s(0, num_tokens)
-            took_s += -(-num_tokens // CHUNK_TOKENS) * cost.c_start_s
+            took_s += -(-num_tokens // CHUNK_TOKENS) * (cost.c_start_s if is_last else cost.forward_start_s)
             done.append(_interval("compute", layer_idx, "recompute", compute_s, took_s))
             compute_s += took_s
             continue

@@ -1,6 +1,6 @@
 """Engine speed on a CPU beside transformers: prefill and decode of the same checkpoint, by dtype, batch and length.
 
-    python experiments/cpu_engine/run.py --out experiments/cpu_engine/results.jsonl
+    python -m experiments.cpu_engine.run --out experiments/cpu_engine/results.jsonl
 
 Both engines live in one process and take turns, length by length; nothing else may run. Prompts are random tokens of
 equal length. Ours prefills in ragged batches of at most 768 tokens, as the server does; transformers runs the whole
@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +19,10 @@ from typing import Any
 
 import torch
 
+from experiments.common.bench import MODELS_DIR
+from experiments.common.checkpoints import make_model
+from experiments.common.machine import machine
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine, token_tensors
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cpu_turn2.run import machine, make_model
 
 STEP_TOKENS = 768
 SHORT_TOKENS = 512
@@ -90,10 +88,9 @@ def main() -> None:
     parser.add_argument("--lengths", default="128,512,2048", help="prompt lengths in tokens")
     parser.add_argument("--batches", default="1,4", help="sequences at a time")
     parser.add_argument("--steps", type=int, default=9, help="decode steps; their median counts")
-    parser.add_argument("--models-dir", type=Path, default=Path(tempfile.gettempdir()) / "mii_hcache-models")
+    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     options = parser.parse_args()
-    options.models_dir.mkdir(parents=True, exist_ok=True)
     path = str(make_model(options.model, options.models_dir))
     from transformers import AutoModelForCausalLM
 

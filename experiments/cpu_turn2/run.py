@@ -1,7 +1,7 @@
 """Time to the first token of a second turn on a CPU: recompute, K and V, hidden states, resident.
 
-    python experiments/cpu_turn2/run.py --model demo --out experiments/cpu_turn2/demo.jsonl
-    python experiments/cpu_turn2/run.py --model 1b   --out experiments/cpu_turn2/1b.jsonl
+    python -m experiments.cpu_turn2.run --model demo --out experiments/cpu_turn2/demo.jsonl
+    python -m experiments.cpu_turn2.run --model 1b   --out experiments/cpu_turn2/1b.jsonl
 
 A history of n random tokens runs once and is saved; then the history and 32 new tokens are asked for, over and over, by
 each way. One process, one engine, no other load; medians. Restores from files read past the page cache (the kernel is
@@ -12,27 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import queue
 import random
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mii_hcache
+from experiments.common.bench import MODELS_DIR, ask
+from experiments.common.checkpoints import make_model
+from experiments.common.machine import machine
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import METHODS
 from mii_hcache.engine.measuring import forget_files
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
-from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, SamplingParams
-from mii_hcache.runtime.machine import cpu_name, num_usable_cpus
 from mii_hcache.storage.open import OpenedState, open_state
 
 NEW_TOKENS = 32
@@ -57,47 +52,6 @@ WAYS = (
     Way("hidden, file", "hidden", "none", "file"),
     Way("resident", "hidden", "lru", None),
 )
-
-
-def make_model(name: str, folder: Path) -> Path:
-    """A seeded random checkpoint: the demo model's shape, or that of a Llama with 1.1 billion parameters (MHA)."""
-    if name not in ("demo", "1b"):
-        return Path(name)
-    path = folder / name
-    if path.exists():
-        return path
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shapes = {
-        "demo": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
-        "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
-    }
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **shapes[name],
-        vocab_size=2048 if name == "demo" else 32000,
-        max_position_embeddings=16384,
-        tie_word_embeddings=False,
-    )
-    dtype = torch.float32 if name == "demo" else torch.bfloat16
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
-    return path
-
-
-def ask(service: EngineService, prompt: list[int]) -> GenerationResult:
-    """One token for a prompt."""
-    results: queue.SimpleQueue[GenerationResult] = queue.SimpleQueue()
-    service.submit(
-        GenerationRequest(
-            request_id=str(time.monotonic_ns()),
-            prompt_token_ids=prompt,
-            sampling=SamplingParams(max_new_tokens=1),
-            on_finish=results.put,
-        )
-    )
-    result = results.get()
-    assert result.error is None, result.error
-    return result
 
 
 def open_service(engine: HCacheEngine, way: Way, state: OpenedState) -> EngineService:
@@ -153,28 +107,14 @@ def measure(engine: HCacheEngine, way: Way, history: list[int], repeats: int, fo
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "cpu": cpu_name(),
-        "cores": num_usable_cpus(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "mii_hcache": mii_hcache.__version__,
-        "kind": "measured",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, 1b, or a checkpoint's folder")
     parser.add_argument("--histories", default="512,2048,8192", help="history lengths in tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--models-dir", type=Path, default=Path(tempfile.gettempdir()) / "mii_hcache-models")
+    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     options = parser.parse_args()
-    options.models_dir.mkdir(parents=True, exist_ok=True)
     engine = build_engine(str(make_model(options.model, options.models_dir)), num_blocks=1200)
     geometry = engine.geometry
     about = {

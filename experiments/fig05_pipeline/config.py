@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.common.item import Item
+from experiments.common.item import Item, Panel
 from experiments.fig12_ablation.config import COLUMNS
 
 TOKENS = 1024
@@ -14,6 +14,16 @@ TIMELINES = {
 }
 """Series and deployment of each strip."""
 
+HERE_SERIES = ("KV Offload", "HCache-O", "HCache")
+HERE = Panel(
+    key="here",
+    title="real restores",
+    x_label="method, balance of",
+    y_label="share of the time, %",
+    y_factor=100,
+    image="fig05_here",
+)
+
 ITEM = Item(
     folder="fig05_pipeline",
     title="Figure 5: a pipelined restore, layer by layer (7B, 1,024 tokens)",
@@ -21,5 +31,7 @@ ITEM = Item(
     how="simulated: the plan's own timeline on costs fitted to the paper's machines (figure 12). The paper's figure "
     "is a "
     "sketch; it has no numbers.",
-    panels=(),
+    here="what the real restorer's timelines say: reading, computing, and the bubble in which the busier of "
+    "both waits.",
+    panels=(HERE,),
 )

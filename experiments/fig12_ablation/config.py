@@ -15,6 +15,16 @@ COLUMNS: dict[str, Deployment] = {
     "A100 13B 4 SSD": fitted("A100 13B 4 SSD", "Llama2-13B", 47.7e3, "and HCache-O, which computing limits there"),
 }
 
+HERE = Panel(
+    key="here",
+    title="1,024 tokens",
+    x_label="balance of",
+    y_label="tokens/s",
+    here_of="",
+    is_speed=True,
+    image="fig12_here",
+)
+
 ITEM = Item(
     folder="fig12_ablation",
     title="Figure 12: ablation of the bubble-free scheduler",
@@ -25,7 +35,9 @@ ITEM = Item(
     "Hybrid "
     "and HCache are predictions. Cake and Auto are ours to add.",
     inputs=("Recomputation", "KV Offload", "HCache-O"),
-    panels=(Panel(title="1,024 tokens", x_label="machine", y_label="thousand tokens/s", y_factor=1e-3),),
+    panels=(Panel(title="1,024 tokens", x_label="machine", y_label="thousand tokens/s", y_factor=1e-3), HERE),
+    here="the real engine, saver, restorer and planner on a small model; reads are throttled so that, over a layer's "
+    "forward, they take as long as on each of the paper's machines.",
     checks=(
         Check(text="HCache over the naive hybrid", numerator="HCache", denominator="Naive Hybrid", low=1.28, high=1.42),
         Check(
@@ -38,5 +50,21 @@ ITEM = Item(
             "are for the two unbalanced ones.",
         ),
         Check(text="HCache over KV offload", numerator="HCache", denominator="KV Offload", low=1.45, high=2.66),
+        Check(
+            text="emulated balance: HCache over the naive hybrid",
+            numerator="HCache",
+            denominator="Naive Hybrid",
+            low=1.28,
+            high=1.42,
+            panels=("here",),
+        ),
+        Check(
+            text="emulated balance: HCache over KV offload",
+            numerator="HCache",
+            denominator="KV Offload",
+            low=1.45,
+            high=2.66,
+            panels=("here",),
+        ),
     ),
 )

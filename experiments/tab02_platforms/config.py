@@ -11,6 +11,7 @@ ITEM = Item(
     title="Table 2: datasheet rates (paper) and the effective rates that our simulations assume",
     claim="five GPUs whose computing and transfer are balanced differently",
     how="not measured: the effective rates in core/platforms.py, which every simulated row uses.",
+    here="a large 16-bit product, and a large copy.",
     inputs=("datasheet",),
     panels=(
         Panel(key="a", title="16-bit products", x_label="GPU", y_label="TFLOP/s", y_factor=1e-12),

@@ -94,7 +94,19 @@ def test_every_folder_is_complete(item):
 def test_recorded_results_are_of_this_schema(item):
     for one in read_rows(ROOT / "experiments" / item.folder / "results.jsonl"):
         assert one.figure == item.key and one.how != "paper" and one.commit
-        assert not item.panels or one.panel in {panel.key for panel in item.panels}
+        keys = {panel.key for panel in item.panels if panel.key != "here"}
+        assert not keys or one.panel in keys
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=FOLDERS)
+def test_what_ran_on_a_machine_says_where_and_how(item):
+    for path in (ROOT / "experiments" / item.folder).glob("here-*.jsonl"):
+        rows = read_rows(path)
+        assert rows and runner.has_here(item)
+        for one in rows:
+            assert one.figure == item.key and one.how in ("measured", "emulated") and one.commit and one.cell
+            assert one.panel in {panel.key for panel in item.panels}
+            assert one.y is None or one.machine
 
 
 @pytest.mark.parametrize("key", ["fig11", "fig12", "tab03"])
