@@ -119,7 +119,8 @@ def _handle(series: str, names: Sequence[str], is_line: bool) -> Any:
 
 def _panel_row(row: Sequence[Axes], panel: Panel, paper: Sequence[Row], ours: Sequence[Row]) -> None:
     how = ", ".join(dict.fromkeys(r.how for r in ours if r.y is not None))
-    label = f"({panel.key}) {panel.title}" if panel.key else panel.title
+    name = panel.key.removesuffix("here").removesuffix("-")
+    label = f"({name}) {panel.title}" if name else panel.title
     row[0].set_title(f"{label}: paper", fontsize=8, loc="left")
     row[1].set_title(f"ours, {how}" if how else "ours", fontsize=8, loc="left")
     row[2].set_title("difference, % of the paper's", fontsize=8, loc="left")

@@ -19,6 +19,9 @@ _LIKE = {"hidden": "HCache", "kv": "KV Offload", "recompute": "Recomputation"}
 
 def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """One image, and one of the machine at hand."""
+    strips = [row for row in rows if row.panel in TIMELINES]
+    if not strips:
+        return side_by_side(ITEM, rows)
     figure, grid = pyplot.subplots(len(TIMELINES), 1, figsize=(9, 6.5), layout="constrained")
     for axes, panel in zip(grid, TIMELINES, strict=True):
         ours = {(row.series, row.x): row.y for row in rows if row.panel == panel and row.y is not None}
@@ -30,7 +33,7 @@ def draw(rows: Sequence[Row]) -> dict[str, Figure]:
                 place = 1 if resource == "read" else 0
                 axes.barh(place, 1e3 * took_s, left=1e3 * start_s, color=colour, edgecolor="white", linewidth=0.4)
         axes.set_yticks([0, 1], ["compute", "read"])
-        axes.set_xlim(0, 1.02e3 * max(row.y or 0.0 for row in rows if row.panel in TIMELINES))
+        axes.set_xlim(0, 1.02e3 * max(row.y or 0.0 for row in strips))
         axes.set_title(f"{panel}: {1e3 * max(ours.values()):.1f} ms (simulated)", fontsize=8, loc="left")
     grid[-1].set_xlabel("ms")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=style_of(name, [])[0]) for name in _LIKE.values()]

@@ -170,8 +170,11 @@ class RestorePolicy:
         records: Sequence[SpanRecord],
         now_s: float,
     ) -> None:
-        """Where prefilling would have been faster, count reads as what they took, and dearer until the plan changes."""
+        """Where prefilling would have been faster, count reads as what they took, and dearer until the plan changes. A
+        method that is not free to choose does what it is known for: it is not taught better."""
         assert self.estimate is not None and choice.plan is not None
+        if not self.method.is_free:
+            return
         cost = self.estimate.cost(choice.tiers, now_s)
         prefill_s = self._prefill_s(cost, choice.plan.num_tokens)
         if observed_s <= prefill_s or choice.is_prefill:

@@ -96,6 +96,15 @@ def test_a_restore_that_prefilling_beats_changes_the_next_plan():
     assert policy.estimate.factors["read fake"] > 1
 
 
+def test_a_baseline_is_what_it_is_known_for():
+    policy = _policy(method="naive-hybrid")
+    for _ in range(20):
+        choice, restore, records = _restored(policy, read_s=0.005)
+        policy.learn(choice, restore, records)
+    assert policy._counters.get("regretted_restores_total") == 0
+    assert policy.estimate.penalty("fake", 0.0) == 1.0 and not policy.choose(records, choice.tiers).is_prefill
+
+
 def test_a_restore_that_was_worth_it_is_planned_again():
     costs = LayerCost(io_hidden_s=1e-3, io_kv_s=2e-3, c_hidden_s=1e-5, c_kv_s=1e-6, c_token_s=1.0)
     policy = _policy(costs=costs)
