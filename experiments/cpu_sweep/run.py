@@ -41,8 +41,8 @@ def line(mb_per_s: float, outcome: Outcome) -> str:
     planned = "" if outcome.planned_s is None else f"planned {outcome.planned_s:.3f} s ({outcome.profiled_s:.3f})"
     return (
         f"{mb_per_s:6g} MB/s  {outcome.method:18s} {outcome.stored:24s} {outcome.restore_s:7.3f} s  {planned:24s} "
-        f"io {outcome.io_s:6.3f}  compute {outcome.compute_s:6.3f}  bubble {outcome.bubble_s:6.3f}  "
-        f"recomputed {outcome.recomputed_tokens:5d}  {outcome.ways}"
+        f"io {outcome.io_s:6.3f}  compute {outcome.compute_s:6.3f}  bubble {outcome.bubble_s / outcome.restore_s:4.0%} "
+        f" recomputed {outcome.recomputed_tokens:5d}  {outcome.ways}"
     )
 
 
@@ -88,6 +88,8 @@ def main() -> None:
                 best = min(others, key=lambda outcome: outcome.restore_s)
                 ratio = mine[0].restore_s / best.restore_s
                 print(f"        auto over the best other ({best.method}): {ratio:.3f}", flush=True)
+            errors = [abs(one.restore_s / one.planned_s - 1) for one in outcomes if one.planned_s]
+            print(f"        restores differ from their plans by at most {max(errors, default=0.0):.0%}", flush=True)
 
 
 if __name__ == "__main__":
