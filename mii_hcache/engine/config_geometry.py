@@ -15,15 +15,16 @@ _GATED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", 
 
 def read_config(model: str) -> Any:
     """The transformers config of a checkpoint's folder, of a `config.json`, or of a hub id. Raises ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"model must be a folder with a config.json, or that file, got {model!r}: {reason}"
+            f"model must be a folder with a config.json, that file, or a hub id, got {model!r}: {reason}"
         ) from error
 
 

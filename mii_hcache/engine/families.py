@@ -164,14 +164,20 @@ class DecoderPolicy(InferenceV2Policy):  # type: ignore[misc]
 
 def policy_for(config: Any, checkpoint_engine: Any) -> InferenceV2Policy:
     """The policy that builds the model. Raises UnsupportedModelError with the reason and what can be served."""
-    served = "; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())
+    reason = refusal_of(config)
+    if reason is not None:
+        served = "; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())
+        raise UnsupportedModelError(f"{reason}. Served: {served}")
+    return DecoderPolicy(config, checkpoint_engine=checkpoint_engine)
+
+
+def refusal_of(config: Any) -> str | None:
+    """Why a model is not served, from its transformers config; None when it is."""
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModelError(f"model type {config.model_type!r} is not served. Served: {served}")
+        return f"model type {config.model_type!r} is not served"
     try:
         reason = family.refusal(config)
     except UnsupportedModelError as error:
         reason = str(error)
-    if reason is not None:
-        raise UnsupportedModelError(f"this {config.model_type} model is not served: {reason}. Served: {served}")
-    return DecoderPolicy(config, checkpoint_engine=checkpoint_engine)
+    return None if reason is None else f"this {config.model_type} model is not served: {reason}"

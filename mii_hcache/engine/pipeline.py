@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -246,7 +247,13 @@ def pipeline(
 
     from mii_hcache.engine.open import open_service  # not above: the import must stay light
 
-    opened = open_service(config)
+    opened = open_service(config, progress=_tell_of_measuring)
     for note in opened.notes:
         _log.info(note)
     return Pipeline(opened)
+
+
+def _tell_of_measuring(what: str, num_done: int, num_all: int) -> None:
+    """The one thing that a caller would wonder about: seconds, once for a model and a machine."""
+    if what.startswith("measuring"):
+        print(f"mii_hcache: {what}", file=sys.stderr, flush=True)

@@ -265,6 +265,7 @@ def build_engine(
 
     compat.install()
     from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
+    from huggingface_hub.errors import StrictDataclassError
 
     from mii_hcache.engine.families import policy_for
 
@@ -273,7 +274,7 @@ def build_engine(
         raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
     try:
         checkpoint = HuggingFaceCheckpointEngine(model_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
     config = checkpoint.model_config
     config.dtype = _pick_dtype(dtype, getattr(config, "dtype", None))

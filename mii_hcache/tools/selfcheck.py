@@ -21,7 +21,6 @@ from mii_hcache.config import DTYPE_NAMES
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import default_method
 from mii_hcache.errors import ConfigError, HCacheError
-from mii_hcache.tools.checkpoint import read_config
 from mii_hcache.tools.conversation import ANSWER_TOKENS, MESSAGE_TOKENS, least_history_tokens
 from mii_hcache.tools.injection import Injection
 from mii_hcache.tools.progress import Progress
@@ -146,6 +145,7 @@ def _measure(
 
 
 def _load(options: argparse.Namespace, directory: Path) -> HCacheEngine:
+    from mii_hcache.engine.config_geometry import read_config
     from mii_hcache.engine.ragged_engine import build_engine
 
     model = options.model
@@ -155,7 +155,7 @@ def _load(options: argparse.Namespace, directory: Path) -> HCacheEngine:
         model = str(ensure_demo_model(directory))
     block_size = 16
     longest = max(*options.history, least_history_tokens(options.turns)) + MESSAGE_TOKENS + ANSWER_TOKENS + 1
-    most = read_config(model).get("max_position_embeddings")  # no pool for what the model cannot hold
+    most = getattr(read_config(model), "max_position_embeddings", None)  # no pool for what the model cannot hold
     longest = min(longest, most) if isinstance(most, int) else longest
     return build_engine(
         model,

@@ -12,7 +12,6 @@ from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import default_method
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.machine import package_version
-from mii_hcache.tools.checkpoint import geometry_of, read_config
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
 
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "safetensors", "tokenizers", "crc32c")
@@ -106,6 +105,8 @@ def _families() -> Finding:
 
 def _method(model: str | None) -> Finding:
     """What is saved by default, and what each way weighs."""
+    from mii_hcache.engine.config_geometry import dtype_of_config, geometry_of_config, read_config
+
     if model is None:
         from mii_hcache.engine.demo_model import ensure_demo_model
 
@@ -118,12 +119,15 @@ def _method(model: str | None) -> Finding:
         except ConfigError as error:
             return problem("method", str(error), "check --model", prevents_serving=True)
         name = model
-    from mii_hcache.engine.families import FAMILIES
+    from mii_hcache.engine.families import FAMILIES, refusal_of
 
-    if config.get("model_type") not in FAMILIES:
-        reason = f"{name} is of type {config.get('model_type')!r}, which is not served"
+    reason = refusal_of(config)
+    if reason is not None:
         return problem("method", reason, f"choose one of {', '.join(FAMILIES)}", prevents_serving=True)
-    geometry = geometry_of(config)
+    try:
+        geometry = geometry_of_config(config, dtype_of_config(config))
+    except ConfigError as error:
+        return problem("method", str(error), "check --model", prevents_serving=True)
     hidden, kv = (geometry.bytes_per_token(kind) / 1024 for kind in (ChunkKind.HIDDEN, ChunkKind.KV))
     method = default_method(geometry)
     return ok(

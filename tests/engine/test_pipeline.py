@@ -407,7 +407,7 @@ def test_miis_name_for_the_model(monkeypatch):
     opened: list[mii_hcache.HCacheConfig] = []
     import mii_hcache.engine.open as opening
 
-    def refuse(config: mii_hcache.HCacheConfig) -> None:
+    def refuse(config: mii_hcache.HCacheConfig, progress: object) -> None:
         opened.append(config)
         raise ConfigError("far enough")
 

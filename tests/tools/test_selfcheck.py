@@ -126,7 +126,7 @@ def test_the_table_names_the_machine_and_the_verdict(tiny_model, tmp_path, capsy
 def test_what_cannot_be_run_is_refused(tiny_model, tmp_path, capsys):
     model = str(tiny_model("llama"))
     for options, complaint in (
-        (["--model", str(tmp_path / "nothing")], "cannot be looked up"),
+        (["--model", str(tmp_path / "nothing")], "must be a folder with a config.json"),
         (["--model", model, "--state-dir", __file__], "cannot be written"),
         (["--model", model, "--inject", "rain"], "swap-rows"),
         (["--model", model, "--turns", "200"], "take fewer"),
