@@ -81,7 +81,9 @@ def h2d_bytes_per_s(adapter: EngineAdapter, repeats: int = 9) -> float:
     num_bytes = MAX_TILE_SPANS * adapter.geometry.chunk_bytes(ChunkKind.KV)
     source = host_empty(num_bytes, dtype=torch.uint8)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=adapter.device)
-    return num_bytes / _Stopwatch(adapter.device, repeats).least_s(lambda: target.copy_(source, non_blocking=True))
+    return num_bytes / _Stopwatch(adapter.device, repeats).least_s(
+        lambda: target.copy_(source, non_blocking=True), pauses=False
+    )
 
 
 class _Stopwatch:
@@ -93,23 +95,20 @@ class _Stopwatch:
         self.spread = 1.0
         """How many times longer a typical call was than the fastest, at worst."""
 
-    def typical_s(self, action: Callable[[], object]) -> float:
-        """The median, with a pause as long as the call before it: a restore's pieces wait for reads, and meanwhile
-        others take the caches. On a CPU a projection takes a tenth more after 5 ms than in a loop, and half as much
-        again after 20 ms."""
-        times_s = self._times_s(action, self._repeats, pauses=True)
-        middle_s = statistics.median(times_s)
-        if len(times_s) >= 3:
-            self.spread = max(self.spread, middle_s / min(times_s))
-        return middle_s
+    def least_s(self, action: Callable[[], object], *, pauses: bool = True) -> float:
+        """The least: others on the machine only ever add, and differences of anything else are noise.
 
-    def least_s(self, action: Callable[[], object]) -> float:
-        """The least, one call right after the other: others on the machine only ever add."""
-        return min(self._times_s(action, self._repeats, pauses=False))
+        `pauses` waits as long as the call before took: a restore's pieces wait for reads, and meanwhile others take the
+        caches. On a CPU a projection takes a tenth more after 5 ms than in a loop, and half as much again after 20.
+        """
+        times_s = self._times_s(action, pauses)
+        if pauses and len(times_s) >= 3:
+            self.spread = max(self.spread, statistics.median(times_s) / min(times_s))
+        return min(times_s)
 
-    def _times_s(self, action: Callable[[], object], repeats: int, *, pauses: bool) -> list[float]:
+    def _times_s(self, action: Callable[[], object], pauses: bool) -> list[float]:
         times_s: list[float] = []
-        while len(times_s) <= repeats and (len(times_s) < 2 or sum(times_s) < ENOUGH_S):
+        while len(times_s) <= self._repeats and (len(times_s) < 2 or sum(times_s) < ENOUGH_S):
             if pauses and times_s:
                 time.sleep(min(PAUSE_S, times_s[-1]))
             self.settle()
@@ -156,14 +155,14 @@ class _Computing:
         """What does not depend on a store; reading costs nothing here."""
         for _ in self.adapter.geometry.saved_layers(ChunkKind.KV):
             self.place()  # so that forwards attend to numbers
-        typical_s = self.watch.typical_s
-        small_s, large_s = typical_s(lambda: self.project(SPAN_TOKENS)), typical_s(self.project)
+        least_s = self.watch.least_s
+        small_s, large_s = least_s(lambda: self.project(SPAN_TOKENS)), least_s(self.project)
         c_hidden_s = max(0.0, large_s - small_s) / (TILE_TOKENS - SPAN_TOKENS) or large_s / TILE_TOKENS
         cost = LayerCost(
             io_hidden_s=0.0,
             io_kv_s=0.0,
             c_hidden_s=c_hidden_s,
-            c_kv_s=typical_s(self.place) / TILE_TOKENS,
+            c_kv_s=least_s(self.place) / TILE_TOKENS,
             c_token_s=0.0,
             c_start_s=max(0.0, small_s - SPAN_TOKENS * c_hidden_s),
         )
@@ -176,14 +175,15 @@ class _Computing:
         far = self._num_tokens - chunk
 
         def fill_s(start: int, num_tokens: int, num_layers: int) -> float:
-            return self.watch.typical_s(lambda: self._target.fill(start, ids[:num_tokens], num_layers))
+            return self.watch.least_s(lambda: self._target.fill(start, ids[:num_tokens], num_layers))
 
         if num_whole == 0:
             return replace(cost, c_token_s=fill_s(0, chunk, 1) / chunk)
 
         def layer_s(start: int, num_tokens: int) -> float:
+            all_s = fill_s(start, num_tokens, num_whole + 1)
             embedded_s = fill_s(start, num_tokens, 1)  # the embedding, and the projection of the last layer
-            return (fill_s(start, num_tokens, num_whole + 1) - embedded_s) / num_whole
+            return (all_s - min(embedded_s, all_s / 2)) / num_whole  # more than half is noise
 
         near_s = layer_s(0, chunk)
         c_attention_s = max(0.0, layer_s(far, chunk) - near_s) / (chunk * far)
@@ -195,7 +195,7 @@ class _Computing:
         large_s, small_s = linear_s(near_s, chunk), linear_s(layer_s(0, few), few)
         large_s = max(large_s, 0.05 * near_s)
         slope_s = (large_s - small_s) / (chunk - few)
-        c_token_s = min(large_s / chunk, max(slope_s, 0.05 * large_s / chunk))
+        c_token_s = min(large_s / chunk, max(slope_s, 0.25 * large_s / chunk))
         return replace(
             cost,
             c_attention_s=c_attention_s,
@@ -282,7 +282,7 @@ def _with_reads(base: LayerCost, computing: _Computing, saved: _Saved, repeats: 
             num_rows = saved.read(kind)
             times_s.append((time.perf_counter() - started_s) / max(1, num_rows))
         alone_s[kind] = min(times_s)
-    project_alone_s = computing.watch.least_s(computing.project)
+    project_alone_s = computing.watch.least_s(computing.project, pauses=False)
     read_s, project_s = _together(computing, saved, least_s=max(0.05, 4 * project_alone_s))
     io_slowdown = read_s / alone_s[ChunkKind.HIDDEN] if read_s else 1.0
     return replace(
