@@ -23,6 +23,7 @@ import torch
 from experiments.common.checkpoints import make_model
 from experiments.common.item import Cell, Context, Panel
 from experiments.common.models import METHOD_OF, Deployment
+from experiments.common.random_weights import random_engine
 from experiments.common.rows import Row
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import LayerCost
@@ -35,7 +36,6 @@ from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, RestoreReport, SamplingParams
 from mii_hcache.runtime.machine import device_name, num_usable_cpus
 from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, profile_layer
-from mii_hcache.runtime.restore import ALONE_FILL_TOKENS
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.throttled import ThrottledStore
@@ -225,11 +225,10 @@ def race(
     return [contender.outcome() for contender in contenders]
 
 
-def emulated_bandwidth(cost: LayerCost, geometry: ModelGeometry, deployment: Deployment) -> float:
-    """Bytes per second at which K and V of a token take as long to read, over a layer's forward of this machine
-    (`cost`), as on the deployment."""
+def emulated_bandwidth(token_s: float, geometry: ModelGeometry, deployment: Deployment) -> float:
+    """Bytes per second at which K and V of a token take as long to read, over a layer's forward of a token on this
+    machine (`token_s`), as on the deployment."""
     balance = deployment.cost.io_kv_s / deployment.cost.token_s(PLATFORM_TOKENS)
-    token_s = cost.spread(ALONE_FILL_TOKENS).token_s(PLATFORM_TOKENS)
     return geometry.row_bytes(ChunkKind.KV) / (balance * token_s)
 
 
@@ -256,7 +255,7 @@ class Bench:
         """On a GPU the platform's own rate, elsewhere the one of the same balance."""
         if self.is_gpu:
             return deployment.geometry.row_bytes(ChunkKind.KV) / deployment.cost.io_kv_s
-        return emulated_bandwidth(base_cost(self), self.engine.geometry, deployment)
+        return emulated_bandwidth(_token_s(self), self.engine.geometry, deployment)
 
     def rows(
         self,
@@ -302,7 +301,17 @@ def bench_of(context: Context) -> Bench | None:
 
 @lru_cache(maxsize=1)
 def _engine(model: str) -> HCacheEngine:
+    if model.startswith("llama2"):
+        return random_engine(model, dtype="float16", num_blocks=1060)
     return build_engine(str(make_model(model, MODELS_DIR)), num_blocks=1060)
+
+
+@lru_cache(maxsize=4)
+def _token_s(bench: Bench) -> float:
+    """Of a layer, from whole prefills: they vary less with what else runs than a profile's differences do."""
+    from experiments.common.steps import prefill_s  # not above: it needs this module
+
+    return prefill_s(bench.engine, PLATFORM_TOKENS) / (PLATFORM_TOKENS * bench.engine.geometry.num_layers)
 
 
 @lru_cache(maxsize=4)

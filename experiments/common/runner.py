@@ -12,6 +12,7 @@ An item computes (`run.py`: arithmetic, simulation, files) and some also run the
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("items", nargs="*", help="fig11, tab03, ... or all (default)")
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="how much: seconds, a minute, all (minutes)")
     parser.add_argument("--data", type=Path, help="folder with the published data sets (else $MII_HCACHE_DATA)")
+    parser.add_argument("--model", help="a checkpoint's folder with real weights, for exactness (else $MII_HCACHE_MODEL)")
     parser.add_argument("--out", type=Path, help="results and images (default: build/reproduce/SCALE)")
     parser.add_argument(
         "--record",
@@ -158,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.record and options.scale == "smoke" and not options.no_here and not options.only_plots:
         parser.error("--record keeps no smoke results of this machine: add --scale small, or --no-here")
+    if options.model:
+        os.environ["MII_HCACHE_MODEL"] = options.model
     context = Context(scale=options.scale, data=data_folder(options.data))
     computed = replace(context, scale="paper") if options.record else context
     out = options.out or ROOT / "build" / "reproduce" / options.scale

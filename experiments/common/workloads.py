@@ -29,6 +29,8 @@ LEVAL_TASKS = {"Paper Assistant": "paper_assistant", "GSM-100": "gsm100", "QuALI
 MEAN_PROMPT_TOKENS, MEAN_OUTPUT_TOKENS = 66.8, 358.8
 """Of a ShareGPT4 round, as the paper prints them."""
 _BIN_TOKENS = 512
+_GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, lie evenly in [0, 1) however many there are."""
 
 
 class MissingData(Exception):
@@ -61,6 +63,15 @@ class Question:
     context_tokens: int
     input_tokens: int
     output_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document of L-Eval, in words."""
+
+    text: str
+    questions: tuple[tuple[str, str], ...]
+    """Each with its reference answer."""
 
 
 def data_folder(given: Path | None) -> Path | None:
@@ -123,6 +134,18 @@ def _leval_task(task: str, path: Path, count: Callable[[str], int]) -> Iterator[
                 input_tokens=count(instruction),
                 output_tokens=count(output),
             )
+
+
+def leval_documents(data: Path | None, task: str) -> list[Document]:
+    """One task's documents, by L-Eval's name of the task. Raises MissingData."""
+    path = _found(data, f"{task}.jsonl")
+    if path is None:
+        raise MissingData(f"needs L-Eval: put {task}.jsonl (Hugging Face L4NLP/LEval) in the folder that --data names")
+    bodies = [json.loads(line) for line in _text(path).splitlines()]
+    return [
+        Document(text=body["input"], questions=tuple(zip(body["instructions"], body["outputs"], strict=True)))
+        for body in bodies
+    ]
 
 
 def sharegpt_turns(data: Path | None) -> list[list[tuple[str, int]]]:
@@ -203,3 +226,44 @@ def synthetic_sessions(num_rounds: int, rounds_per_s: float, *, seed: int) -> li
         start_s += arrivals.expovariate(sessions_per_s)
         timed.append(Session(start_s=start_s, rounds=rounds))
     return timed
+
+
+def midway_sessions(num_rounds: int, rounds_per_s: float, *, rounds_each: int, seed: int) -> list[Session]:
+    """Poisson sessions of at most `rounds_each` rounds that go on with a conversation from a round that was drawn from
+    all rounds: their histories are figure 3b's from the first second on, without waiting for them to grow. Few sessions
+    are spread over its short and long ones as evenly as many. The rounds of a seed are the same at every rate."""
+    rng, reach = random.Random(seed), survival()
+    conversations = [synthetic_rounds(rng, reach) for _ in range(max(400, num_rounds))]
+    starts = [(idx, start) for idx, rounds in enumerate(conversations) for start in range(len(rounds))]
+    starts.sort(key=lambda place: conversations[place[0]][place[1]].history_tokens)
+    chosen: list[tuple[Round, ...]] = []
+    share = rng.random()
+    while sum(map(len, chosen)) < num_rounds:
+        share = (share + _GOLDEN) % 1
+        idx, start = starts[int(share * len(starts))]
+        left = num_rounds - sum(map(len, chosen))
+        chosen.append(conversations[idx][start : start + min(rounds_each, left)])
+    sessions_per_s = rounds_per_s * len(chosen) / num_rounds
+    arrivals, start_s, timed = random.Random(seed + 1), 0.0, []
+    for rounds in chosen:
+        start_s += arrivals.expovariate(sessions_per_s)
+        timed.append(Session(start_s=start_s, rounds=rounds))
+    return timed
+
+
+def scaled(
+    sessions: Sequence[Session], *, tokens: float = 1.0, time: float = 1.0, least_output_tokens: int = 1
+) -> list[Session]:
+    """The same sessions with lengths and start times multiplied, so that they suit a small model or a slow machine.
+    Nothing gets shorter than a token, and a history is still what was said before it."""
+    made = []
+    for session in sessions:
+        history = round(tokens * session.rounds[0].history_tokens) if session.rounds else 0
+        rounds = []
+        for one in session.rounds:
+            prompt = max(1, round(tokens * one.prompt_tokens))
+            output = max(least_output_tokens, round(tokens * one.output_tokens))
+            rounds.append(Round(history_tokens=history, prompt_tokens=prompt, output_tokens=output))
+            history += prompt + output
+        made.append(Session(start_s=time * session.start_s, rounds=tuple(rounds)))
+    return made

@@ -115,11 +115,10 @@ def test_smoke_results_are_not_recorded(capsys):
 
 def test_an_emulated_platform_has_its_balance():
     bench = bench_of(Context(scale="smoke"))
-    here = LayerCost(io_hidden_s=0, io_kv_s=0, c_hidden_s=1e-6, c_token_s=2e-6, c_attention_s=1e-9)
     platform = deployed("Llama2-7B", PLATFORMS["a100-4ssd"])
-    rate = emulated_bandwidth(here, bench.engine.geometry, platform)
+    rate = emulated_bandwidth(2e-6, bench.engine.geometry, platform)
     io_s = bench.engine.geometry.row_bytes(ChunkKind.KV) / rate
-    assert io_s / here.token_s(1024) == pytest.approx(platform.cost.io_kv_s / platform.cost.token_s(1024))
+    assert io_s / 2e-6 == pytest.approx(platform.cost.io_kv_s / platform.cost.token_s(1024))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
