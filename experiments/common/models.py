@@ -57,11 +57,13 @@ class Deployment:
     cost: LayerCost
     basis: str
     """Where the costs come from, for the notes of rows."""
+    shape: ModelGeometry | None = None
+    """Of a model that the paper does not have."""
 
     @property
     def geometry(self) -> ModelGeometry:
         """Of the model."""
-        return MODELS[self.model]
+        return self.shape or MODELS[self.model]
 
 
 def with_ssds(platform: HardwareProfile, num_ssds: int) -> HardwareProfile:

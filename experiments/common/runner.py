@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("items", nargs="*", help="fig11, tab03, ... or all (default)")
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="how much: seconds, a minute, all (minutes)")
     parser.add_argument("--data", type=Path, help="folder with the published data sets (else $MII_HCACHE_DATA)")
-    parser.add_argument("--model", help="a checkpoint's folder with real weights, for exactness (else $MII_HCACHE_MODEL)")
+    parser.add_argument("--model", help="folder of real weights, for exactness (else $MII_HCACHE_MODEL)")
     parser.add_argument("--out", type=Path, help="results and images (default: build/reproduce/SCALE)")
     parser.add_argument(
         "--record",

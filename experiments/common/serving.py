@@ -36,6 +36,8 @@ class Server:
     step_start_s: float
     """Of a step, besides what its tokens cost: launches and the host's share."""
     budget_tokens: int = CHUNK_TOKENS
+    restores_get: float = MOST_OF_THE_GPU
+    """Most of the computing time that restores take from steps."""
 
     @property
     def weights_s(self) -> float:
@@ -195,7 +197,7 @@ class _Run:
         """`work_s` of GPU time for the step, shared with the restores that run meanwhile."""
         while work_s > 0 and self.restoring:
             head = self.restoring[0]
-            share = min(head.restore_share, MOST_OF_THE_GPU)
+            share = min(head.restore_share, self.server.restores_get)
             rate = share / head.restore_share if head.restore_share else 1.0
             took_s = min(work_s / (1 - share), head.restore_left_s / rate)
             work_s -= took_s * (1 - share)

@@ -118,6 +118,7 @@ class Answering:
             pieces=bool(body.stream),
             echo=isinstance(body, CompletionBody) and bool(body.echo),
             num_top_logprobs=body.num_top_logprobs,
+            token_ids=bool(body.return_token_ids),
             nothing_new=body.num_answer_tokens == 0,
         )
         replies = Replies(
@@ -125,6 +126,7 @@ class Answering:
             model=self.model_name,
             with_usage=body.include_usage,
             logprobs=self._logprobs_json(body),
+            prompt_ids=[prompt.token_ids for prompt in prompts] if wanted.token_ids else None,
         )
         sampling = [self._sampling(body, prompt, default_tokens) for prompt in prompts]
         generations = Generations(
@@ -220,8 +222,13 @@ class Answering:
                     yield await _piece_event(replies, event)
                     continue
                 finished.append(event)
-                if event.last_piece or event.last_scored:
-                    last = Piece(answer_idx=event.answer_idx, text=event.last_piece, scored=event.last_scored)
+                if event.last_piece or event.last_scored or event.last_token_ids:
+                    last = Piece(
+                        answer_idx=event.answer_idx,
+                        text=event.last_piece,
+                        scored=event.last_scored,
+                        token_ids=event.last_token_ids,
+                    )
                     yield await _piece_event(replies, last)
                 for chunk in replies.closing_chunks(finished, num_answers=generations.num_answers):
                     yield sse(chunk)

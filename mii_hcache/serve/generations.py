@@ -39,6 +39,10 @@ class Finished:
     """Tokens of `text`, when logprobs are wanted."""
     last_scored: Sequence[Scored] = ()
     """Those that no `Piece` carried."""
+    token_ids: Sequence[int] | None = None
+    """All that were generated, when they are wanted."""
+    last_token_ids: Sequence[int] = ()
+    """Those that no `Piece` carried."""
 
 
 class _Place:
@@ -152,6 +156,7 @@ class Generations:
     def _finished(self, end: End) -> Finished:
         answer, wanted = end.answer, self._wanted
         scored = answer.scored[: answer.text.num_shown_tokens] if wanted.logprobs else ()
+        token_ids = None if not wanted.token_ids else () if wanted.nothing_new else end.result.token_ids
         return Finished(
             answer_idx=answer.answer_idx,
             prompt=answer.prompt,
@@ -163,6 +168,8 @@ class Generations:
             echo=answer.echo() if wanted.echo else None,
             scored=scored,
             last_scored=scored[end.num_told :],
+            token_ids=token_ids,
+            last_token_ids=() if token_ids is None else token_ids[end.num_told_ids :],
         )
 
     def _post(self, event: Piece | End) -> None:

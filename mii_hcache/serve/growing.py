@@ -23,6 +23,8 @@ class Wanted:
     """The prompt is shown first, as if it were a part of the answer."""
     num_top_logprobs: int | None = None
     """None: no logprobs."""
+    token_ids: bool = False
+    """Tell which tokens were generated; a piece for each, also when it adds no text."""
     nothing_new: bool = False
     """What is generated is dropped (an engine generates at least one token)."""
 
@@ -58,6 +60,8 @@ class Piece:
     text: str
     scored: Sequence[Scored] = ()
     """Tokens that are seen for the first time, when logprobs are wanted."""
+    token_ids: Sequence[int] = ()
+    """Generated since the last piece, when they are wanted: ahead of the text where that is held back."""
     is_prompt: bool = False
     """The echo."""
 
@@ -72,6 +76,8 @@ class End:
     """The end of the text that no `Piece` carried."""
     num_told: int
     """Scored tokens that a `Piece` carried."""
+    num_told_ids: int
+    """Token ids that a `Piece` carried."""
 
 
 class GrowingAnswer:
@@ -105,7 +111,7 @@ class GrowingAnswer:
         self.failure: Exception | None = None
         self._wanted = wanted
         self._post = post
-        self._num_told = 0
+        self._num_told = self._num_told_ids = 0
         self._logprob: TokenLogprob | None = None
         """Of the token that comes next."""
 
@@ -150,8 +156,11 @@ class GrowingAnswer:
         except Exception as error:  # must not reach the engine: it ends this answer only
             self.failure = error
             return True
-        if piece and self._wanted.pieces:
-            self._post(Piece(answer_idx=self.answer_idx, text=piece, scored=self._newly_seen()))
+        if self._wanted.pieces and (piece or self._wanted.token_ids):
+            token_ids = (token_id,) if self._wanted.token_ids else ()
+            self._num_told_ids += len(token_ids)
+            scored = self._newly_seen() if piece else ()
+            self._post(Piece(answer_idx=self.answer_idx, text=piece, scored=scored, token_ids=token_ids))
         return self.text.stopped
 
     def _on_finish(self, result: GenerationResult) -> None:
@@ -161,7 +170,15 @@ class GrowingAnswer:
                 last_piece = self.text.finish()
         except Exception as error:
             self.failure = error
-        self._post(End(answer=self, result=result, last_piece=last_piece, num_told=self._num_told))
+        self._post(
+            End(
+                answer=self,
+                result=result,
+                last_piece=last_piece,
+                num_told=self._num_told,
+                num_told_ids=self._num_told_ids,
+            )
+        )
 
     def _newly_seen(self) -> Sequence[Scored]:
         if not self._wanted.logprobs:

@@ -150,6 +150,8 @@ class GenerationBody(BaseModel):
     ignore_eos: bool | None = None
     """Go on to `max_tokens` or a stop string (not in OpenAI's API; benchmarks send it)."""
     min_tokens: int | None = Field(None, ge=0)
+    return_token_ids: bool | None = None
+    """Tell the ids of the prompt's and the answer's tokens (vLLM's name for it)."""
     cache_salt: str | None = Field(None, max_length=1024)
     """Requests with different salts never share saved state (vLLM's name for it)."""
 

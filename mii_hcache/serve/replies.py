@@ -70,14 +70,24 @@ def _union(names: Sequence[str | None]) -> str | None:
 class Replies:
     """Builds what is sent for one request: a whole reply, or the chunks of a stream."""
 
-    def __init__(self, *, chat: bool, model: str, with_usage: bool, logprobs: LogprobsJson | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        chat: bool,
+        model: str,
+        with_usage: bool,
+        logprobs: LogprobsJson | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """`with_usage`: of a stream (`stream_options.include_usage`); a whole reply always has it. `logprobs`: how
-        they are written, when they are wanted."""
+        they are written, when they are wanted. `prompt_ids`: of each prompt, when token ids are wanted; they stand
+        where vLLM puts them: in the reply of a chat, in the choice of a completion."""
         self.request_id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
         self._chat = chat
         self._model = model
         self._with_usage = with_usage
         self._logprobs = logprobs
+        self._prompt_ids = prompt_ids
         self._created = int(time.time())
 
     def whole(self, finished: Sequence[Finished]) -> Json:
@@ -89,21 +99,30 @@ class Replies:
             if self._chat:
                 content = {"message": {"role": "assistant", "content": end.text, "refusal": None}}
             choices.append(self._choice(end.answer_idx, content, scored, finish_reason=end.finish_reason))
+            if end.token_ids is not None:
+                choices[-1] |= {"token_ids": list(end.token_ids), **self._prompt_of_choice(end.answer_idx)}
             if len(finished) > 1:
                 choices[-1]["hcache"] = end.result.report.to_dict()
         object_name = "chat.completion" if self._chat else "text_completion"
-        return self._reply(object_name, choices) | {"usage": usage_of(finished), "hcache": hcache_of(finished)}
+        reply = self._reply(object_name, choices) | self._prompt_of_chat()
+        return reply | {"usage": usage_of(finished), "hcache": hcache_of(finished)}
 
     def opening_chunks(self, answer_idx: int) -> list[Json]:
         """Before the first text of an answer."""
-        if not self._chat:
+        if self._chat:
+            opening = self._choice(answer_idx, {"delta": {"role": "assistant", "content": ""}})
+            return [self._chunk([opening]) | self._prompt_of_chat()]
+        if self._prompt_ids is None:
             return []
-        return [self._chunk([self._choice(answer_idx, {"delta": {"role": "assistant", "content": ""}})])]
+        return [self._chunk([self._choice(answer_idx, {"text": ""}) | self._prompt_of_choice(answer_idx)])]
 
     def piece_chunk(self, piece: Piece) -> Json:
         """Text."""
         content = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-        return self._chunk([self._choice(piece.answer_idx, content, piece.scored or None)])
+        choice = self._choice(piece.answer_idx, content, piece.scored or None)
+        if self._prompt_ids is not None:
+            choice["token_ids"] = list(piece.token_ids)
+        return self._chunk([choice])
 
     def closing_chunks(self, finished: Sequence[Finished], *, num_answers: int) -> list[Json]:
         """After the last text of `finished[-1]`. The very last chunk carries the reply's `hcache`."""
@@ -119,6 +138,14 @@ class Replies:
                 chunks.append(self._chunk([]) | {"usage": usage_of(finished)})
             chunks[-1]["hcache"] = hcache_of(finished)
         return chunks
+
+    def _prompt_of_chat(self) -> Json:
+        return {"prompt_token_ids": list(self._prompt_ids[0])} if self._chat and self._prompt_ids is not None else {}
+
+    def _prompt_of_choice(self, answer_idx: int) -> Json:
+        if self._chat or self._prompt_ids is None:
+            return {}
+        return {"prompt_token_ids": list(self._prompt_ids[answer_idx])}
 
     def _choice(
         self,

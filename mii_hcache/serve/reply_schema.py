@@ -109,6 +109,8 @@ FinishReason = Literal["stop", "length"]
 class _Choice(_Reply):
     index: Count
     finish_reason: FinishReason
+    token_ids: list[Count] | None = None
+    """Generated, when `return_token_ids` asks for them."""
     hcache: HCache | None = None
     """The choice's own, when there are several."""
 
@@ -118,6 +120,8 @@ class CompletionChoice(_Choice):
 
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_token_ids: list[Count] | None = None
+    """When `return_token_ids` asks for them."""
 
 
 class ChatMessage(_Reply):
@@ -155,6 +159,8 @@ class ChatReply(_Whole):
 
     object: Literal["chat.completion"]
     choices: Annotated[list[ChatChoice], Field(min_length=1, max_length=1)]
+    prompt_token_ids: list[Count] | None = None
+    """When `return_token_ids` asks for them."""
 
 
 class ModelCard(_Reply):
