@@ -73,7 +73,7 @@ class HCacheConfig:
     save_threads: int = 2
     """Background threads that put spans into the store."""
     restore_slice_s: float = 0.010
-    """Longest that a restore holds up running sequences at a time; half of their step where that is longer."""
+    """Longest that a restore holds up running sequences at a time."""
     emulated_read_bytes_per_s: float | None = None
     """Slow all reads of saved state down to this, to see what another device would do; None reads as fast as may be."""
     trace: str | None = None

@@ -22,7 +22,6 @@ from experiments.common.steps import Steps, measure_steps
 from experiments.fig09_sharegpt.here import SCALES, WARM_UP, Scale, answered, loads_of, server_for, slowness
 from experiments.simcheck.config import ITEM, PAIRS, RESTORES, SERIES
 from mii_hcache.config import HCacheConfig
-from mii_hcache.engine.admission import SLICE_SHARE
 
 LIKE = "Llama2-7B"
 """The paper's model on whose platform reads are balanced."""
@@ -69,15 +68,13 @@ def steps_of(bench: Bench) -> Steps:
 def simulated_server(bench: Bench, served: Served) -> Server:
     """The same pool, step budget and slices for restores as the real one's."""
     steps, config = steps_of(bench), HCacheConfig()
-    step_s = steps.decodes_s[0][1]
-    slice_s = max(config.restore_slice_s, SLICE_SHARE * step_s)
     return MeasuredServer(
         deployment=deployment_of(bench),
         kv_capacity_tokens=16 * served.num_blocks,
         hbm_bytes_per_s=math.inf,
         step_start_s=0.0,
         budget_tokens=config.max_batch_tokens,
-        restores_get=slice_s / (slice_s + step_s),
+        restores_get=config.restore_slice_s / (config.restore_slice_s + steps.decodes_s[0][1]),
         prefills_s=steps.prefills_s,
         decodes_s=steps.decodes_s,
         context_s=steps.context_s,

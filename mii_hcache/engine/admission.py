@@ -28,8 +28,6 @@ _log = logging.getLogger(__name__)
 
 ALONE_SLICE_S = 0.1
 """Restore slice while nothing else runs: only new requests and cancellations wait for it."""
-SLICE_SHARE = 0.5
-"""Of a step that a slice may take where that is longer than `restore_slice_s`: a prefill would hold others up more."""
 PENDING_WAIT_S = 5.0
 """Longest that a request waits for its own context's last spans to reach the store."""
 
@@ -215,16 +213,11 @@ class Admission:
             self._start(job, 0)
         return True
 
-    @property
-    def _slice_s(self) -> float:
-        """Of a restore while others run."""
-        return max(self._restore_slice_s, SLICE_SHARE * self._others_s)
-
     def _compute_share(self) -> float:
         """Share of the engine's time that restores get now; in steps, so that plans can be remembered."""
         if not self._running:
             return 1.0
-        share = self._slice_s / (self._slice_s + self._others_s)
+        share = self._restore_slice_s / (self._restore_slice_s + self._others_s)
         return float(2.0 ** round(math.log2(share)))
 
     def _fail_restore(self, job: Job) -> None:
@@ -313,7 +306,7 @@ class Admission:
         run meanwhile."""
         is_alone = not self._running
         started_s = time.perf_counter()
-        budget_s = ALONE_SLICE_S if is_alone else self._slice_s
+        budget_s = ALONE_SLICE_S if is_alone else self._restore_slice_s
         for restoring in list(self.restoring):
             left_s = budget_s - (time.perf_counter() - started_s)
             if left_s <= 0 or self._advance(restoring, left_s, wait=is_alone and len(self.restoring) == 1):

@@ -224,8 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=defaults.restore_slice_s * 1e3,
         metavar="MS",
-        help="longest that a restore holds up running answers at a time, if half of their step is not longer "
-        "(default: %(default)g)",
+        help="longest that a restore holds up running answers at a time (default: %(default)g)",
     )
 
     engine.add_argument(
