@@ -107,6 +107,11 @@ class Item:
         """A page of ours, which the paper does not have."""
         return not self.key.startswith(("fig", "tab"))
 
+    def is_reference(self, row: Row) -> bool:
+        """Whether a row is what others of its panel are shown relative to: it agrees by construction."""
+        of = {panel.key: panel.relative_to for panel in self.panels if panel.here_of is not None}
+        return of.get(row.panel) == row.series
+
     def is_here(self, row: Row) -> bool:
         """Whether a row was run on the machine at hand, for a panel that says so."""
         return any(panel.key == row.panel and panel.here_of is not None for panel in self.panels)

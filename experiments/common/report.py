@@ -56,7 +56,7 @@ def _table_lines(item: Item, ours: Sequence[Row]) -> list[str]:
         )
     paper, mine = paper_comparable(item), comparable(item, ours)
     for is_here, claim in ((False, item.claim), (True, f"{item.claim}: on the machine at hand, relative")):
-        group = [row for row in mine if item.is_here(row) == is_here]
+        group = [row for row in mine if item.is_here(row) == is_here and not item.is_reference(row)]
         difference = typical_difference(item, paper, group)
         if difference is not None:
             typical = f"typically {difference:.0%} off"

@@ -55,7 +55,7 @@ SCALES = {
         think=1 / 300, limit_s=5, slowness=0.2,
     ),
     "small": Scale(
-        series=SERIES, loads=(0.6, 0.85, 1.1), num_rounds=12, rounds_each=2, lengths=1 / 12, think=1 / 20, limit_s=60,
+        series=SERIES, loads=(0.6, 0.85, 1.1), num_rounds=20, rounds_each=2, lengths=1 / 12, think=1 / 20, limit_s=60,
     ),
     "paper": Scale(
         series=SERIES, loads=(0.1, 0.4, 0.7, 1.0), num_rounds=150, rounds_each=3, lengths=1.0, think=1.0, limit_s=3600,

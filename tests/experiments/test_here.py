@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.common import runner
+from experiments.common import here, runner
 from experiments.common.bench import Contender, bench_of, emulated_bandwidth, needs_gpu
 from experiments.common.here import comparable, paper_comparable
 from experiments.common.item import Cell, Check, Context, Item, Panel
 from experiments.common.models import METHOD_OF, deployed
+from experiments.common.report import overview
 from experiments.common.rows import Row, read_rows
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import ChunkKind
@@ -37,6 +38,16 @@ def test_times_are_compared_relative_to_hcache():
         ("a-here", "HCache", 1): 1.0,
         ("a-here", "KV Offload", 1): 1.5,  # at x = 2 there is nothing to compare with
     }
+
+
+def test_what_others_are_relative_to_does_not_count_as_agreeing():
+    assert ITEM.is_reference(row()) and not ITEM.is_reference(row(series="KV Offload"))
+    assert not ITEM.is_reference(row(panel="a"))
+    published = [row(panel="a", how="paper"), row(panel="a", series="KV Offload", y=4.0, how="paper")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(here, "paper_rows", lambda key: published)
+        text = overview([ITEM], {ITEM.folder: [row(), row(series="KV Offload", y=3.0)]}, [])
+    assert "typically 25% off" in text  # 1.5 times HCache's instead of twice
 
 
 def test_speeds_are_compared_as_times():
