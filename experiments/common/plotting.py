@@ -65,7 +65,10 @@ def draw_points(axes: Axes, panel: Panel, points: Mapping[str, Mapping[Any, floa
         left = [places.index(x) - 0.4 + (order + 0.5) * width for x in values]
         axes.bar(left, list(values.values()), width, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
     axes.set_xticks(range(len(places)), [str(x) for x in places])
-    if sum(len(str(x)) for x in places) > 30:
+    num_letters = sum(len(str(x)) for x in places)
+    if num_letters > 100:
+        axes.set_xticks(range(len(places)), [str(x) for x in places], rotation=35, ha="right", fontsize=6)
+    elif num_letters > 30:
         axes.tick_params(axis="x", rotation=20)
 
 
