@@ -91,7 +91,7 @@ def side_by_side(item: Item, ours: Sequence[Row]) -> dict[str, Figure]:
 
 def _image(item: Item, panels: Sequence[Panel], paper: Sequence[Row], ours: Sequence[Row]) -> Figure:
     keys = {panel.key for panel in panels}
-    names = _names([row for row in (*paper, *ours) if row.panel in keys])
+    names = _names([row for row in (*paper, *ours) if row.panel in keys and row.y is not None])
     figure, grid = pyplot.subplots(
         len(panels), 3, figsize=(10, 2.1 * len(panels) + 0.9), squeeze=False, layout="constrained"
     )
