@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it can b
 
 import torch
 
-from experiments.common.bench import ask
+from experiments.common.bench import ask, profile_store
 from experiments.common.checkpoints import SHAPES
 from experiments.common.random_weights import random_engine
 from experiments.common.reference import DEFAULT_FILE, Ratio, Reference, median_ratio
@@ -51,7 +51,7 @@ from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.machine import device_name, software
-from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
@@ -121,22 +121,6 @@ def opened_store(kind: str, capacity_bytes: int, read_bytes_per_s: float, folder
             store = ThrottledStore(store, read_bytes_per_s)
         stack.callback(store.close)
         yield Opened(store=store, forget=forget)
-
-
-def measured_costs(engine: HCacheEngine, opened: Opened) -> dict[str, LayerCost]:
-    """What a layer costs here, read through this store; the profile's own spans are deleted again."""
-    num_tokens = min(MAX_CONTEXT_TOKENS, engine.max_context_tokens) // TILE_TOKENS * TILE_TOKENS
-    engine.reserve(0, num_tokens)
-    try:
-        costs, _ = profile_layer(
-            adapter=engine,
-            target=engine.target(0),
-            num_target_tokens=num_tokens,
-            tiers={opened.store.name: ProfiledTier(store=opened.store, forget=opened.forget)},
-        )
-    finally:
-        engine.evict(0)
-    return costs
 
 
 class Arena:
@@ -297,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = load(options.model, options.dtype, max(options.histories))
         capacity_bytes = capacity_of(engine, options.histories)
         with opened_store(options.store, capacity_bytes, 1e6 * options.read_speed, options.state_dir) as opened:
-            arena = Arena(engine, opened, measured_costs(engine, opened))
+            arena = Arena(engine, opened, profile_store(engine, ProfiledTier(store=opened.store, forget=opened.forget)))
             results = [
                 arena.compare(length, options.repeats, lambda words: print(words, file=sys.stderr))
                 for length in options.histories

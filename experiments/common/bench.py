@@ -69,23 +69,29 @@ def make_store(read_bytes_per_s: float) -> ChunkStore:
     return memory if math.isinf(read_bytes_per_s) else ThrottledStore(memory, read_bytes_per_s)
 
 
-def profile(engine: HCacheEngine, read_bytes_per_s: float, repeats: int = 5) -> dict[str, LayerCost]:
-    """What this machine costs through such a store, by tier."""
+def profile_store(engine: HCacheEngine, tier: ProfiledTier, repeats: int = 5) -> dict[str, LayerCost]:
+    """What this machine costs through a store, by the store's name; what is measured with is deleted again."""
     num_tokens = min(MAX_CONTEXT_TOKENS, engine.max_context_tokens) // TILE_TOKENS * TILE_TOKENS
-    store = make_store(read_bytes_per_s)
     engine.reserve(0, num_tokens)
     try:
-        tier = ProfiledTier(store=store, forget=lambda: None)
         costs, _ = profile_layer(
             adapter=engine,
             target=engine.target(0),
             num_target_tokens=num_tokens,
-            tiers={"memory": tier},
+            tiers={tier.store.name: tier},
             repeats=repeats,
         )
         return costs
     finally:
         engine.evict(0)
+
+
+def profile(engine: HCacheEngine, read_bytes_per_s: float, repeats: int = 5) -> dict[str, LayerCost]:
+    """The same for memory of that speed; its name is `memory`."""
+    store = make_store(read_bytes_per_s)
+    try:
+        return profile_store(engine, ProfiledTier(store=store, forget=lambda: None), repeats)
+    finally:
         store.close()
 
 

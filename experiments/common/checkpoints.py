@@ -36,7 +36,7 @@ def make_model(name: str, folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    dtype = torch.float32 if name == "demo" else torch.bfloat16
+    dtype = torch.float32 if name == "demo" else torch.float16 if name.startswith("llama2") else torch.bfloat16
     staged = path.with_name(f".{name}.partial")
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(staged)
     staged.rename(path)
