@@ -1,0 +1,74 @@
+// Faults for tests: a queue that asks a function before each attempt what is to become of it.
+#pragma once
+
+#include <cerrno>
+#include <chrono>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "queue.hpp"
+
+namespace hcache::io {
+
+/// No fault: the attempt goes on as it is.
+inline constexpr std::int64_t kPass = std::numeric_limits<std::int64_t>::max();
+/// A delay: the attempt waits, and is asked about again and again, while others go on.
+inline constexpr std::int64_t kHold = kPass - 1;
+/// Called on the queue's thread. Returns kPass, kHold, a negative errno, or how many bytes to move.
+using Fault = std::function<std::int64_t(const Attempt&)>;
+
+class FaultyQueue final : public Queue {
+  public:
+    FaultyQueue(std::unique_ptr<Queue> inner, Fault fault) : inner_(std::move(inner)), fault_(std::move(fault)) {}
+
+    unsigned depth() const override { return inner_->depth(); }
+    void enqueue(const Attempt& attempt) override {
+        const std::int64_t verdict = fault_(attempt);
+        if (verdict == kHold) {
+            held_.push_back(attempt);
+            return;
+        }
+        if (verdict <= 0) {
+            made_up_.push_back({attempt.token, verdict});
+            return;
+        }
+        Attempt rest = attempt;
+        if (verdict < rest.length) rest.length = static_cast<std::uint32_t>(verdict);
+        inner_->enqueue(rest);
+    }
+    void submit(bool wait) override {
+        if (!held_.empty()) {
+            inner_->submit(false);
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            std::vector<Attempt> again;
+            again.swap(held_);
+            for (const Attempt& attempt : again) enqueue(attempt);
+        }
+        inner_->submit(wait && made_up_.empty() && held_.empty());
+    }
+    std::size_t reap(std::span<Done> out) override {
+        std::size_t num = 0;
+        for (; num < out.size() && !made_up_.empty(); made_up_.pop_back()) out[num++] = made_up_.back();
+        return num + inner_->reap(out.subspan(num));
+    }
+    void wake() override { inner_->wake(); }
+    void cancel() override {
+        for (const Attempt& attempt : held_) made_up_.push_back({attempt.token, -ECANCELED});
+        held_.clear();
+        inner_->cancel();
+    }
+    void forget(File& file) override { inner_->forget(file); }
+    bool lend(std::span<std::byte> memory) override { return inner_->lend(memory); }
+    void take_back(std::span<std::byte> memory) override { inner_->take_back(memory); }
+
+  private:
+    std::unique_ptr<Queue> inner_;
+    Fault fault_;
+    std::vector<Done> made_up_;
+    std::vector<Attempt> held_;
+};
+
+}  // namespace hcache::io

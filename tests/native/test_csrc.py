@@ -1,0 +1,42 @@
+"""The C++ tests of csrc, built and run plain and under the sanitizers. Outputs stay in build/ for the next run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = ["", "address,undefined", "thread"]
+
+
+def can_link(sanitizer: str, folder: Path) -> bool:
+    """Whether a program of C++20 can be built and run, with the sanitizer's library."""
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("#include <atomic>\nint main() { int i = 0; return std::atomic_ref(i).load(); }\n")
+    flags = [f"-fsanitize={sanitizer}"] if sanitizer else []
+    built = subprocess.run(["g++", "-std=c++20", *flags, str(source), "-o", str(program)], capture_output=True)
+    return built.returncode == 0 and subprocess.run([str(program)], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS, ids=lambda name: name or "plain")
+def test_the_engine_in_cpp(sanitizer, tmp_path):
+    if not (shutil.which("g++") and shutil.which("make")):
+        pytest.skip("no g++ or no make: the C++ tests cannot be built")
+    if not can_link(sanitizer, tmp_path):
+        pytest.skip(f"g++ here cannot build and run C++20 {f'with -fsanitize={sanitizer}' if sanitizer else ''}")
+    build = ROOT / "build" / "csrc-tests" / (sanitizer or "plain")
+    command = [
+        "make",
+        "-C",
+        str(ROOT / "csrc"),
+        "test",
+        f"SANITIZE={sanitizer}",
+        f"BUILD={build}",
+        f"TMP_DIR={tmp_path}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count("ok ") >= 14, done.stdout[-4000:]
