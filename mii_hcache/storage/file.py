@@ -20,11 +20,12 @@ from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
+from mii_hcache.storage.open_io import open_io
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Room
 from mii_hcache.storage.segment import StaleSlotError
-from mii_hcache.storage.segments import Segments
+from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.slots import Places, SlotPool
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.trouble import Trouble
@@ -61,11 +62,13 @@ class FileStore(ChunkStore):
         flush_interval_s: float | None = 0.2,
         flush_bytes: int = 64 << 20,
         segment_bytes: int | None = None,
+        io: str = "auto",
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
         `num_threads` read one batch. Waiting spans are committed after `flush_interval_s` or `flush_bytes`; None
         leaves it to `flush`. `segment_bytes`: size of new segment files, by default a small share of the capacity.
+        `io`: how bytes get to the disk and back, see `open_io`.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
@@ -81,7 +84,8 @@ class FileStore(ChunkStore):
             self._store_uuid = self._catalog.store_uuid
             if state_dir.read_store_uuid() is None:
                 state_dir.write_store_uuid(self._store_uuid)
-            self._segments = Segments(state_dir.segments, self._store_uuid)
+            self.io, self.io_reason = open_io(io)
+            self._segments = Segments(state_dir.segments, self._store_uuid, self.io)
             undo.callback(self._segments.close)
             if segment_bytes is None:
                 segment_bytes = max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE)
@@ -122,7 +126,11 @@ class FileStore(ChunkStore):
         with self._index.operation() as is_open:
             found = self._index.begin_reads(reads) if is_open else []
             try:
-                num_ok, reason = self._lanes.run(len(found), lambda idx: self._read(*found[idx], reads[idx].out))
+                slots = [(span.places[idx], read.out) for (span, idx), read in zip(found, reads, strict=False)]
+                with self._segments.reading(slots) as arriving:
+                    num_ok, reason = self._lanes.run(
+                        len(found), lambda idx: self._finish_read(arriving, idx, *found[idx], reads[idx].out)
+                    )
                 if reason is not None:
                     self._forget_damaged(*found[num_ok], reason)
             finally:
@@ -200,8 +208,8 @@ class FileStore(ChunkStore):
             generation = self._index.next_generation()
             span = HeldSpan(record=record, generation=generation, places=Places(places), crcs=array("I", crcs))
             try:
-                for chunk_idx, chunk in enumerate(chunks):
-                    self._segments.write(places[chunk_idx], self._header(span, chunk_idx), chunk)
+                headers = [self._header(span, chunk_idx) for chunk_idx in range(len(chunks))]
+                self._segments.write(zip(places, headers, chunks, strict=True))
             except OSError as error:
                 self._write_trouble.tell("spans cannot be written to files (%s): evicting, else dropping them", error)
                 self._room.erase(places)
@@ -236,9 +244,11 @@ class FileStore(ChunkStore):
             crc=span.crcs[chunk_idx],
         )
 
-    def _read(self, span: HeldSpan, chunk_idx: int, out: memoryview) -> str | None:
+    def _finish_read(
+        self, arriving: SlotsArriving, idx: int, span: HeldSpan, chunk_idx: int, out: memoryview
+    ) -> str | None:
         try:
-            self._segments.read_into(span.places[chunk_idx], self._header(span, chunk_idx), out)
+            arriving.finish(idx, self._header(span, chunk_idx))
             if crc32c(out) != span.crcs[chunk_idx]:
                 raise CorruptChunkError("wrong checksum")
         except StaleSlotError:

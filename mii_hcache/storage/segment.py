@@ -6,20 +6,18 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader, padded_bytes
+from mii_hcache.storage.disk_io import DiskFile, DiskIO, SlotRead, SlotWrite, write_all
+from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
 UNFINISHED_SUFFIX = ".new"
 """Of segment files that are not yet what their name will say."""
 
-_ZEROS = memoryview(bytes(BLOCK_BYTES))
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
-_per_thread = threading.local()
 
 
 class StaleSlotError(CorruptChunkError):
@@ -29,61 +27,72 @@ class StaleSlotError(CorruptChunkError):
 class SegmentFile:
     """A segment on disk. Methods may be called from any thread and block on I/O; each raises OSError as it comes.
 
-    A new segment's file is made by the first write. The owner sees to it that no slot is written and read at once, and
-    that nothing is in progress when it calls `unlink` or `close`.
+    A new segment's file is made by the first write. Slots are read and written by a `DiskIO`, in batches over several
+    segments; this says where, and checks what arrived. The owner sees to it that no slot is written and read at once,
+    and that nothing is in progress when it calls `unlink` or `close`.
     """
 
-    def __init__(self, path: Path, header: SegmentHeader, fd: int = -1) -> None:
-        """`fd`: of the open file, -1 for a segment that does not exist yet."""
+    def __init__(self, path: Path, header: SegmentHeader, io: DiskIO, file: DiskFile | None = None) -> None:
+        """`file`: None for a segment that does not exist yet."""
         self.path = path
         self.header = header
-        self._fd = fd
+        self._io = io
+        self._file = file
         self._making = threading.Lock()
 
     @staticmethod
-    def open(path: Path) -> SegmentFile:
+    def open(path: Path, io: DiskIO) -> SegmentFile:
         """Open an existing file. Raises CorruptChunkError when its header is not one of this format."""
         fd = open_private(path, os.O_RDWR)
         try:
             header = SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0))
+            return SegmentFile(path, header, io, io.open(fd))
         except BaseException:
             os.close(fd)
             raise
-        return SegmentFile(path, header, fd)
 
     @property
     def num_written(self) -> int:
         """Slots that begin before the file's end."""
-        num_bytes = os.fstat(self._fd).st_size - BLOCK_BYTES
+        assert self._file is not None, "the file is not there yet"
+        num_bytes = os.fstat(self._file.fd).st_size - BLOCK_BYTES
         return min(self.header.num_slots, -(-num_bytes // self.header.slot_bytes)) if num_bytes > 0 else 0
 
-    def write(self, slot: int, header: SlotHeader, payload: memoryview) -> None:
-        """Write a slot whole: header, payload (a byte view), padding."""
-        self._make()
-        padding = _ZEROS[: padded_bytes(len(payload)) - len(payload)]
-        _write_all(self._fd, [memoryview(header.pack()), payload, padding], self._offset(slot))
+    def to_write(self, slot: int, header: SlotHeader, payload: memoryview) -> SlotWrite:
+        """The write of a slot, for the file that this makes if it must."""
+        return SlotWrite(self._make(), self._offset(slot), header.pack(), payload)
+
+    def to_read(self, slot: int, out: memoryview) -> SlotRead | None:
+        """The read of a slot; None when there is no file."""
+        return None if self._file is None else SlotRead(self._file, self._offset(slot), out)
+
+    def check(self, slot: int, header: SlotHeader, found: bytes | memoryview | None) -> None:
+        """Check that a slot carries exactly `header`; `found` is what was read, None at the file's end. The payload's
+        CRC is the caller's to check. Raises StaleSlotError or CorruptChunkError."""
+        if found is None:
+            raise CorruptChunkError(f"{self.path}: slot {slot} ends early")
+        if found != header.pack():
+            generation = SlotHeader.parse(found).generation
+            raise StaleSlotError(f"{self.path}: slot {slot} holds generation {generation}")
 
     def read_into(self, slot: int, header: SlotHeader, out: memoryview) -> None:
-        """Read a slot's payload into `out` and check that the slot carries exactly `header`. The payload's CRC is the
-        caller's to check. Raises StaleSlotError or CorruptChunkError."""
-        block = _header_block()
-        if self._fd < 0 or not _read_all(self._fd, [block, out], self._offset(slot)):
-            raise CorruptChunkError(f"{self.path}: slot {slot} ends early")
-        if block != header.pack():
-            found = SlotHeader.parse(block)
-            raise StaleSlotError(f"{self.path}: slot {slot} holds generation {found.generation}")
+        """Read one slot's payload and `check`. Raises StaleSlotError, CorruptChunkError."""
+        read = self.to_read(slot, out)
+        with self._io.read([] if read is None else [read]) as arriving:
+            self.check(slot, header, None if read is None else arriving.finish(0))
 
     def sync(self) -> None:
         """Make what was written durable."""
-        if self._fd >= 0:
-            os.fdatasync(self._fd)
+        if self._file is not None:
+            os.fdatasync(self._file.fd)
 
     def punch(self, slot: int) -> bool:
         """Give a slot's bytes back to the disk; it reads as zeros. False when the file system cannot."""
-        if self._fd < 0:
+        if self._file is None:
             return True
+        fd = self._file.fd
         offset, length = ctypes.c_longlong(self._offset(slot)), ctypes.c_longlong(self.header.slot_bytes)
-        while _libc.fallocate(self._fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length) != 0:
+        while _libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length) != 0:
             if ctypes.get_errno() != errno.EINTR:
                 return False
         return True
@@ -95,67 +104,29 @@ class SegmentFile:
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _offset(self, slot: int) -> int:
         return BLOCK_BYTES + slot * self.header.slot_bytes
 
-    def _make(self) -> None:
+    def _make(self) -> DiskFile:
         with self._making:
-            if self._fd >= 0:
-                return
+            if self._file is not None:
+                return self._file
             if self.path.exists():
                 raise FileExistsError(errno.EEXIST, "a segment file appeared", str(self.path))
             new = self.path.with_suffix(UNFINISHED_SUFFIX)  # a crash must not leave a file without a header
             fd = open_private(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
-                _write_all(fd, [memoryview(self.header.pack())], 0)
+                write_all(fd, [memoryview(self.header.pack())], 0)
                 os.fsync(fd)
                 new.rename(self.path)
                 sync_dir(self.path.parent)
+                self._file = self._io.open(fd)
             except BaseException:
                 os.close(fd)
                 new.unlink(missing_ok=True)
                 raise
-            self._fd = fd
-
-
-def _header_block() -> memoryview:
-    """This thread's block for reading headers."""
-    block: memoryview | None = getattr(_per_thread, "block", None)
-    if block is None:
-        block = _per_thread.block = memoryview(bytearray(BLOCK_BYTES))
-    return block
-
-
-def _write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-    rest = list(buffers)
-    while rest:
-        num_bytes = os.pwritev(fd, rest, offset)
-        if num_bytes <= 0:
-            raise OSError(errno.EIO, "a write made no progress")
-        offset += num_bytes
-        rest = _after(rest, num_bytes)
-
-
-def _read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
-    """False at the end of the file."""
-    rest = list(buffers)
-    while rest:
-        num_bytes = os.preadv(fd, rest, offset)
-        if num_bytes == 0:
-            return False
-        offset += num_bytes
-        rest = _after(rest, num_bytes)
-    return True
-
-
-def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:
-    """What is left of `buffers` after their first `num_bytes`."""
-    for idx, buffer in enumerate(buffers):
-        if num_bytes < len(buffer):
-            return [buffer[num_bytes:], *buffers[idx + 1 :]]
-        num_bytes -= len(buffer)
-    return []
+            return self._file

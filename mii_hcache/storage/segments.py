@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from mii_hcache.errors import CorruptChunkError
+from mii_hcache.storage.disk_io import DiskIO
 from mii_hcache.storage.format import SegmentHeader, SlotHeader
 from mii_hcache.storage.segment import UNFINISHED_SUFFIX, SegmentFile
 from mii_hcache.storage.slots import Place
@@ -20,7 +22,9 @@ class Segments:
     Any thread. Methods block on I/O; the owner sees to it that a place is written and read by nobody else meanwhile.
     """
 
-    def __init__(self, directory: Path, store_uuid: bytes) -> None:
+    def __init__(self, directory: Path, store_uuid: bytes, io: DiskIO) -> None:
+        """`io` is taken over."""
+        self._io = io
         self._directory = directory
         self._store_uuid = store_uuid
         self._files: dict[int, SegmentFile] = {}
@@ -44,15 +48,17 @@ class Segments:
     def add(self, number: int, slot_bytes: int, num_slots: int) -> None:
         """Know a segment that is to be written; its file is made by the first write. Does not block."""
         header = SegmentHeader(store_uuid=self._store_uuid, slot_bytes=slot_bytes, num_slots=num_slots)
-        self._files.setdefault(number, SegmentFile(self._directory / f"{number:08d}.seg", header))
+        self._files.setdefault(number, SegmentFile(self._directory / f"{number:08d}.seg", header, self._io))
 
-    def write(self, place: Place, header: SlotHeader, payload: memoryview) -> None:
-        """Write a slot whole. Raises OSError."""
-        self._files[place.segment].write(place.slot, header, payload)
+    def write(self, slots: Iterable[tuple[Place, SlotHeader, memoryview]]) -> None:
+        """Write slots whole, payloads being byte views. Raises OSError."""
+        self._io.write(
+            [self._files[place.segment].to_write(place.slot, header, payload) for place, header, payload in slots]
+        )
 
-    def read_into(self, place: Place, header: SlotHeader, out: memoryview) -> None:
-        """Read a payload and check its header. Raises CorruptChunkError, OSError."""
-        self._files[place.segment].read_into(place.slot, header, out)
+    def reading(self, slots: Sequence[tuple[Place, memoryview]]) -> SlotsArriving:
+        """Begin to read payloads into buffers, for the time of a `with` block."""
+        return SlotsArriving(self._io, self._files, slots)
 
     def punch(self, places: Iterable[Place]) -> bool:
         """Give the places' bytes back to the disk. False when the file system cannot."""
@@ -81,10 +87,11 @@ class Segments:
         """Close all files. Idempotent."""
         for file in self._files.values():
             file.close()
+        self._io.close()
 
     def _adopt(self, path: Path) -> None:
         try:
-            file = SegmentFile.open(path)
+            file = SegmentFile.open(path, self._io)
         except (CorruptChunkError, OSError) as error:
             self._leave(path, str(error))
             return
@@ -97,3 +104,26 @@ class Segments:
     def _leave(self, path: Path, why: str) -> None:
         self.notes.append(f"segment file {path.name} was left alone ({why}); its spans cannot be restored")
         _log.warning("%s", self.notes[-1])
+
+
+class SlotsArriving:
+    """Slots that are being read. After the `with` block no buffer is written to any more."""
+
+    def __init__(self, io: DiskIO, files: dict[int, SegmentFile], slots: Sequence[tuple[Place, memoryview]]) -> None:
+        self._slots = [(files[place.segment], place.slot) for place, _ in slots]
+        reads = [file.to_read(slot, out) for (file, slot), (_, out) in zip(self._slots, slots, strict=True)]
+        self._read_idx = list(accumulate((read is not None for read in reads[:-1]), initial=0))
+        self._is_there = [read is not None for read in reads]
+        self._arriving = io.read([read for read in reads if read is not None])
+
+    def finish(self, idx: int, header: SlotHeader) -> None:
+        """Wait for a slot and check that it carries exactly `header`; the payload's CRC is the caller's to check. Any
+        thread, each slot once. Raises StaleSlotError, CorruptChunkError, OSError."""
+        file, slot = self._slots[idx]
+        file.check(slot, header, self._arriving.finish(self._read_idx[idx]) if self._is_there[idx] else None)
+
+    def __enter__(self) -> SlotsArriving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._arriving.close()

@@ -15,6 +15,7 @@ from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import MeasuredProfile
 from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import filesystem_of
+from mii_hcache.storage.disk_io import ThreadsIO
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.state_dir import PROFILE_FILE
@@ -96,7 +97,8 @@ def _punching(directory: Path) -> Finding:
     try:
         with _probe(_standing(directory)) as path:
             os.truncate(path, 4 * BLOCK_BYTES)
-            with closing(SegmentFile(path, header, os.open(path, os.O_RDWR))) as file:
+            io = ThreadsIO()
+            with closing(SegmentFile(path, header, io, io.open(os.open(path, os.O_RDWR)))) as file:
                 works = file.punch(0)
     except OSError as error:
         return off("hole punching", f"could not be tried ({error.strerror})")

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from mii_hcache.errors import ConfigError, CorruptChunkError
 from mii_hcache.storage.catalog import Catalog, SpanRow
+from mii_hcache.storage.disk_io import ThreadsIO
 from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, UUID_BYTES, SegmentHeader
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.transcripts import Transcripts
@@ -126,7 +127,8 @@ def open_segment(path: Path) -> SegmentFile:
     """A segment for reading only. Raises CorruptChunkError, OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        return SegmentFile(path, SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0)), fd)
+        io = ThreadsIO()
+        return SegmentFile(path, SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0)), io, io.open(fd))
     except BaseException:
         os.close(fd)
         raise

@@ -12,7 +12,7 @@ import sys
 
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
-from tests.storage.storage_kit import LAYOUTS, SPAN_DISK_BYTES, holds, make_record, put
+from tests.storage.storage_kit import IO, LAYOUTS, SPAN_DISK_BYTES, holds, make_record, put
 
 NUM_NAMES = 12
 CAPACITY_BYTES = 6 * SPAN_DISK_BYTES + 2 * 4096
@@ -24,7 +24,7 @@ def say(*words: object) -> None:
 
 def main(path: str, seed: int, layout: str) -> None:
     rng = random.Random(seed)
-    store = FileStore(StateDir(path), CAPACITY_BYTES, flush_interval_s=0.005, segment_bytes=100_000)
+    store = FileStore(StateDir(path), CAPACITY_BYTES, flush_interval_s=0.005, segment_bytes=100_000, io=IO)
     records = [make_record(name, layout=LAYOUTS[layout]) for name in range(NUM_NAMES)]
     say("flushed", *[idx for idx, record in enumerate(records) if store.find(record.span_id)])
     for _ in range(100_000):

@@ -20,6 +20,8 @@ from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
 
+IO = os.environ.get("MII_HCACHE_IO", "auto")
+"""Backend of all file stores here, so that the suite can be run with each."""
 CHUNK_BYTES = 5000
 NUM_CHUNKS = 3
 SPAN_BYTES = NUM_CHUNKS * CHUNK_BYTES
@@ -124,7 +126,7 @@ class StoreKit:
             self._store = MemoryStore(capacity_bytes)
             return self._store
         self._state_dir = StateDir(self.path)
-        file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20)
+        file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO)
         self._store = file if self.kind == "file" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
         return self._store
 

@@ -173,7 +173,7 @@ def test_slots_are_not_reused_before_their_row_is_gone(file_kit, layout, monkeyp
     file_kit.layout = layout
     store = file_kit.open_for(4)
     violations = []
-    write = SegmentFile.write
+    to_write = SegmentFile.to_write
 
     def watched(self, slot, header, payload):
         connection = sqlite3.connect(file_kit.path / "catalog.sqlite")
@@ -183,9 +183,9 @@ def test_slots_are_not_reused_before_their_row_is_gone(file_kit, layout, monkeyp
             if (number, slot) in zip(words[::3], words[1::3], strict=True):
                 violations.append((span_id, number, slot))
         connection.close()
-        write(self, slot, header, payload)
+        return to_write(self, slot, header, payload)
 
-    monkeypatch.setattr(SegmentFile, "write", watched)
+    monkeypatch.setattr(SegmentFile, "to_write", watched)
     for idx in range(30):
         assert put(store, file_kit.record(idx, **({"chunk_bytes": 9000} if idx % 5 == 0 else {})))
         if idx % 2:

@@ -17,6 +17,7 @@ from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
 from tests.storage.storage_kit import (
+    IO,
     NUM_CHUNKS,
     SLOT_BYTES,
     SPAN_BYTES,
@@ -480,7 +481,7 @@ def test_deleted_bytes_leave_the_disk(file_kit):
 def test_damage_in_dram_falls_back_to_files(tmp_path):
     state_dir = StateDir(tmp_path)
     memory = MemoryStore(10 * SPAN_BYTES)
-    store = TieredStore(memory, FileStore(state_dir, 1 << 20))
+    store = TieredStore(memory, FileStore(state_dir, 1 << 20, io=IO))
     records = [make_record(idx) for idx in range(3)]
     for record in records:
         put(store, record)
@@ -500,7 +501,7 @@ def test_damage_in_dram_before_it_is_written_is_found_on_reading_the_file(tmp_pa
     """The CRC is taken when the bytes arrive, not when they are written."""
     state_dir = StateDir(tmp_path)
     memory = MemoryStore(10 * SPAN_BYTES)
-    file = FileStore(state_dir, 1 << 20)
+    file = FileStore(state_dir, 1 << 20, io=IO)
     original = FileStore.put_checked
 
     def damaged(self, record, chunks, crcs):
@@ -522,7 +523,7 @@ def test_damage_in_dram_before_it_is_written_is_found_on_reading_the_file(tmp_pa
 
 def test_damage_in_files_is_not_noticed_while_dram_has_a_good_copy(tmp_path):
     state_dir = StateDir(tmp_path)
-    store = TieredStore(MemoryStore(10 * SPAN_BYTES), FileStore(state_dir, 1 << 20))
+    store = TieredStore(MemoryStore(10 * SPAN_BYTES), FileStore(state_dir, 1 << 20, io=IO))
     record = make_record("a")
     put(store, record)
     store.flush()

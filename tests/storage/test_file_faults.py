@@ -16,7 +16,9 @@ from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.database import Database
 from mii_hcache.storage.segment import SegmentFile
+from tests.storage.faults import FullDisk, SlowDisk, inject, interrupt_writes
 from tests.storage.storage_kit import (
+    NUM_CHUNKS,
     SPAN_DISK_BYTES,
     StoreKit,
     disk_bytes,
@@ -28,34 +30,16 @@ from tests.storage.storage_kit import (
 )
 
 
-class FullDisk:
-    """Writes past `limit_bytes` of a file fail, after writing what fits: a disk without room for growth."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit_bytes: int, code: int = errno.ENOSPC) -> None:
-        self.limit_bytes, self.num_refused = limit_bytes, 0
-        original = os.pwritev
-
-        def pwritev(fd, buffers, offset):
-            total = sum(len(buffer) for buffer in buffers)
-            if offset + total <= self.limit_bytes:
-                return original(fd, buffers, offset)
-            if offset < self.limit_bytes:
-                return original(fd, [b"".join(buffers)[: self.limit_bytes - offset]], offset)
-            self.num_refused += 1
-            raise OSError(code, os.strerror(code))
-
-        monkeypatch.setattr(os, "pwritev", pwritev)
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_means_evict(file_kit, monkeypatch, code):
     store = file_kit.open()
-    disk = FullDisk(monkeypatch, 4096 + 4 * SPAN_DISK_BYTES + 5000, code)
+    disk = FullDisk(monkeypatch, store, 4096 + 4 * SPAN_DISK_BYTES + 5000, code)
     records = [make_record(idx) for idx in range(12)]
     for record in records:
         assert put(store, record), "room is made by evicting"
         assert holds(store, record)
-    assert disk.num_refused == 1, "the disk is not asked again at once"
+    num_at_once = NUM_CHUNKS if store.io.name == "uring" else 1  # a ring writes the chunks of a span side by side
+    assert 1 <= disk.num_refused <= num_at_once, "the disk is not asked again at once"
     assert [idx for idx, record in enumerate(records) if holds(store, record)] == [8, 9, 10, 11]
     assert store.stats().dropped_spans == 0
     store.flush()
@@ -65,7 +49,7 @@ def test_a_full_disk_means_evict(file_kit, monkeypatch, code):
 
 def test_a_full_disk_that_gets_room_is_used_again(file_kit, monkeypatch):
     store = file_kit.open()
-    disk = FullDisk(monkeypatch, 4096 + 4 * SPAN_DISK_BYTES)
+    disk = FullDisk(monkeypatch, store, 4096 + 4 * SPAN_DISK_BYTES)
     for idx in range(6):
         assert put(store, make_record(idx))
     disk.limit_bytes = 1 << 30
@@ -77,7 +61,7 @@ def test_a_full_disk_that_gets_room_is_used_again(file_kit, monkeypatch):
 
 def test_a_disk_without_any_room_means_drop(file_kit, monkeypatch):
     store = file_kit.open()
-    FullDisk(monkeypatch, 0)
+    FullDisk(monkeypatch, store, 0)
     for idx in range(3):
         assert not put(store, make_record(idx))
     assert store.stats().dropped_spans == 3
@@ -91,7 +75,7 @@ def test_a_disk_without_any_room_means_drop(file_kit, monkeypatch):
 
 def test_a_disk_full_in_the_middle_of_the_first_span(file_kit, monkeypatch):
     store = file_kit.open()
-    FullDisk(monkeypatch, 4096 + 20_000)
+    FullDisk(monkeypatch, store, 4096 + 20_000)
     assert not put(store, make_record(0))
     assert store.find(make_record(0).span_id) is None
     monkeypatch.undo()
@@ -107,7 +91,7 @@ def test_a_full_disk_and_spans_of_another_size(file_kit, monkeypatch):
     store = file_kit.open()
     for idx in range(4):
         put(store, make_record(idx))
-    FullDisk(monkeypatch, 0)
+    FullDisk(monkeypatch, store, 0)
     assert not put(store, make_record("large", chunk_bytes=20_000))
     assert all(holds(store, make_record(idx)) for idx in range(4))
 
@@ -115,7 +99,7 @@ def test_a_full_disk_and_spans_of_another_size(file_kit, monkeypatch):
 def test_a_write_error_drops_the_span_only(file_kit, monkeypatch):
     store = file_kit.open()
     put(store, make_record("before"))
-    FullDisk(monkeypatch, 4096 + SPAN_DISK_BYTES + 5000, errno.EIO)
+    FullDisk(monkeypatch, store, 4096 + SPAN_DISK_BYTES + 5000, errno.EIO)
     assert not put(store, make_record("a"))
     assert store.stats().dropped_spans == 1
     monkeypatch.undo()
@@ -126,28 +110,15 @@ def test_a_write_error_drops_the_span_only(file_kit, monkeypatch):
 
 @pytest.mark.parametrize("max_bytes", [1, 4095, 4097, 9000])
 def test_short_writes_and_reads_are_carried_on(file_kit, monkeypatch, max_bytes):
-    pwritev, preadv = os.pwritev, os.preadv
     rng = random.Random(1)
-    num_short = {"reads": 0, "writes": 0}
+    num_short = {False: 0, True: 0}
 
-    def some(buffers):
+    def short(is_write, offset, num_bytes):
+        num_short[is_write] += 1
         return rng.randint(max(1, max_bytes - 1000), max_bytes) if max_bytes > 1 else rng.choice([1, 2000])
 
-    def short_pwritev(fd, buffers, offset):
-        num_short["writes"] += 1
-        return pwritev(fd, [b"".join(buffers)[: some(buffers)]], offset)
-
-    def short_preadv(fd, buffers, offset):
-        num_short["reads"] += 1
-        left, cut = some(buffers), []
-        for buffer in buffers:
-            cut.append(buffer[:left])
-            left -= len(cut[-1])
-        return preadv(fd, [buffer for buffer in cut if len(buffer)], offset)
-
-    monkeypatch.setattr(os, "pwritev", short_pwritev)
-    monkeypatch.setattr(os, "preadv", short_preadv)
     store = file_kit.open()
+    inject(monkeypatch, store, short)
     records = [make_record(idx) for idx in range(3)]
     for record in records:
         assert put(store, record)
@@ -158,7 +129,7 @@ def test_short_writes_and_reads_are_carried_on(file_kit, monkeypatch, max_bytes)
 
 def test_a_write_without_progress_does_not_hang(file_kit, monkeypatch):
     store = file_kit.open()
-    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, offset: 0)
+    inject(monkeypatch, store, lambda is_write, offset, num_bytes: 0 if is_write else None)
     assert not put(store, make_record("a"))
     assert store.stats().dropped_spans == 1
 
@@ -168,34 +139,12 @@ def test_a_read_error_is_damage(file_kit, monkeypatch):
     records = [make_record(idx) for idx in range(6)]
     for record in records:
         put(store, record)
-    preadv = os.preadv
     bad_offset = 4096 + 4 * SPAN_DISK_BYTES
-
-    def broken(fd, buffers, offset):
-        if offset == bad_offset:
-            raise OSError(errno.EIO, "medium error")
-        return preadv(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", broken)
+    inject(monkeypatch, store, lambda is_write, offset, num_bytes: -errno.EIO if offset == bad_offset else None)
     outcome = store.get_into([reads_of(record)[0] for record in records])
     assert outcome == ReadOutcome(num_ok=4, reason="corrupt")
     assert store.stats().corrupt_chunks == 1
     assert [store.find(record.span_id) is not None for record in records] == [True] * 4 + [False, True]
-
-
-class SlowDisk:
-    """Holds reads back until told."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.is_reading, self.may_read = threading.Event(), threading.Event()
-        original = os.preadv
-
-        def preadv(fd, buffers, offset):
-            self.is_reading.set()
-            assert self.may_read.wait(20)
-            return original(fd, buffers, offset)
-
-        monkeypatch.setattr(os, "preadv", preadv)
 
 
 def read_in_thread(store, record) -> tuple[threading.Thread, list[bool]]:
@@ -210,7 +159,7 @@ def test_a_span_that_is_being_read_is_neither_evicted_nor_overwritten(file_kit, 
     records = [make_record(idx) for idx in range(4)]
     for record in records:
         put(store, record)
-    disk = SlowDisk(monkeypatch)
+    disk = SlowDisk(monkeypatch, store)
     reader, found = read_in_thread(store, records[0])
     assert disk.is_reading.wait(20)
     store.touch([record.span_id for record in records[1:]])
@@ -227,7 +176,7 @@ def test_a_span_that_is_deleted_while_it_is_read_is_not_overwritten(file_kit, mo
     record = make_record(0)
     put(store, record)
     store.flush()
-    disk = SlowDisk(monkeypatch)
+    disk = SlowDisk(monkeypatch, store)
     reads = reads_of(record)
     outcomes = []
     reader = threading.Thread(target=lambda: outcomes.append(store.get_into(reads)))
@@ -253,7 +202,7 @@ def test_damage_of_a_deleted_span_does_not_harm_the_one_that_took_its_name(file_
     with (file_kit.path / "segments" / "00000001.seg").open("r+b") as file:
         file.seek(4096 + 6000)
         file.write(b"damage")
-    disk = SlowDisk(monkeypatch)
+    disk = SlowDisk(monkeypatch, store)
     outcomes = []
     reader = threading.Thread(target=lambda: outcomes.append(store.get_into(reads_of(record))))
     reader.start()
@@ -269,7 +218,7 @@ def test_damage_of_a_deleted_span_does_not_harm_the_one_that_took_its_name(file_
 def test_close_waits_for_a_read(file_kit, monkeypatch):
     store = file_kit.open()
     put(store, make_record(0))
-    disk = SlowDisk(monkeypatch)
+    disk = SlowDisk(monkeypatch, store)
     reader, found = read_in_thread(store, make_record(0))
     assert disk.is_reading.wait(20)
     closer = threading.Thread(target=store.close)
@@ -293,11 +242,7 @@ def test_a_file_that_ends_early_is_damage_even_if_the_buffers_hold_the_bytes(fil
 
 def test_an_interrupted_write_leaves_nothing_taken(file_kit, monkeypatch):
     store = file_kit.open_for(2)
-
-    def interrupted(fd, buffers, offset):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "pwritev", interrupted)
+    interrupt_writes(monkeypatch, store)
     for idx in range(3):
         with pytest.raises(KeyboardInterrupt):
             put(store, make_record(idx))

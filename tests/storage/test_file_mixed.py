@@ -26,9 +26,11 @@ from mii_hcache.storage.catalog import Catalog, SpanRow
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import BLOCK_BYTES, slot_counts
 from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Places
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.storage_kit import (
+    IO,
     MIXED,
     SPAN_DISK_BYTES,
     StoreKit,
@@ -188,17 +190,17 @@ sequences = st.lists(st.tuples(layouts, st.sampled_from(["", "flush", "delete"])
 def test_the_bound_holds_at_every_write_and_what_fits_gets_in(sequence, can_punch):
     """Spans of any layouts through a store that holds few of them, on a file system with holes and without."""
     capacity_bytes = 200_000
-    write = SegmentFile.write
+    write = Segments.write
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = Path(folder)
         state_dir = StateDir(path)
-        store = FileStore(state_dir, capacity_bytes, flush_interval_s=None, segment_bytes=60_000)
+        store = FileStore(state_dir, capacity_bytes, flush_interval_s=None, segment_bytes=60_000, io=IO)
 
-        def watched(self, slot, header, payload):
-            write(self, slot, header, payload)
+        def watched(self, slots):
+            write(self, slots)
             assert disk_bytes(path) <= store.disk_bytes <= capacity_bytes
 
-        patch.setattr(SegmentFile, "write", watched)
+        patch.setattr(Segments, "write", watched)
         if not can_punch:
             patch.setattr(SegmentFile, "punch", lambda self, slot: False)
         there = []
@@ -218,7 +220,7 @@ def test_the_bound_holds_at_every_write_and_what_fits_gets_in(sequence, can_punc
             elif then == "delete" and there:
                 assert store.delete([there.pop(idx % len(there)).span_id]) == 1
         store.close()
-        reopened = FileStore(state_dir, capacity_bytes // 2, flush_interval_s=None)
+        reopened = FileStore(state_dir, capacity_bytes // 2, flush_interval_s=None, io=IO)
         assert disk_bytes(path) <= reopened.disk_bytes <= capacity_bytes // 2
         for one in there:
             holds(reopened, one)
@@ -285,7 +287,7 @@ def test_layouts_that_follow_each_other_do_not_strand_capacity(file_kit):
 
 def test_a_write_that_fails_in_the_second_segment_gives_back_the_slots_of_the_first(file_kit, monkeypatch):
     store = file_kit.open()
-    FullDisk(monkeypatch, 4096 + 2 * SLOT_BYTES[HIDDEN], errno.EIO)
+    FullDisk(monkeypatch, store, 4096 + 2 * SLOT_BYTES[HIDDEN], errno.EIO)
     assert not put(store, RECORDS[0])
     assert store.find(RECORDS[0].span_id) is None
     assert store.disk_bytes == disk_bytes(file_kit.path) == 2 * 4096
@@ -317,7 +319,7 @@ def test_a_span_is_durable_only_when_both_segments_are(file_kit, monkeypatch, ba
 
 def test_a_full_disk_means_evict_for_both_sizes(file_kit, monkeypatch):
     store = file_kit.open()
-    disk = FullDisk(monkeypatch, 4096 + 4 * SLOT_BYTES[KV])
+    disk = FullDisk(monkeypatch, store, 4096 + 4 * SLOT_BYTES[KV])
     records = [make_record(idx, layout=MIXED) for idx in range(12)]
     for record in records:
         assert put(store, record), "room is made by evicting"

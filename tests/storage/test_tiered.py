@@ -14,7 +14,7 @@ from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
-from tests.storage.storage_kit import SPAN_BYTES, SPAN_DISK_BYTES, holds, make_record, put, read_span, reads_of
+from tests.storage.storage_kit import IO, SPAN_BYTES, SPAN_DISK_BYTES, holds, make_record, put, read_span, reads_of
 
 
 class Gate:
@@ -39,7 +39,7 @@ def make(tmp_path) -> Iterator:
 
     def make(num_in_memory: int, num_in_files: int = 100, **options) -> TieredStore:
         state_dir = StateDir(tmp_path)
-        file = FileStore(state_dir, num_in_files * SPAN_DISK_BYTES + 4096)
+        file = FileStore(state_dir, num_in_files * SPAN_DISK_BYTES + 4096, io=IO)
         store = TieredStore(MemoryStore(num_in_memory * SPAN_BYTES), file, **options)
         opened.append((store, state_dir))
         return store
@@ -98,7 +98,7 @@ def test_racing_writers_leave_no_pin_behind(make, monkeypatch):
 
 def test_nothing_is_accepted_that_nobody_will_write(tmp_path):
     state_dir = StateDir(tmp_path)
-    store = TieredStore(MemoryStore(20 * SPAN_BYTES), FileStore(state_dir, 1 << 30), put_wait_s=20.0)
+    store = TieredStore(MemoryStore(20 * SPAN_BYTES), FileStore(state_dir, 1 << 30, io=IO), put_wait_s=20.0)
     accepted = []
 
     def work(seed: int) -> None:
@@ -112,7 +112,7 @@ def test_nothing_is_accepted_that_nobody_will_write(tmp_path):
     store.close()
     for thread in threads:
         thread.join()
-    file = FileStore(state_dir, 1 << 30)
+    file = FileStore(state_dir, 1 << 30, io=IO)
     assert accepted
     assert all(holds(file, make_record(name)) for name in accepted)
     assert file.stats().num_spans == len(accepted)
@@ -265,11 +265,11 @@ def test_a_writer_that_trips_goes_on(make, monkeypatch):
 
 def test_close_writes_what_waits(tmp_path):
     state_dir = StateDir(tmp_path)
-    store = TieredStore(MemoryStore(30 * SPAN_BYTES), FileStore(state_dir, 1 << 21))
+    store = TieredStore(MemoryStore(30 * SPAN_BYTES), FileStore(state_dir, 1 << 21, io=IO))
     for idx in range(20):
         put(store, make_record(idx))
     store.close()
-    file = FileStore(state_dir, 1 << 21)
+    file = FileStore(state_dir, 1 << 21, io=IO)
     assert all(holds(file, make_record(idx)) for idx in range(20))
     file.close()
     state_dir.close()

@@ -1,0 +1,41 @@
+"""The compiled engine, where it was built: the one place that imports it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mii_hcache import _io
+
+_ABI = 1
+"""Of the `_io` that this package goes with."""
+
+
+def why_not_built() -> str | None:
+    """None when the compiled engine can be used, else why not, for people."""
+    try:
+        from mii_hcache import _io
+    except ImportError as error:
+        if "cannot import name" in str(error):
+            return "the native engine was not built (it wants g++ with C++20 and Python's headers at installation)"
+        return f"the native engine does not load ({error})"
+    if _io.ABI != _ABI:
+        return f"the native engine is of another version of this package ({_io.ABI} instead of {_ABI}): install anew"
+    return None
+
+
+def why_no_uring() -> str | None:
+    """None when the `uring` backend can be used, else why not, for people."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    from mii_hcache import _io
+
+    return _io.why_no_uring()
+
+
+def new_device(depth: int) -> _io.Device:
+    """A ring and its thread. Only where `why_no_uring` is None. Raises OSError."""
+    from mii_hcache import _io
+
+    return _io.Device(depth)

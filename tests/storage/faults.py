@@ -1,0 +1,100 @@
+"""Disks that fail as a test says, whichever backend reads and writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.uring import UringIO
+
+Fault = Callable[[bool, int, int], "int | None"]
+"""(is_write, offset, num_bytes) of an attempt: None lets it pass, else a negative errno, or how many bytes to move."""
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, store: FileStore, fault: Fault) -> None:
+    """Ask `fault` before every transfer of a store, until the test ends or `monkeypatch` is undone."""
+    if isinstance(store.io, UringIO):
+        monkeypatch.setattr(store.io.device, "fault", fault)  # slots; segments' headers are written as below
+    preadv, pwritev = os.preadv, os.pwritev
+
+    def faulty_preadv(fd, buffers, offset):
+        verdict = _ask(fault, False, offset, buffers)
+        if verdict is None:
+            return preadv(fd, buffers, offset)
+        left, cut = verdict, []
+        for buffer in buffers:
+            cut.append(buffer[:left])
+            left -= len(cut[-1])
+        return preadv(fd, [buffer for buffer in cut if len(buffer)], offset) if verdict else 0
+
+    def faulty_pwritev(fd, buffers, offset):
+        verdict = _ask(fault, True, offset, buffers)
+        if verdict is None:
+            return pwritev(fd, buffers, offset)
+        return pwritev(fd, [b"".join(buffers)[:verdict]], offset) if verdict else 0
+
+    monkeypatch.setattr(os, "preadv", faulty_preadv)
+    monkeypatch.setattr(os, "pwritev", faulty_pwritev)
+
+
+def _ask(fault: Fault, is_write: bool, offset: int, buffers: list[memoryview]) -> int | None:
+    verdict = fault(is_write, offset, sum(len(buffer) for buffer in buffers))
+    if verdict is not None and verdict < 0:
+        raise OSError(-verdict, os.strerror(-verdict))
+    return verdict
+
+
+def interrupt_writes(monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
+    """Ctrl-C arrives while a write is waited for."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    if isinstance(store.io, UringIO):
+        monkeypatch.setattr(store.io, "_wait_all", interrupted)
+    else:
+        monkeypatch.setattr(os, "pwritev", interrupted)
+
+
+class FullDisk:
+    """Writes past `limit_bytes` of a file fail, after writing what fits: a disk without room for growth."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, store: FileStore, limit_bytes: int, code: int = errno.ENOSPC
+    ) -> None:
+        self.limit_bytes, self.num_refused, self._code = limit_bytes, 0, code
+        inject(monkeypatch, store, self)
+
+    def __call__(self, is_write: bool, offset: int, num_bytes: int) -> int | None:
+        if not is_write or offset + num_bytes <= self.limit_bytes:
+            return None
+        if offset < self.limit_bytes:
+            return self.limit_bytes - offset
+        self.num_refused += 1
+        return -self._code
+
+
+class SlowDisk:
+    """Holds reads back until told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
+        self.is_reading, self.may_read = threading.Event(), threading.Event()
+        self._deadline_s = time.monotonic() + 20
+        self._is_ring = isinstance(store.io, UringIO)
+        inject(monkeypatch, store, self)
+
+    def __call__(self, is_write: bool, offset: int, num_bytes: int) -> int | None:
+        if is_write:
+            return None
+        self.is_reading.set()
+        if self._is_ring and not self.may_read.is_set() and time.monotonic() < self._deadline_s:
+            from mii_hcache._io import HOLD
+
+            return HOLD  # a ring's one thread may not block: that would hold up writes as well
+        return None if self.may_read.wait(20) else -errno.ETIMEDOUT
