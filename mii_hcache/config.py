@@ -13,6 +13,7 @@ from mii_hcache.errors import ConfigError
 
 KEEP_POLICIES = ("none", "lru")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+IO_NAMES = ("auto", "uring", "threads")
 
 
 def default_state_dir() -> str:
@@ -50,6 +51,9 @@ class HCacheConfig:
     """Most that saved state may take on disk; least recently used goes first."""
     dram_capacity_bytes: int = 2 << 30
     """Most that saved state may take in host memory, in front of the disk."""
+    io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
+    """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
+    which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"
@@ -86,6 +90,8 @@ class HCacheConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {self.dtype!r}")
         if self.keep not in KEEP_POLICIES:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
+        if self.io not in IO_NAMES:
+            raise ConfigError(f"io must be one of {', '.join(IO_NAMES)}, got {self.io!r}")
         if self.method is not None:
             method_named(self.method)
         for name in ("block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):

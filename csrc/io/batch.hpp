@@ -1,6 +1,7 @@
 // Requests that were submitted together, and how they ended. Shared by the device's thread and whoever waits.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -28,34 +29,44 @@ class Batch {
         const std::scoped_lock guard(lock_);
         results_[idx] = result;
         --num_left_;
-        // those who want them all are woken once; a wake-up for each chunk would cost more than the chunk's I/O
-        if (num_left_ == 0 || num_waiting_for_one_ > 0) done_.notify_all();
+        // only whom it concerns: waking everybody for each chunk would cost more than the chunk's I/O
+        if (num_left_ == 0) all_done_.notify_all();
+        Seat& seat = seats_[idx % seats_.size()];
+        if (seat.num_waiting > 0) seat.done.notify_all();
     }
 
     std::optional<std::int64_t> wait(std::size_t idx, std::chrono::milliseconds timeout) {
         std::unique_lock guard(lock_);
-        ++num_waiting_for_one_;
-        done_.wait_for(guard, timeout, [&] { return results_[idx].has_value(); });
-        --num_waiting_for_one_;
+        if (results_[idx]) return results_[idx];
+        Seat& seat = seats_[idx % seats_.size()];
+        ++seat.num_waiting;
+        seat.done.wait_for(guard, timeout, [&] { return results_[idx].has_value(); });
+        --seat.num_waiting;
         return results_[idx];
     }
 
     bool wait_all(std::chrono::milliseconds timeout) {
         std::unique_lock guard(lock_);
-        return done_.wait_for(guard, timeout, [&] { return num_left_ == 0; });
+        return all_done_.wait_for(guard, timeout, [&] { return num_left_ == 0; });
     }
 
     void wait_forever() {
         std::unique_lock guard(lock_);
-        done_.wait(guard, [&] { return num_left_ == 0; });
+        all_done_.wait(guard, [&] { return num_left_ == 0; });
     }
 
   private:
+    /// Where waiters for a few of the requests wait.
+    struct Seat {
+        std::condition_variable done;
+        unsigned num_waiting = 0;
+    };
+
     std::mutex lock_;
-    std::condition_variable done_;
+    std::condition_variable all_done_;
+    std::array<Seat, 16> seats_;
     std::vector<std::optional<std::int64_t>> results_;
     std::size_t num_left_;
-    unsigned num_waiting_for_one_ = 0;
 };
 
 }  // namespace hcache::io

@@ -158,7 +158,7 @@ def attach(
     engine = TransformersEngine(hf_model)
     chosen = method_named(config.method) if config.method else default_method(engine.geometry)
     fingerprint = fingerprint_of(hf_model)
-    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes)
+    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io)
     for note in state.notes:
         _log.warning(note)
     runner = SequenceRunner(engine=engine, store=state.store, method=chosen, fingerprint=fingerprint)

@@ -49,6 +49,7 @@ def measured_profile(
     repeats: int = 5,
     anew: bool = False,
     emulated_read_bytes_per_s: float | None = None,
+    io: str = "auto",
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> MeasuredProfile:
     """What `state_dir` remembers of this machine and model, else measured now (seconds; the engine must be idle) and
@@ -69,7 +70,7 @@ def measured_profile(
         )
     engine.reserve(_UID, num_tokens)
     try:
-        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, emulated_read_bytes_per_s) as tiers:
+        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, emulated_read_bytes_per_s, io) as tiers:
             costs, spread = profile_layer(
                 adapter=engine,
                 target=engine.target(_UID),
@@ -97,14 +98,14 @@ def measured_profile(
 
 @contextmanager
 def _scratch_tiers(
-    engine: HCacheEngine, folder: Path, io_bytes: int, emulated_read_bytes_per_s: float | None
+    engine: HCacheEngine, folder: Path, io_bytes: int, emulated_read_bytes_per_s: float | None, io: str
 ) -> Iterator[dict[str, ProfiledTier]]:
     """Stores of the same kinds, on the same disk, for the time of a `with` block."""
     shutil.rmtree(folder, ignore_errors=True)
     span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
     capacity_bytes = 4 * max(io_bytes, span_bytes) + (64 << 20)
     state_dir = StateDir(folder)
-    file = FileStore(state_dir, capacity_bytes)
+    file = FileStore(state_dir, capacity_bytes, io=io)
     memory = MemoryStore(capacity_bytes)
 
     def slowed(store: ChunkStore) -> ChunkStore:

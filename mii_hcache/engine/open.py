@@ -108,7 +108,7 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
 def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedService:
     """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
     state_dir = Path(config.state_dir or default_state_dir())
-    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes)
+    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io)
     try:
         loaded = load_engine(config, state_dir, progress)
         notes = [*state.notes, *loaded.notes]
@@ -164,6 +164,7 @@ def _choose_method(
         state_dir,
         loaded.fingerprint,
         emulated_read_bytes_per_s=config.emulated_read_bytes_per_s,
+        io=config.io,
         on_progress=lambda what: progress(f"measuring this machine, once: {what}", 0, 0),
     )
     if profile.is_doubtful:

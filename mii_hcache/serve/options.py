@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mii_hcache.config import DTYPE_NAMES, KEEP_POLICIES, HCacheConfig, default_state_dir, environment_api_keys
+from mii_hcache.config import (
+    DTYPE_NAMES,
+    IO_NAMES,
+    KEEP_POLICIES,
+    HCacheConfig,
+    default_state_dir,
+    environment_api_keys,
+)
 from mii_hcache.core.methods import METHODS
 from mii_hcache.errors import ConfigError
 from mii_hcache.serve.access import ANY, Access, host_name
@@ -60,6 +67,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         state_dir=_state_dir(values.state_dir),
         state_capacity_bytes=values.state_capacity,
         dram_capacity_bytes=values.dram_capacity,
+        io=values.io,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -172,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.dram_capacity_bytes,
         metavar="SIZE",
         help=f"most of it in host memory, before the disk (default: {format_size(defaults.dram_capacity_bytes)})",
+    )
+    state.add_argument(
+        "--io",
+        choices=IO_NAMES,
+        default=defaults.io,
+        help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
+        "that works here; the files are the same (default: %(default)s)",
     )
     state.add_argument(
         "--method",

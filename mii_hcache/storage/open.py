@@ -34,9 +34,11 @@ class OpenedState:
             stack.callback(self.store.close)
 
 
-def open_state(directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int) -> OpenedState:
+def open_state(
+    directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int, *, io: str = "auto"
+) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
-    for none). Without a directory all lives in DRAM and ends with the process.
+    for none). Without a directory all lives in DRAM and ends with the process. `io`: see `storage.open_io`.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
@@ -45,7 +47,7 @@ def open_state(directory: str | os.PathLike[str] | None, capacity_bytes: int, dr
     with ExitStack() as undo:
         state_dir = StateDir(directory)
         undo.callback(state_dir.close)
-        file = FileStore(state_dir, capacity_bytes)
+        file = FileStore(state_dir, capacity_bytes, io=io)
         undo.callback(file.close)
         transcripts = Transcripts(state_dir.transcripts)
         undo.callback(transcripts.close)

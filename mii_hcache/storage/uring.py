@@ -103,7 +103,7 @@ class _Reads(Arriving):
     def finish(self, idx: int) -> memoryview | None:
         assert self._batch is not None, "waited for a read of a closed batch"
         first, stop = self._firsts[idx], self._firsts[idx + 1]
-        for request_idx in range(first, stop):
+        for request_idx in reversed(range(first, stop)):  # what comes last first: then the others need no waiting
             result = self._batch.wait(request_idx)
             if result < 0:
                 raise _error(result)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mii_hcache.config import HCacheConfig
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import chain_seed, spans_of
 from mii_hcache.core.plans import uniform_storage
@@ -57,7 +58,9 @@ class SavedState:
         self._engine = engine
         payload_bytes = num_contexts * (1 + max_tokens // SPAN_TOKENS) * engine.geometry.span_bytes(kind)
         capacity_bytes = 4 * payload_bytes + (64 << 20)  # slots are larger than chunks; nothing is to be evicted
-        self._state = open_state(directory, capacity_bytes, (payload_bytes + (1 << 20)) if in_memory else 0)
+        self._state = open_state(
+            directory, capacity_bytes, (payload_bytes + (1 << 20)) if in_memory else 0, io=HCacheConfig().io
+        )
         self._directory = directory
         counters = Counters()
         self.saver = Saver(

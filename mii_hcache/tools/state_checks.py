@@ -17,6 +17,7 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.disk_io import ThreadsIO
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
+from mii_hcache.storage.open_io import choose_io
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.state_dir import PROFILE_FILE
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
@@ -29,6 +30,7 @@ def state_checks(directory: Path) -> list[tuple[str, Check]]:
     return [
         ("state directory", partial(_directory, directory)),
         ("disk", partial(_disk, directory)),
+        ("I/O", _io),
         ("O_DIRECT", partial(_direct, directory)),
         ("hole punching", partial(_punching, directory)),
         ("profile", partial(_profile, directory)),
@@ -88,8 +90,19 @@ def _direct(directory: Path) -> Finding:
             finally:
                 os.close(fd)
     except OSError as error:
-        return off("O_DIRECT", f"the file system refuses it ({error.strerror}); it is not used yet")
-    return ok("O_DIRECT", "the file system takes it; it is not used yet")
+        return off("O_DIRECT", f"the file system refuses it ({error.strerror}): I/O goes through the page cache")
+    return ok("O_DIRECT", "the file system takes it; --io uring goes around the page cache")
+
+
+def _io() -> Finding:
+    """Which backend a server here would use, and why."""
+    try:
+        name, reason = choose_io(HCacheConfig().io)
+    except ConfigError as error:
+        return problem("I/O", str(error), "unset MII_HCACHE_IO, or set it to auto", prevents_serving=True)
+    if name == "uring":
+        return ok("I/O", f"uring: {reason}")
+    return off("I/O", f"threads: {reason}")
 
 
 def _punching(directory: Path) -> Finding:

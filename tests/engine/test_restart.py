@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mii_hcache.config import HCacheConfig
 from mii_hcache.storage.open import open_state
 from tests.engine_kit import VOCAB, Client, open_client, poisoned_engine
 
@@ -25,7 +26,7 @@ DRAM_BYTES = 1 << 20  # smaller than the state, so that reads come from files
 @contextmanager
 def running(model_dir: Path, state_dir: Path, *, method: str = "hidden", keep: str = "none", dram: int = DRAM_BYTES):
     """A service over the saved state in `state_dir`."""
-    state = open_state(state_dir, 256 << 20, dram)
+    state = open_state(state_dir, 256 << 20, dram, io=HCacheConfig().io)
     client = open_client(
         poisoned_engine(model_dir, num_blocks=200, max_batch_tokens=256), store=state.store, method=method, keep=keep
     )

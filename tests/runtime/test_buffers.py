@@ -261,3 +261,10 @@ def test_bytes_keep_the_tensor_alive():
 def test_what_is_not_contiguous_has_no_bytes():
     with pytest.raises(ValueError, match="not contiguous"):
         as_bytes(torch.zeros(4, 4).T)
+
+
+def test_host_memory_is_aligned_for_direct_io():
+    for shape in [(3, 64, 1000), (1,), (0, 5)]:
+        tensor = buffers.host_empty(*shape, dtype=torch.bfloat16)
+        assert tensor.shape == shape and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+        assert tensor.numel() == 0 or tensor.data_ptr() % 4096 == 0

@@ -18,6 +18,7 @@ from mii_hcache.engine import compat
 from mii_hcache.engine.config_geometry import read_config
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.machine import filesystem_of
+from mii_hcache.storage import open_io
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.tools import machine_checks, software_checks, state_checks
 from mii_hcache.tools.findings import Finding, find_out, ok
@@ -211,3 +212,16 @@ def test_a_check_that_fails_is_a_finding():
 def test_filesystems_by_longest_mount_point():
     assert filesystem_of(Path("/proc/self")) == "proc"
     assert filesystem_of(Path("/proc/self")) != filesystem_of(Path(__file__))
+
+
+def test_the_io_backend_and_why(monkeypatch, tmp_path):
+    finding = dict(state_checks.state_checks(tmp_path))["I/O"]
+    monkeypatch.setenv("MII_HCACHE_IO", "threads")
+    assert finding().reason == "threads: asked for"
+    monkeypatch.delenv("MII_HCACHE_IO")
+    monkeypatch.setattr(open_io, "why_no_uring", lambda: "there was no compiler")
+    assert (finding().state, finding().reason) == ("off", "threads: there was no compiler")
+    monkeypatch.setattr(open_io, "why_no_uring", lambda: None)
+    assert finding().state == "ok" and finding().reason.startswith("uring: ")
+    monkeypatch.setenv("MII_HCACHE_IO", "magic")
+    assert finding().state == "problem"
