@@ -27,19 +27,24 @@ from experiments.storage_io import passes
 Row = dict[str, Any]
 
 
-def passes_of_a_round(folder: Path, files: list[Path], file_bytes: int, chunk_bytes: int) -> Iterator[tuple[str, Any]]:
+def passes_of_a_round(
+    folder: Path, files: list[Path], file_bytes: int, chunk_bytes: int, *, with_stores: bool
+) -> Iterator[tuple[str, Any]]:
     """Name and cost of each pass; a yardstick stands next to what it measures."""
     num_bytes = len(files) * file_bytes
-    for is_write in (False, True):
-        side = "write" if is_write else "read"
-        yield f"{side} fio, registered", passes.fio(files, file_bytes, chunk_bytes, is_write=is_write)
-        for lent in (True, False):
-            name = f"{side} engine, {'' if lent else 'un'}registered memory"
-            yield name, passes.engine(files, file_bytes, chunk_bytes, is_write=is_write, lent=lent)
-    for io in ("uring", "threads"):
-        written, read = passes.store(folder / "state", num_bytes, chunk_bytes, io)
-        yield f"write store, {io}, checksums included", written
-        yield f"read store, {io}, checksums included", read
+    for side in ("read", "write"):
+        is_write = side == "write"
+        for _ in range(3):  # in turn: a minute later the disk may be another
+            yield f"{side} fio, registered", passes.fio(files, file_bytes, chunk_bytes, is_write=is_write)
+            cost = passes.engine(files, file_bytes, chunk_bytes, is_write=is_write, lent=True)
+            yield f"{side} engine, registered memory", cost
+        cost = passes.engine(files, file_bytes, chunk_bytes, is_write=is_write, lent=False)
+        yield f"{side} engine, unregistered memory", cost
+    if with_stores:
+        for io in ("uring", "threads"):
+            written, read = passes.store(folder / "state", num_bytes, chunk_bytes, io)
+            yield f"write store, {io}, checksums included", written
+            yield f"read store, {io}, checksums included", read
     yield "checksum", passes.checksum(num_bytes, chunk_bytes)
     num_threads = os.cpu_count() or 1
     for count in sorted({1, num_threads}):
@@ -64,6 +69,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=1024, help="MiB of each pass, over two files (default: %(default)s)")
     parser.add_argument("--chunk-kib", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-stores", action="store_true", help="only the engine and the yardsticks")
     values = parser.parse_args()
     chunk_bytes = values.chunk_kib << 10
     file_bytes = (values.mib << 20) // 2 // chunk_bytes * chunk_bytes
@@ -87,7 +93,9 @@ def main() -> None:
                     file.write(block)
                 os.fsync(file.fileno())
         for round_idx in range(values.rounds):
-            for name, cost in passes_of_a_round(folder, files, file_bytes, chunk_bytes):
+            for name, cost in passes_of_a_round(
+                folder, files, file_bytes, chunk_bytes, with_stores=not values.without_stores
+            ):
                 if cost is None:
                     continue
                 costs[name].append(cost.row())
