@@ -152,7 +152,7 @@ struct PyDevice : std::enable_shared_from_this<PyDevice> {
         for (const py::handle& item : wanted) {
             const auto [is_write, file, offset, buffer] =
                 item.cast<std::tuple<bool, PyFile*, std::uint64_t, py::object>>();
-            if (!file->file) throw py::value_error("the file is closed");
+            if (file == nullptr || !file->file) throw py::value_error("the file is closed");
             const Lease& lease = batch->leases.emplace_back(buffer, !is_write);
             const io::Op op = is_write ? io::Op::write : io::Op::read;
             requests.push_back({op, file->file, offset, lease.data(), lease.size()});

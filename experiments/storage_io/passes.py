@@ -152,7 +152,7 @@ def store(folder: Path, num_bytes: int, chunk_bytes: int, io: str) -> tuple[Cost
         )
         for idx in range(num_spans)
     ]
-    window = aligned(max(num_spans, NUM_LAYERS) * chunk_bytes, 3)
+    window = aligned(max(num_spans, NUM_LAYERS) * chunk_bytes, 3)  # lent, as the restorer's is, for the reads
     chunks = [window[idx * chunk_bytes : (idx + 1) * chunk_bytes] for idx in range(max(num_spans, NUM_LAYERS))]
     shutil.rmtree(folder, ignore_errors=True)
     state_dir = StateDir(folder)
@@ -176,6 +176,7 @@ def store(folder: Path, num_bytes: int, chunk_bytes: int, io: str) -> tuple[Cost
 
         written = measured(num_spans * layout.num_bytes, write)
         drop_cache(folder.rglob("*.seg"))
+        opened.lend(window)
         return written, measured(num_spans * layout.num_bytes, read)
     finally:
         opened.close()

@@ -80,8 +80,8 @@ def main() -> None:
         "queue_depth": passes.QUEUE_DEPTH,
         "kind": "measured",
     }
-    lines = [json.dumps({"about": about})]
-    print(lines[0], flush=True)
+    print(json.dumps(about), flush=True)
+    lines: list[str] = []
     costs: dict[str, list[Row]] = defaultdict(list)
     folder = Path(tempfile.mkdtemp(prefix="storage-io-", dir=values.dir))
     try:
@@ -99,14 +99,16 @@ def main() -> None:
                 if cost is None:
                     continue
                 costs[name].append(cost.row())
-                lines.append(json.dumps({"pass": name, "round": round_idx, **costs[name][-1]}))
-                print(lines[-1], flush=True)
+                row = {"pass": name, "round": round_idx, **costs[name][-1]}
+                print(json.dumps(row), flush=True)
+                lines.append(json.dumps(about | row))
     finally:
         shutil.rmtree(folder)
     for name, rows in costs.items():
         median = {key: statistics.median(row[key] for row in rows) for key in ("gb_per_s", "cpu_s_per_gb")}
-        lines.append(json.dumps({"median": name, "rounds": len(rows), **median}))
-        print(lines[-1])
+        row = {"median": name, "passes": len(rows), **median}
+        print(json.dumps(row))
+        lines.append(json.dumps(about | row))
     if values.out:
         values.out.write_text("\n".join(lines) + "\n")
 

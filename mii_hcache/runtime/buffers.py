@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +103,16 @@ class RowRing:
 class SpanBuffers:
     """A bounded pool of equal host buffers; made on first use, reused afterwards."""
 
-    def __init__(self, *, shape: tuple[int, ...], dtype: torch.dtype, max_buffers: int) -> None:
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        max_buffers: int,
+        on_made: Callable[[torch.Tensor], None] = lambda buffer: None,
+    ) -> None:
+        """`on_made` is told of each new buffer, by the thread that asked for it."""
+        self._on_made = on_made
         self._shape = shape
         self._dtype = dtype
         self._max = max_buffers
@@ -123,7 +133,9 @@ class SpanBuffers:
                 return self._free.pop()
             self._made += 1
         try:
-            return host_empty(*self._shape, dtype=self._dtype)
+            buffer = host_empty(*self._shape, dtype=self._dtype)
+            self._on_made(buffer)
+            return buffer
         except BaseException:
             with self._returned:
                 self._made -= 1

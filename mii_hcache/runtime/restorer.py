@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.runtime.buffers import SpanBuffers
+from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.stats import Counters
@@ -44,7 +44,8 @@ class Restorer:
         """Restores that are neither over nor cancelled."""
         largest_bytes = tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
         self._max_ahead = max(NUM_READERS, read_ahead_bytes // largest_bytes)
-        self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20)
+        self._lent: list[memoryview] = []
+        self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20, on_made=self._lend)
         self._reader = ThreadPoolExecutor(max_workers=NUM_READERS, thread_name_prefix="hcache-read")
 
     @property
@@ -78,3 +79,11 @@ class Restorer:
     def stop(self) -> None:
         """End the reader threads; no restore may be running."""
         self._reader.shutdown()
+        while self._lent:
+            self.store.take_back(self._lent.pop())
+
+    def _lend(self, buffer: torch.Tensor) -> None:
+        """The same few buffers take all that is read, so a store may as well know them."""
+        view = as_bytes(buffer)
+        self.store.lend(view)
+        self._lent.append(view)

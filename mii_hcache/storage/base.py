@@ -127,6 +127,13 @@ class ChunkStore(ABC):
         A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew.
         """
 
+    def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
+        """Tell of memory that many reads will go to: a hint, which may make them cheaper. The store may keep it alive
+        and in RAM until `take_back`. Writable, C-contiguous; may block briefly."""
+
+    def take_back(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
+        """Undo `lend`; no read into the memory is running. What was not lent is ignored."""
+
     @abstractmethod
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         """Mark as just used; unknown ids are ignored."""

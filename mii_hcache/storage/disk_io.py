@@ -89,6 +89,12 @@ class DiskIO(ABC):
         """Write slots whole: header, payload, padding. Blocks. Raises OSError as the first failed write; then any part
         of any slot may have been written."""
 
+    def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
+        """As `ChunkStore.lend`."""
+
+    def take_back(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
+        """As `ChunkStore.take_back`."""
+
     @abstractmethod
     def close(self) -> None:
         """Release threads and memory, after all files were closed. Idempotent."""

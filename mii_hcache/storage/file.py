@@ -141,6 +141,12 @@ class FileStore(ChunkStore):
             reason = "missing"
         return ReadOutcome(num_ok=num_ok, reason=reason)
 
+    def lend(self, buffer: memoryview) -> None:
+        self.io.lend(buffer)
+
+    def take_back(self, buffer: memoryview) -> None:
+        self.io.take_back(buffer)
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)
 

@@ -49,6 +49,12 @@ class ThrottledStore(ChunkStore):
     def why_missing(self, span_id: SpanId) -> str:
         return self._inner.why_missing(span_id)
 
+    def lend(self, buffer: memoryview) -> None:
+        self._inner.lend(buffer)
+
+    def take_back(self, buffer: memoryview) -> None:
+        self._inner.take_back(buffer)
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._inner.touch(span_ids)
 

@@ -109,6 +109,12 @@ class TieredStore(ChunkStore):
             self._read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
         return ReadOutcome(num_ok=num_ok, reason=reason)
 
+    def lend(self, buffer: memoryview) -> None:
+        self._file.lend(buffer)
+
+    def take_back(self, buffer: memoryview) -> None:
+        self._file.take_back(buffer)
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         span_ids = list(span_ids)
         self._memory.touch(span_ids)

@@ -81,6 +81,12 @@ class UringIO(DiskIO):
             if result != len(buffer):
                 raise _error(result if result < 0 else -errno.EIO)
 
+    def lend(self, buffer: memoryview) -> None:
+        self.device.lend(buffer)  # refused where too little memory may be locked: then it costs what it did before
+
+    def take_back(self, buffer: memoryview) -> None:
+        self.device.take_back(buffer)
+
     def close(self) -> None:
         self.device.close()
 

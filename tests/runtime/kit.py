@@ -210,6 +210,10 @@ class FakeEngine:
 # --- stores ----------------------------------------------------------------------------------------------------------
 
 
+def address_of(buffer: memoryview) -> int:
+    return torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+
+
 class FakeStore(ChunkStore):
     """Spans in a dict, and every way in which a store can misbehave."""
 
@@ -237,6 +241,9 @@ class FakeStore(ChunkStore):
         self.touched: list[SpanId] = []
         self.reads: list[tuple[SpanId, int]] = []
         self.fail_find: Exception | None = None
+        self.lent: list[memoryview] = []
+        self.read_into: set[int] = set()
+        """Where the memory of reads starts."""
         self._lock = threading.Lock()
 
     def add(self, token_ids: Sequence[int], kinds: Sequence[ChunkKind], geometry: ModelGeometry) -> list[SpanRecord]:
@@ -265,6 +272,12 @@ class FakeStore(ChunkStore):
             self.spans.setdefault(record.span_id, (record, copies))
         return True
 
+    def lend(self, buffer: memoryview) -> None:
+        self.lent.append(buffer)
+
+    def take_back(self, buffer: memoryview) -> None:
+        self.lent = [one for one in self.lent if one is not buffer]
+
     def find(self, span_id: SpanId) -> SpanRecord | None:
         if self.fail_find is not None:
             raise self.fail_find
@@ -284,6 +297,7 @@ class FakeStore(ChunkStore):
         time.sleep(delay_s)
         assert self.read_gate.wait(GIVE_UP_S), "nobody opened the gate"
         for idx, read in enumerate(reads):
+            self.read_into.add(address_of(read.out))
             read.out[:] = b"\xff" * read.out.nbytes
             trouble: Any = self.damage.get((read.span_id, read.layer_idx))
             if isinstance(trouble, Exception):

@@ -19,6 +19,7 @@ from tests.runtime.kit import (
     FakeBlocks,
     FakeEngine,
     FakeStore,
+    address_of,
     geometry_of,
     history_hashes,
     open_restorer,
@@ -433,3 +434,13 @@ def test_what_follows_a_damaged_span_is_saved_anew(bench, reason):
     bench.store.damage = {(ids[2], 1): reason}
     _run(restore)
     assert list(bench.store.spans) == (ids[:2] if reason == "corrupt" else ids)
+
+
+def test_a_store_knows_the_memory_that_it_reads_into(bench):
+    restore, _ = bench.start([KV] * 5)
+    _run(restore)
+    lent = [range(address_of(buffer), address_of(buffer) + len(buffer)) for buffer in bench.store.lent]
+    assert bench.store.read_into
+    assert all(any(address in memory for memory in lent) for address in bench.store.read_into)
+    bench.restorer.stop()
+    assert not bench.store.lent, "kept from being freed"

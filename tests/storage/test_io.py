@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage import native, open_io
+from mii_hcache.storage.base import ChunkRead
 from mii_hcache.storage.disk_io import DiskIO, SlotRead, SlotWrite, ThreadsIO
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.faults import inject
-from tests.storage.storage_kit import SPAN_DISK_BYTES, holds, make_record, put
+from tests.storage.storage_kit import SPAN_DISK_BYTES, holds, make_chunks, make_record, put
 
 WHY_NO_URING = native.why_no_uring()
 needs_uring = pytest.mark.skipif(WHY_NO_URING is not None, reason=str(WHY_NO_URING))
@@ -208,3 +209,26 @@ def test_a_package_without_the_extension_works(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("threads the native engine")
+
+
+@pytest.mark.parametrize("io_name", BACKENDS)
+def test_reads_into_lent_memory(tmp_path, io_name):
+    record = make_record("a", chunk_bytes=131_072)
+    with closing(StateDir(tmp_path)) as state_dir, closing(FileStore(state_dir, 1 << 26, io=io_name)) as store:
+        assert put(store, record)
+        for _ in range(100):  # more often than there is room for: what is taken back leaves its place to others
+            window = aligned_copy(bytes(record.num_bytes))
+            store.lend(window)
+            reads = [
+                ChunkRead(span_id=record.span_id, layer_idx=chunk.layer_idx, out=chunk.cut(window))
+                for chunk in record.layout.chunks
+            ]
+            assert store.get_into(reads).num_ok == len(reads)
+            assert [read.out for read in reads] == make_chunks(record)
+            store.take_back(window)
+        store.take_back(window)
+        last = [aligned_copy(bytes(4096)) for _ in range(100)]
+        for buffer in last:  # and what is one too many costs what it did before
+            store.lend(buffer)
+        assert holds(store, record)
+    store.take_back(window)
