@@ -75,6 +75,8 @@ class DiskIO(ABC):
 
     name: str
     """What `--io` calls it."""
+    num_threads: int
+    """By how many threads a batch of reads is best waited for."""
 
     @abstractmethod
     def open(self, fd: int) -> DiskFile:
@@ -104,6 +106,7 @@ class ThreadsIO(DiskIO):
     """`preadv` and `pwritev` through the page cache, on the threads that ask. Works everywhere."""
 
     name = "threads"
+    num_threads = 4
 
     def open(self, fd: int) -> DiskFile:
         return DiskFile(fd)

@@ -58,7 +58,7 @@ class FileStore(ChunkStore):
         state_dir: StateDir,
         capacity_bytes: int,
         *,
-        num_threads: int = 4,
+        num_threads: int | None = None,
         flush_interval_s: float | None = 0.2,
         flush_bytes: int = 64 << 20,
         segment_bytes: int | None = None,
@@ -66,9 +66,10 @@ class FileStore(ChunkStore):
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
-        `num_threads` read one batch. Waiting spans are committed after `flush_interval_s` or `flush_bytes`; None
-        leaves it to `flush`. `segment_bytes`: size of new segment files, by default a small share of the capacity.
-        `io`: how bytes get to the disk and back, see `open_io`.
+        `num_threads` wait for one batch of reads and verify it; None leaves it to the backend. Waiting spans are
+        committed after `flush_interval_s` or `flush_bytes`; None leaves it to `flush`. `segment_bytes`: size of new
+        segment files, by default a small share of the capacity. `io`: how bytes get to the disk and back, see
+        `open_io`.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
@@ -85,6 +86,7 @@ class FileStore(ChunkStore):
             if state_dir.read_store_uuid() is None:
                 state_dir.write_store_uuid(self._store_uuid)
             self.io, self.io_reason = open_io(io)
+            undo.callback(self.io.close)
             self._segments = Segments(state_dir.segments, self._store_uuid, self.io)
             undo.callback(self._segments.close)
             if segment_bytes is None:
@@ -95,7 +97,7 @@ class FileStore(ChunkStore):
             self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
             self._room.shrink()
             undo.pop_all()
-        self._lanes = Lanes(num_threads, "hcache-read")
+        self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
