@@ -60,9 +60,7 @@ class UringIO(DiskIO):
 
     def open(self, fd: int) -> DiskFile:
         native = self.device.open(fd)
-        if not native.is_direct and not self._told.is_set():
-            self._told.set()
-            _log.info("this file system has no direct I/O: reads and writes go through the page cache")
+        self._tell_unless_direct(native)
         return UringFile(fd, native)
 
     def read(self, reads: Sequence[SlotRead]) -> Arriving:
@@ -79,6 +77,7 @@ class UringIO(DiskIO):
         finally:
             batch.close()
             self.arenas.give_back(arena)
+        self._tell_unless_direct(*{request[1] for request in requests})
         for (_, _, _, buffer), result in zip(requests, results, strict=True):
             if result != len(buffer):
                 raise _error(result if result < 0 else -errno.EIO)
@@ -91,6 +90,12 @@ class UringIO(DiskIO):
 
     def close(self) -> None:
         self.device.close()
+
+    def _tell_unless_direct(self, *files: _io.File) -> None:
+        """Some file systems say so when a file is opened, others at the first transfer."""
+        if not self._told.is_set() and not all(file.is_direct for file in files):
+            self._told.set()
+            _log.info("this file system has no direct I/O: reads and writes go through the page cache")
 
     def _wait_all(self, batch: _io.Batch) -> list[int]:
         return batch.wait_all()

@@ -232,3 +232,14 @@ def test_reads_into_lent_memory(tmp_path, io_name):
             store.lend(buffer)
         assert holds(store, record)
     store.take_back(window)
+
+
+@needs_uring
+def test_a_lack_of_direct_io_is_told_once(caplog):
+    caplog.set_level(logging.INFO)
+    with closing(open_io.open_io("uring")[0]) as io:
+        for _ in range(2):
+            io.open(os.open("/dev/full", os.O_RDWR)).close()
+    assert [record.message for record in caplog.records] == [
+        "this file system has no direct I/O: reads and writes go through the page cache"
+    ]
