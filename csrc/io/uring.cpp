@@ -168,7 +168,7 @@ void UringQueue::submit(bool wait) {
     while (true) {
         const unsigned left = *sq_tail_ - load(sq_head_);
         const bool ready = load(cq_tail_) != *cq_head_;
-        if (left == 0 && (ready || !wait)) return;
+        if (left == 0 && ready) return;
         // GETEVENTS always: with deferred task work, completions appear only in a call that asks for them
         const int done = enter(ring_.get(), left, wait && !ready ? 1 : 0, IORING_ENTER_GETEVENTS);
         if (done >= 0) {
