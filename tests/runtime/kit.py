@@ -360,8 +360,8 @@ class PoisonedRing(RowRing):
 class PoisonedBuffers(SpanBuffers):
     """Buffers hold 0xff (NaN in every float type) when handed out and when given back, and are given back once."""
 
-    def __init__(self, *, shape: tuple[int, ...], dtype: torch.dtype, max_buffers: int) -> None:
-        super().__init__(shape=shape, dtype=dtype, max_buffers=max_buffers)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self._out: set[int] = set()
 
     def acquire(self, wait_s: float = 0.0) -> torch.Tensor | None:
