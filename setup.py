@@ -7,8 +7,8 @@ from glob import glob
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-sources = ["csrc/bindings.cpp", *sorted(glob("csrc/io/*.cpp"))]
-headers = sorted(glob("csrc/io/*.hpp"))
+sources = ["csrc/bindings.cpp", *sorted(glob("csrc/io/*.cpp")), *sorted(glob("csrc/python/*.cpp"))]
+headers = sorted(glob("csrc/*/*.hpp"))
 flags = ["-O2", "-Wall", "-Wextra", "-pthread"]
 setup(
     ext_modules=[

@@ -1,4 +1,4 @@
-"""What csrc/bindings.cpp offers. There only where the package was built with a compiler; see storage/native.py."""
+"""What csrc/python offers. There only where the package was built with a compiler; see storage/native.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,13 @@
+// The parts of the module, one file each.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace hcache::python {
+
+/// Batches of reads and writes on a device: io/device.hpp.
+void bind_device(pybind11::module_& module);
+/// Memory and copies: io/slab.hpp, io/copier.hpp.
+void bind_dram(pybind11::module_& module);
+
+}  // namespace hcache::python
