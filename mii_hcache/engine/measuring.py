@@ -20,6 +20,7 @@ from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, Profile
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.open_io import choose_io
 from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
 from mii_hcache.storage.throttled import ThrottledStore
 
@@ -56,7 +57,7 @@ def measured_profile(
     remembered. `anew` measures in any case; a doubtful profile is not believed twice. `emulated_read_bytes_per_s` slows
     every tier's reads down. Raises ConfigError when the engine's pool is too small to measure with."""
     path = state_dir / PROFILE_FILE
-    machine, model = machine_of(engine), fingerprint.hex()
+    machine, model = f"{machine_of(engine)}, files by {choose_io(io)[0]}", fingerprint.hex()
     if emulated_read_bytes_per_s is not None:
         machine += f", reads emulated at {emulated_read_bytes_per_s / 1e6:g} MB/s"
     known = None if anew else _read(path)

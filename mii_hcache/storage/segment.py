@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -16,6 +17,9 @@ from mii_hcache.storage.state_dir import open_private, sync_dir
 UNFINISHED_SUFFIX = ".new"
 """Of segment files that are not yet what their name will say."""
 
+_GROWTH_BYTES = 64 << 20
+"""By how much a file's size runs ahead of its slots. A write that moves the end of a file waits for all others and, on
+a ring, goes to a thread of the kernel's: several times the CPU time of one into a hole."""
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,6 +43,7 @@ class SegmentFile:
         self._io = io
         self._file = file
         self._making = threading.Lock()
+        self._size_bytes = 0 if file is None else os.fstat(file.fd).st_size
 
     @staticmethod
     def open(path: Path, io: DiskIO) -> SegmentFile:
@@ -59,8 +64,10 @@ class SegmentFile:
         return min(self.header.num_slots, -(-num_bytes // self.header.slot_bytes)) if num_bytes > 0 else 0
 
     def to_write(self, slot: int, header: SlotHeader, payload: memoryview) -> SlotWrite:
-        """The write of a slot, for the file that this makes if it must."""
-        return SlotWrite(self._make(), self._offset(slot), header.pack(), payload)
+        """The write of a slot, for the file that this makes and grows if it must."""
+        file = self._make()
+        self._grow(file, self._offset(slot + 1))
+        return SlotWrite(file, self._offset(slot), header.pack(), payload)
 
     def to_read(self, slot: int, out: memoryview) -> SlotRead | None:
         """The read of a slot; None when there is no file."""
@@ -110,6 +117,17 @@ class SegmentFile:
 
     def _offset(self, slot: int) -> int:
         return BLOCK_BYTES + slot * self.header.slot_bytes
+
+    def _grow(self, file: DiskFile, stop: int) -> None:
+        """Move the file's end behind `stop`; no bytes of the disk are taken by that."""
+        if stop <= self._size_bytes:
+            return
+        with self._making:
+            if stop > self._size_bytes:
+                wanted = min(-(-stop // _GROWTH_BYTES) * _GROWTH_BYTES, self._offset(self.header.num_slots))
+                with contextlib.suppress(OSError):  # such as a limit on the size of files: then writes move the end
+                    os.ftruncate(file.fd, wanted)
+                self._size_bytes = wanted
 
     def _make(self) -> DiskFile:
         with self._making:
