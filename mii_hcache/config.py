@@ -54,6 +54,9 @@ class HCacheConfig:
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
+    io_paths: tuple[str, ...] = ()
+    """More directories like `state_dir`, each on a disk of its own: saved state is striped over all of them, in equal
+    shares of `state_capacity_bytes`."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"

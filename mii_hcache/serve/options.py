@@ -68,6 +68,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         state_capacity_bytes=values.state_capacity,
         dram_capacity_bytes=values.dram_capacity,
         io=values.io,
+        io_paths=tuple(values.io_path),
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -187,6 +188,14 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.io,
         help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
         "that works here; the files are the same (default: %(default)s)",
+    )
+    state.add_argument(
+        "--io-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another directory like --state-dir, on another disk: saved state is striped over all of them; may be "
+        "given several times",
     )
     state.add_argument(
         "--method",

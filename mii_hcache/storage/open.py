@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.striped import StripedStore
 from mii_hcache.storage.tiered import TieredStore
 from mii_hcache.storage.transcripts import Transcripts
 
@@ -22,23 +24,32 @@ class OpenedState:
     transcripts: Transcripts
     state_dir: StateDir | None
     """None when nothing outlives the process."""
+    more_dirs: tuple[StateDir, ...] = ()
+    """Directories on other devices that spans are striped over."""
     notes: list[str] = field(default_factory=list)
     """Sentences for people about what was found damaged; empty when all is well."""
 
     def close(self) -> None:
         """Flush and release all. Blocks on I/O. Idempotent."""
         with ExitStack() as stack:  # later ones are closed even if an earlier one raises
-            if self.state_dir is not None:
-                stack.callback(self.state_dir.close)
+            for state_dir in (self.state_dir, *self.more_dirs):
+                if state_dir is not None:
+                    stack.callback(state_dir.close)
             stack.callback(self.transcripts.close)
             stack.callback(self.store.close)
 
 
 def open_state(
-    directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int, *, io: str = "auto"
+    directory: str | os.PathLike[str] | None,
+    capacity_bytes: int,
+    dram_capacity_bytes: int,
+    *,
+    io: str = "auto",
+    more_directories: Sequence[str | os.PathLike[str]] = (),
 ) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
     for none). Without a directory all lives in DRAM and ends with the process. `io`: see `storage.open_io`.
+    `more_directories`, each on a device of its own: files are striped over all of them, in equal shares.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
@@ -47,11 +58,20 @@ def open_state(
     with ExitStack() as undo:
         state_dir = StateDir(directory)
         undo.callback(state_dir.close)
-        file = FileStore(state_dir, capacity_bytes, io=io)
-        undo.callback(file.close)
+        more_dirs: list[StateDir] = []
+        for path in more_directories:
+            more_dirs.append(StateDir(path))
+            undo.callback(more_dirs[-1].close)
+        stores: list[FileStore] = []
+        for one in (state_dir, *more_dirs):
+            stores.append(FileStore(one, capacity_bytes // (1 + len(more_dirs)), io=io))
+            undo.callback(stores[-1].close)
+        file: FileStore | StripedStore = StripedStore(stores) if more_dirs else stores[0]
         transcripts = Transcripts(state_dir.transcripts)
         undo.callback(transcripts.close)
         store = TieredStore(MemoryStore(dram_capacity_bytes), file) if dram_capacity_bytes else file
         undo.pop_all()
     notes = [*file.notes, *([transcripts.note] if transcripts.note else [])]
-    return OpenedState(store=store, transcripts=transcripts, state_dir=state_dir, notes=notes)
+    return OpenedState(
+        store=store, transcripts=transcripts, state_dir=state_dir, more_dirs=tuple(more_dirs), notes=notes
+    )

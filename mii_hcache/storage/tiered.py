@@ -13,6 +13,7 @@ from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanReco
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.striped import StripedStore
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ _MAX_PROMOTIONS = 4096
 
 
 class TieredStore(ChunkStore):
-    """A MemoryStore in front of a FileStore; owns both. Safe from any thread.
+    """A MemoryStore in front of files; owns both. Safe from any thread.
 
     `put` copies into DRAM, where the span stays pinned until a background thread has written it to the file tier; it
     blocks, at most `put_wait_s`, only while DRAM is full of unwritten spans. A span that finds no room in files lives
@@ -36,7 +37,7 @@ class TieredStore(ChunkStore):
     def __init__(
         self,
         memory: MemoryStore,
-        file: FileStore,
+        file: FileStore | StripedStore,
         *,
         num_writers: int = 2,
         put_wait_s: float = 0.25,

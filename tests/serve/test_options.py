@@ -132,3 +132,9 @@ def test_a_state_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
         parse_options(["--state-dir", str(tmp_path / "file")])
+
+
+def test_state_may_be_striped_over_disks():
+    config = parse_options(["--io-path", "/b", "--io", "threads", "--io-path", "/c"]).config
+    assert (config.io_paths, config.io) == (("/b", "/c"), "threads")
+    assert parse_options([]).config.io_paths == ()
