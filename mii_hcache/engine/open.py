@@ -171,6 +171,7 @@ def _choose_method(
         loaded.fingerprint,
         emulated_read_bytes_per_s=config.emulated_read_bytes_per_s,
         io=config.io,
+        io_paths=config.io_paths,
         on_progress=lambda what: progress(f"measuring this machine, once: {what}", 0, 0),
     )
     if profile.is_doubtful:
