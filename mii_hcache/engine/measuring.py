@@ -43,7 +43,7 @@ def can_measure(engine: HCacheEngine) -> bool:
 
 def measured_profile(
     engine: HCacheEngine,
-    state_dir: Path,
+    state_dirs: Sequence[Path],
     fingerprint: bytes,
     *,
     io_bytes: int = 32 << 20,
@@ -51,16 +51,16 @@ def measured_profile(
     anew: bool = False,
     emulated_read_bytes_per_s: float | None = None,
     io: str = "auto",
-    io_paths: Sequence[str] = (),
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> MeasuredProfile:
-    """What `state_dir` remembers of this machine and model, else measured now (seconds; the engine must be idle) and
-    remembered. `anew` measures in any case; a doubtful profile is not believed twice. `emulated_read_bytes_per_s` slows
-    every tier's reads down. Raises ConfigError when the engine's pool is too small to measure with."""
-    path = state_dir / PROFILE_FILE
+    """What the first of `state_dirs` remembers of this machine and model, else measured now (seconds; the engine must
+    be idle) and remembered. `anew` measures in any case; a doubtful profile is not believed twice.
+    `emulated_read_bytes_per_s` slows every tier's reads down. Raises ConfigError when the engine's pool is too small to
+    measure with."""
+    path = state_dirs[0] / PROFILE_FILE
     machine, model = f"{machine_of(engine)}, files by {choose_io(io)[0]}", fingerprint.hex()
-    if io_paths:
-        machine += f", {1 + len(io_paths)} disks"
+    if len(state_dirs) > 1:
+        machine += f" in {len(state_dirs)} directories"
     if emulated_read_bytes_per_s is not None:
         machine += f", reads emulated at {emulated_read_bytes_per_s / 1e6:g} MB/s"
     known = None if anew else _read(path)
@@ -74,7 +74,8 @@ def measured_profile(
         )
     engine.reserve(_UID, num_tokens)
     try:
-        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, emulated_read_bytes_per_s, io, io_paths) as tiers:
+        folders = [directory / _SCRATCH for directory in state_dirs]
+        with _scratch_tiers(engine, folders, io_bytes, emulated_read_bytes_per_s, io) as tiers:
             costs, spread = profile_layer(
                 adapter=engine,
                 target=engine.target(_UID),
@@ -103,19 +104,17 @@ def measured_profile(
 @contextmanager
 def _scratch_tiers(
     engine: HCacheEngine,
-    folder: Path,
+    folders: Sequence[Path],
     io_bytes: int,
     emulated_read_bytes_per_s: float | None,
     io: str,
-    io_paths: Sequence[str],
 ) -> Iterator[dict[str, ProfiledTier]]:
     """Stores of the same kinds, on the same disks, for the time of a `with` block."""
-    folders = [folder, *(Path(path) / _SCRATCH for path in io_paths)]
     for one in folders:
         shutil.rmtree(one, ignore_errors=True)
     span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
     capacity_bytes = 4 * max(io_bytes, span_bytes) + (64 << 20)
-    files = open_state(folder, capacity_bytes * len(folders), 0, io=io, more_directories=folders[1:])
+    files = open_state(folders, capacity_bytes * len(folders), 0, io=io)
     memory = MemoryStore(capacity_bytes)
 
     def slowed(store: ChunkStore) -> ChunkStore:

@@ -77,6 +77,8 @@ class FileStore(ChunkStore):
         self._flush_bytes = flush_bytes
         self._commit_lock = threading.Lock()
         self._ticks_due_s = self._relief_due_s = 0.0
+        self.has_ended = False
+        """Whether `close` has released everything: False after it gave up on a disk that hangs."""
         self._write_trouble = Trouble(_log)
         self._catalog_trouble = Trouble(_log)
         with ExitStack() as undo:
@@ -120,6 +122,10 @@ class FileStore(ChunkStore):
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._index.find(span_id)
+
+    def knows(self, span_id: SpanId) -> bool:
+        """Whether the span is here, readable now or not."""
+        return self._index.find(span_id) is not None
 
     def why_missing(self, span_id: SpanId) -> str:
         return self._index.why_missing(span_id)
@@ -204,6 +210,7 @@ class FileStore(ChunkStore):
         self._lanes.close()
         self._segments.close()
         self._catalog.close()
+        self.has_ended = True
 
     def _write(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
         """Write a span and publish it. False when no room could be made or the disk failed."""

@@ -14,9 +14,10 @@ from pathlib import Path
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.format import UUID_BYTES
 
+TRANSCRIPTS_FILE = "transcripts.sqlite"
 PROFILE_FILE = "profile.json"
 """What the machine measured of itself and a model (`core.cost.MeasuredProfile`)."""
-_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg")
+_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg", "set.json")
 """What is made private on opening. Other files in the directory are none of our business."""
 
 
@@ -51,7 +52,7 @@ class StateDir:
     @property
     def transcripts(self) -> Path:
         """The transcripts' database."""
-        return self.path / "transcripts.sqlite"
+        return self.path / TRANSCRIPTS_FILE
 
     @property
     def segments(self) -> Path:

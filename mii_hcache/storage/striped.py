@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -10,39 +11,69 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.lanes import Lanes
+from mii_hcache.storage.stripe_path import StripePath
 
-_REMEMBERED_REASON = "not_saved"
+_MAX_TURNS = 65_536
+"""Spans whose path is remembered for the sake of the next ones of their contexts."""
+_MAX_DELETED = 1 << 20
+"""Spans deleted while a path was missing that are remembered until it is back."""
+_NUM_BATCHES = 8
+"""Batches of reads that are read side by side at a time: those of the restorer, and some that hang."""
 
 
 class StripedStore(ChunkStore):
     """Several FileStores as one; owns them. Safe from any thread.
 
-    Consecutive spans of a context lie on consecutive devices, so the chunks of a layer are spread round robin, as in
-    the paper (section 4.2). The first span's device is drawn from its id, so that short contexts and system prompts
-    spread, too. Nothing on disk says so: a span is looked for on every device, and where it is put is policy. Each
-    device has a catalog of its own and survives alone. When one is left out, each context is cut at its first span
-    there and the rest is computed again; when it is back, so are its spans.
+    Consecutive spans of a context lie on consecutive paths, so the chunks of a layer are spread round robin, as in the
+    paper (section 4.2). The first span's path is drawn from its id, so that short contexts and system prompts spread,
+    too. Nothing on disk says so: a span is looked for on every path, and where it is put is policy. Each path has a
+    catalog of its own and survives alone. While one is missing or away, each context is cut at its first span there and
+    the rest is computed again, and saved elsewhere; when it is back, so are its spans.
 
-    Every device takes an equal share of the capacity and evicts by itself: a context's spans may go a little out of
-    order between devices, which costs their use and nothing else. A device that fails a put hands it to the next one.
+    Every path has an equal share of the capacity and evicts by itself: a context's spans may go a little out of order
+    between paths, which costs their use and nothing else. A path that fails a put, or is full of what is pinned, hands
+    it to the next one. `delete` reaches a missing path when it is back, if that is in this process's life.
     """
 
     name = "file"
 
-    def __init__(self, stores: Sequence[FileStore]) -> None:
-        self.stores = tuple(stores)
-        self._lanes = Lanes(len(self.stores), "hcache-stripe")
+    def __init__(self, paths: Sequence[StripePath]) -> None:
+        """`paths` in the order of their ordinals; those that open later tell `path_opens`."""
+        self.paths = tuple(paths)
+        self._lanes = Lanes(len(self.paths), "hcache-stripe", num_batches=_NUM_BATCHES)
         self._placing: set[SpanId] = set()
-        """Spans that are being put: two writers of one must not choose two devices."""
+        """Spans that are being put: two writers of one must not choose two paths."""
         self._placed = threading.Condition()
         """Guards `_placing` and what follows."""
+        self._turns: OrderedDict[SpanId, int] = OrderedDict()
+        """On which path a span was put, or is being put."""
         self._num_refusals = 0
-        """Puts that one device dropped and another one took, or dropped as well: not to be counted again."""
+        """Puts that one path dropped and another one took, or dropped as well: not to be counted again."""
+        self._num_dropped = 0
+        """Puts for which there was no path at all."""
+        self._deleted: OrderedDict[SpanId, None] = OrderedDict()
+
+    @property
+    def stores(self) -> list[FileStore]:
+        """The stores of the paths that are not missing."""
+        return [path.store for path in self.paths if path.store is not None]
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for people about what was found damaged on any device."""
-        return [note for store in self.stores for note in store.notes]
+        """Sentences for people about what is missing or was found damaged."""
+        missing = [
+            f"{path.path} is missing ({path.why_missing}): what lies there cannot be restored until it is back, which "
+            "is noticed"
+            for path in self.paths
+            if path.why_missing is not None
+        ]
+        return [*missing, *(note for store in self.stores for note in store.notes)]
+
+    def path_opens(self, store: FileStore) -> None:
+        """A path's store is about to be there, long after the others: forget there what was deleted meanwhile."""
+        with self._placed:
+            deleted = list(self._deleted)
+        store.delete(deleted)
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
         record.check_chunks(chunks)
@@ -53,41 +84,50 @@ class StripedStore(ChunkStore):
         with self._alone(record.span_id):
             holder = self._holder_of(record.span_id)
             if holder is not None:
-                return self.stores[holder].put_checked(record, chunks, crcs)
-            for num_refused, store in enumerate(self._turn_of(record)):
+                return holder.put_checked(record, chunks, crcs)
+            num_refused = 0
+            for idx, store in self._turn_of(record):
+                self._remember_turn(record.span_id, idx)
                 if store.put_checked(record, chunks, crcs):
-                    self._count_refusals(num_refused)
+                    self._count(num_refusals=num_refused)
                     return True
-            self._count_refusals(len(self.stores) - 1)
+                num_refused += 1
+            self._count(num_refusals=max(0, num_refused - 1), num_dropped=num_refused == 0)
             return False
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
-        holder = self._holder_of(span_id)
-        return None if holder is None else self.stores[holder].find(span_id)
+        for path in self.paths:
+            found = None if path.store is None else path.store.find(span_id)
+            if found is not None:
+                return found
+        return None
 
     def why_missing(self, span_id: SpanId) -> str:
-        reasons = [store.why_missing(span_id) for store in self.stores]
-        return next((reason for reason in reasons if reason != _REMEMBERED_REASON), _REMEMBERED_REASON)
+        reasons = {store.why_missing(span_id) for store in self.stores} - {"not_saved"}
+        return "unavailable" if "unavailable" in reasons else min(reasons, default="not_saved")
 
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
-        parts: list[list[int]] = [[] for _ in self.stores]
+        parts: dict[FileStore, list[int]] = {}
         num_ok, reason = len(reads), None
         for idx, read in enumerate(reads):
             holder = self._holder_of(read.span_id)
             if holder is None:
-                num_ok, reason = idx, "missing"
+                is_away = self.why_missing(read.span_id) == "unavailable"
+                num_ok, reason = idx, "unavailable" if is_away else "missing"
                 break
-            parts[holder].append(idx)
-        busy = [holder for holder, part in enumerate(parts) if part]
+            parts.setdefault(holder, []).append(idx)
+        jobs = list(parts.items())
         outcomes: dict[int, ReadOutcome] = {}
 
         def read_part(job: int) -> None:
-            outcomes[busy[job]] = self.stores[busy[job]].get_into([reads[idx] for idx in parts[busy[job]]])
+            store, part = jobs[job]
+            outcomes[job] = store.get_into([reads[idx] for idx in part])
 
-        self._lanes.run(len(busy), read_part)
-        for holder, outcome in outcomes.items():
-            if outcome.num_ok < len(parts[holder]) and parts[holder][outcome.num_ok] < num_ok:
-                num_ok, reason = parts[holder][outcome.num_ok], outcome.reason
+        self._lanes.run(len(jobs), read_part)
+        for job, outcome in outcomes.items():
+            part = jobs[job][1]
+            if outcome.num_ok < len(part) and part[outcome.num_ok] < num_ok:
+                num_ok, reason = part[outcome.num_ok], outcome.reason
         return ReadOutcome(num_ok=num_ok, reason=reason)
 
     def lend(self, buffer: memoryview) -> None:
@@ -119,47 +159,82 @@ class StripedStore(ChunkStore):
 
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         span_ids = list(span_ids)
-        return sum(store.delete(span_ids) for store in self.stores)
+        with self._placed:
+            if any(path.store is None for path in self.paths):
+                self._deleted.update(dict.fromkeys(span_ids))
+                while len(self._deleted) > _MAX_DELETED:
+                    self._deleted.popitem(last=False)
+        known = {span_id for span_id in span_ids if any(store.knows(span_id) for store in self.stores)}
+        for store in self.stores:
+            store.delete(span_ids)
+        return len(known)
 
     def flush(self) -> None:
-        self._lanes.run(len(self.stores), lambda idx: self.stores[idx].flush())
+        stores = self.stores
+        self._lanes.run(len(stores), lambda idx: stores[idx].flush())
 
     def stats(self) -> StoreStats:
-        """Sums over the devices, each of them consistent."""
+        """Sums over the paths that are not missing, each of them consistent."""
         every = [store.stats() for store in self.stores]
+
+        def total(name: str) -> int:
+            return sum(getattr(stats, name) for stats in every)
+
         return StoreStats(
-            num_spans=sum(stats.num_spans for stats in every),
-            num_bytes=sum(stats.num_bytes for stats in every),
-            capacity_bytes=sum(stats.capacity_bytes for stats in every),
-            put_bytes=sum(stats.put_bytes for stats in every),
-            read_bytes=sum(stats.read_bytes for stats in every),
-            evicted_spans=sum(stats.evicted_spans for stats in every),
-            dropped_spans=sum(stats.dropped_spans for stats in every) - self._num_refusals,
-            corrupt_chunks=sum(stats.corrupt_chunks for stats in every),
+            num_spans=total("num_spans"),
+            num_bytes=total("num_bytes"),
+            capacity_bytes=total("capacity_bytes"),
+            put_bytes=total("put_bytes"),
+            read_bytes=total("read_bytes"),
+            evicted_spans=total("evicted_spans"),
+            dropped_spans=total("dropped_spans") + self._num_dropped - self._num_refusals,
+            corrupt_chunks=total("corrupt_chunks"),
         )
 
     def close(self) -> None:
-        with ExitStack() as stack:  # later ones are closed even if an earlier one raises
-            stack.callback(self._lanes.close)
-            for store in self.stores:
-                stack.callback(store.close)
+        closing = Lanes(len(self.paths), "hcache-close")  # side by side: one that hangs holds up no other
+        with ExitStack() as stack:
+            stack.callback(closing.close, 1.0)
+            stack.callback(self._lanes.close, 1.0)
+            closing.run(len(self.paths), lambda idx: self.paths[idx].close())
 
-    def _holder_of(self, span_id: SpanId) -> int | None:
-        for idx, store in enumerate(self.stores):
-            if store.find(span_id) is not None:
-                return idx
-        return None
+    def _holder_of(self, span_id: SpanId) -> FileStore | None:
+        """A store that can be asked for the span now."""
+        stores = (path.store for path in self.paths)
+        return next((store for store in stores if store is not None and store.find(span_id) is not None), None)
 
-    def _turn_of(self, record: SpanRecord) -> Iterator[FileStore]:
-        """The device whose turn it is, then the others."""
-        before = None if record.parent_id is None else self._holder_of(record.parent_id)
+    def _turn_of(self, record: SpanRecord) -> Iterator[tuple[int, FileStore]]:
+        """The path whose turn it is, then the others; those that are missing are passed over."""
+        before = self._turn_before(record)
         first = int.from_bytes(record.span_id[:8], "little") if before is None else before + 1
-        for step in range(len(self.stores)):
-            yield self.stores[(first + step) % len(self.stores)]
+        for step in range(len(self.paths)):
+            idx = (first + step) % len(self.paths)
+            store = self.paths[idx].store
+            if store is not None:
+                yield idx, store
 
-    def _count_refusals(self, num: int) -> None:
+    def _turn_before(self, record: SpanRecord) -> int | None:
+        """Where the span before this one lies, or is being put: also while that path is away."""
+        if record.parent_id is None:
+            return None
         with self._placed:
-            self._num_refusals += num
+            turn = self._turns.get(record.parent_id)
+        if turn is not None:
+            return turn
+        stores = enumerate(path.store for path in self.paths)
+        return next((idx for idx, store in stores if store is not None and store.knows(record.parent_id)), None)
+
+    def _remember_turn(self, span_id: SpanId, idx: int) -> None:
+        with self._placed:
+            self._turns[span_id] = idx
+            self._turns.move_to_end(span_id)
+            if len(self._turns) > _MAX_TURNS:
+                self._turns.popitem(last=False)
+
+    def _count(self, *, num_refusals: int = 0, num_dropped: int = 0) -> None:
+        with self._placed:
+            self._num_refusals += num_refusals
+            self._num_dropped += num_dropped
 
     @contextmanager
     def _alone(self, span_id: SpanId) -> Iterator[None]:

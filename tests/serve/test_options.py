@@ -134,7 +134,10 @@ def test_a_state_dir_that_is_a_file(tmp_path):
         parse_options(["--state-dir", str(tmp_path / "file")])
 
 
-def test_state_may_be_striped_over_disks():
-    config = parse_options(["--io-path", "/b", "--io", "threads", "--io-path", "/c"]).config
-    assert (config.io_paths, config.io) == (("/b", "/c"), "threads")
-    assert parse_options([]).config.io_paths == ()
+def test_state_may_be_striped_over_disks(monkeypatch):
+    config = parse_options(["--state-dir", "/b", "--io", "threads", "--state-dir", "/c"]).config
+    assert config.state_dirs == ("/b", "/c")
+    assert parse_options(["--state-dir", "/b"]).config.state_dirs == ("/b",)
+    monkeypatch.setenv("MII_HCACHE_STATE_DIR", "/d:/e")
+    assert parse_options([]).config.state_dirs == ("/d", "/e")
+    assert parse_options(["--state-dir", "/b"]).config.state_dirs == ("/b",)

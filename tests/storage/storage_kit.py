@@ -17,7 +17,9 @@ from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import slot_sizes
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.tiered import TieredStore
 
 IO = os.environ.get("MII_HCACHE_IO", "auto")
@@ -116,6 +118,7 @@ class StoreKit:
 
     def __init__(self, kind: str, path: Path, layout: SpanLayout | None = None) -> None:
         self.kind, self.path, self.layout = kind, path, layout
+        self.num_paths = int(kind[len("striped") :]) if kind.startswith("striped") else 1
         self._state_dir: StateDir | None = None
         self._store: ChunkStore | None = None
 
@@ -124,6 +127,10 @@ class StoreKit:
         self.close()
         if self.kind == "memory":
             self._store = MemoryStore(capacity_bytes)
+            return self._store
+        if self.num_paths > 1:
+            stripes = StripeSet.of([self.path / f"path{idx}" for idx in range(self.num_paths)])
+            self._store = open_striped(stripes, capacity_bytes, segment_bytes=1 << 20, io=IO)
             return self._store
         self._state_dir = StateDir(self.path)
         file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO)
@@ -139,7 +146,8 @@ class StoreKit:
         """What `num_spans` spans take: on disk a segment for each size, in DRAM payload."""
         if self.kind == "memory":
             return num_spans * SPAN_BYTES
-        return num_spans * SPAN_DISK_BYTES + 4096 * len(set(slot_sizes(self.record("any").layout)))
+        share = -(-num_spans // self.num_paths)
+        return self.num_paths * (share * SPAN_DISK_BYTES + 4096 * len(set(slot_sizes(self.record("any").layout))))
 
     def open_for(self, num_spans: int) -> ChunkStore:
         """A store that holds `num_spans` spans and no more."""
@@ -154,8 +162,8 @@ class StoreKit:
 
 
 def disk_bytes(path: Path) -> int:
-    """Bytes that are not holes in the segment files under a state directory."""
-    return sum(_data_bytes(file) for file in (path / "segments").iterdir())
+    """Bytes that are not holes in the segment files under a state directory, or several in one folder."""
+    return sum(_data_bytes(file) for file in path.rglob("segments/*"))
 
 
 def _data_bytes(path: Path) -> int:

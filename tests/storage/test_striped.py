@@ -13,10 +13,10 @@ import pytest
 
 from mii_hcache.errors import StateDirBusyError
 from mii_hcache.storage.base import ReadOutcome, SpanRecord
-from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.open import open_state
-from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.striped import StripedStore
 from mii_hcache.storage.tiered import TieredStore
 from tests.storage.faults import inject
@@ -36,7 +36,7 @@ Open = Callable[..., StripedStore]
 
 
 @pytest.fixture
-def open_striped(tmp_path) -> Iterator[Open]:
+def opening(tmp_path) -> Iterator[Open]:
     """Opens a store over the named devices; closes the one before."""
     opened: list = []
 
@@ -44,12 +44,10 @@ def open_striped(tmp_path) -> Iterator[Open]:
         while opened:
             opened.pop().close()
 
-    def reopen(devices: str = "abc", capacity_bytes: int = 100 * SPAN_DISK_BYTES) -> StripedStore:
+    def reopen(devices: str = "abc", capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings) -> StripedStore:
         close()
-        dirs = [StateDir(tmp_path / device) for device in devices]
-        opened.extend(dirs)
-        share = capacity_bytes // len(devices)
-        store = StripedStore([FileStore(one, share, segment_bytes=1 << 20, io=IO) for one in dirs])
+        stripes = StripeSet.of([tmp_path / device for device in devices])
+        store = open_striped(stripes, capacity_bytes, segment_bytes=1 << 20, io=IO, **settings)
         opened.append(store)
         return store
 
@@ -68,8 +66,8 @@ def holders(store: StripedStore, records: list[SpanRecord]) -> list[list[int]]:
     return [[idx for idx, one in enumerate(store.stores) if one.find(record.span_id)] for record in records]
 
 
-def test_consecutive_spans_lie_on_consecutive_devices(open_striped):
-    store = open_striped()
+def test_consecutive_spans_lie_on_consecutive_devices(opening):
+    store = opening()
     records = chain("a", 12)
     for record in records:
         assert put(store, record)
@@ -78,16 +76,16 @@ def test_consecutive_spans_lie_on_consecutive_devices(open_striped):
     assert all(holds(store, record) for record in records)
 
 
-def test_short_contexts_spread(open_striped):
-    store = open_striped(capacity_bytes=300 * SPAN_DISK_BYTES)
+def test_short_contexts_spread(opening):
+    store = opening(capacity_bytes=300 * SPAN_DISK_BYTES)
     records = [make_record(idx) for idx in range(90)]
     for record in records:
         put(store, record)
     assert min(Counter(place for (place,) in holders(store, records)).values()) >= 18
 
 
-def test_a_layer_is_read_from_all_devices_in_one_batch(open_striped):
-    store = open_striped()
+def test_a_layer_is_read_from_all_devices_in_one_batch(opening):
+    store = opening()
     records = chain("a", 12)
     for record in records:
         put(store, record)
@@ -105,8 +103,8 @@ def test_a_layer_is_read_from_all_devices_in_one_batch(open_striped):
     assert store.why_missing(make_record("never").span_id) == "not_saved"
 
 
-def test_the_first_damage_in_order_ends_a_batch(open_striped, monkeypatch):
-    store = open_striped()
+def test_the_first_damage_in_order_ends_a_batch(opening, monkeypatch):
+    store = opening()
     if store.stores[0].io.name == "threads":
         pytest.skip("faults of single devices need the native engine")
     records = chain("a", 9)
@@ -120,18 +118,18 @@ def test_the_first_damage_in_order_ends_a_batch(open_striped, monkeypatch):
     assert outcome == ReadOutcome(num_ok=5, reason="corrupt")
 
 
-def test_a_device_that_is_left_out_cuts_contexts_until_it_is_back(open_striped):
-    store = open_striped()
+def test_a_device_that_is_left_out_cuts_contexts_until_it_is_back(opening):
+    store = opening()
     records = chain("a", 6)
     for record in records:
         put(store, record)
     places = [place for (place,) in holders(store, records)]
     lost = places[2]
-    store = open_striped("".join(device for idx, device in enumerate("abc") if idx != lost))
+    store = opening("".join(device for idx, device in enumerate("abc") if idx != lost))
     assert [holds(store, record) for record in records] == [place != lost for place in places]
     assert put(store, records[2], writer=1), "saved anew, elsewhere"
     assert holds(store, records[2], writer=1)
-    store = open_striped()
+    store = opening()
     assert holds(store, records[5]), "back with its device"
     chunks, reason = read_span(store, records[2])
     assert reason is None
@@ -140,8 +138,8 @@ def test_a_device_that_is_left_out_cuts_contexts_until_it_is_back(open_striped):
     assert not holds(store, records[2])
 
 
-def test_a_device_that_fails_hands_its_puts_to_the_next(open_striped, monkeypatch):
-    store = open_striped()
+def test_a_device_that_fails_hands_its_puts_to_the_next(opening, monkeypatch):
+    store = opening()
     if store.stores[0].io.name == "threads":
         pytest.skip("faults of single devices need the native engine")
     broken = store.stores[1]
@@ -159,8 +157,8 @@ def test_a_device_that_fails_hands_its_puts_to_the_next(open_striped, monkeypatc
     assert store.stats().dropped_spans == 1
 
 
-def test_writers_of_one_span_choose_one_device(open_striped):
-    store = open_striped()
+def test_writers_of_one_span_choose_one_device(opening):
+    store = opening()
     records = [make_record(f"race{idx}", parent=f"race{idx - 1}") for idx in range(20)]
     start = threading.Barrier(4)
 
@@ -183,8 +181,8 @@ def test_writers_of_one_span_choose_one_device(open_striped):
     assert store.stats().num_bytes == 20 * SPAN_BYTES
 
 
-def test_capacity_and_pins(open_striped):
-    store = open_striped(capacity_bytes=3 * (4 * SPAN_DISK_BYTES + 4096))
+def test_capacity_and_pins(opening):
+    store = opening(capacity_bytes=3 * (4 * SPAN_DISK_BYTES + 4096))
     pinned = chain("pinned", 3)
     for record in pinned:
         put(store, record)
@@ -202,8 +200,8 @@ def test_capacity_and_pins(open_striped):
     assert not any(holds(store, record) for record in pinned)
 
 
-def test_behind_dram(open_striped):
-    store = TieredStore(MemoryStore(2 * SPAN_BYTES), open_striped(), put_wait_s=5.0)
+def test_behind_dram(opening):
+    store = TieredStore(MemoryStore(2 * SPAN_BYTES), opening(), put_wait_s=5.0)
     records = chain("a", 9)
     for record in records:
         assert put(store, record)
@@ -217,15 +215,16 @@ def test_behind_dram(open_striped):
 @pytest.mark.parametrize("dram_bytes", [0, 1 << 20])
 def test_open_state_over_several_directories(tmp_path, dram_bytes):
     def reopen():
-        return open_state(tmp_path / "a", 1 << 22, dram_bytes, io=IO, more_directories=[tmp_path / "b", tmp_path / "c"])
+        return open_state([tmp_path / name for name in "abc"], 1 << 22, dram_bytes, io=IO)
 
     records = chain("a", 6)
     state = reopen()
     for record in records:
         assert put(state.store, record)
     with pytest.raises(StateDirBusyError):
-        open_state(tmp_path / "d", 1 << 22, 0, io=IO, more_directories=[tmp_path / "e", tmp_path / "b"])
-    open_state(tmp_path / "d", 1 << 22, 0, io=IO, more_directories=[tmp_path / "e"]).close()  # nothing stayed open
+        open_state([tmp_path / "b"], 1 << 22, 0, io=IO)
+    with pytest.raises(StateDirBusyError):
+        reopen()
     state.close()
     assert all((tmp_path / name / "catalog.sqlite").exists() for name in "abc")
     state = reopen()
