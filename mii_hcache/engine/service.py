@@ -172,6 +172,8 @@ class EngineService:
             "store_evicted_spans_total": store.evicted_spans,
             "store_dropped_spans_total": store.dropped_spans,
             "store_corrupt_chunks_total": store.corrupt_chunks,
+            "store_unavailable_total": store.unavailable,
+            "store_devices_away": store.num_away,
         }
 
     @property

@@ -12,6 +12,7 @@ from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.presence import DEADLINE_S
 from mii_hcache.storage.state_dir import TRANSCRIPTS_FILE, StateDir
 from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.striped import StripedStore
@@ -35,6 +36,7 @@ class OpenedState:
     """Of a single directory; several are owned by the store."""
     notes: list[str] = field(default_factory=list)
     """Sentences for people about what is missing or was found damaged; empty when all is well."""
+    _file: ChunkStore | None = None
 
     def close(self) -> None:
         """Flush and release all. Blocks on I/O, bounded: a directory whose disk hangs stays locked. Idempotent."""
@@ -44,17 +46,23 @@ class OpenedState:
             stack.callback(self.store.close)
 
     def _release(self) -> None:
-        if self.state_dir is not None:
+        has_ended = self._file.has_ended if isinstance(self._file, FileStore) else True
+        if self.state_dir is not None and has_ended:
             self.state_dir.close()
 
 
 def open_state(
-    directory: Directories | None, capacity_bytes: int, dram_capacity_bytes: int, *, io: str = "auto"
+    directory: Directories | None,
+    capacity_bytes: int,
+    dram_capacity_bytes: int,
+    *,
+    io: str = "auto",
+    deadline_s: float = DEADLINE_S,
 ) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
     for none). Several directories, each on a disk of its own, are striped over, in equal shares; one that is missing
     is done without until it is back. Without a directory all lives in DRAM and ends with the process. `io`: see
-    `storage.open_io`.
+    `storage.open_io`. A disk that takes longer than `deadline_s` is done without for as long as it hangs.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
@@ -67,18 +75,20 @@ def open_state(
     file: FileStore | StripedStore
     with ExitStack() as undo:
         if len(paths) > 1:
-            file = open_striped(stripes, capacity_bytes, io=io)
+            file = open_striped(stripes, capacity_bytes, io=io, deadline_s=deadline_s)
             present = tuple(path.path for path in file.paths if path.store is not None)
             home = stripes.seats[0].path if file.paths[0].store is not None else None
         else:
             state_dir = StateDir(paths[0])
             undo.callback(state_dir.close)
-            file = FileStore(state_dir, capacity_bytes, io=io)
+            file = FileStore(state_dir, capacity_bytes, io=io, deadline_s=deadline_s)
             present, home = (paths[0],), paths[0]
         undo.callback(file.close)
         transcripts = Transcripts(None if home is None else home / TRANSCRIPTS_FILE)
         undo.callback(transcripts.close)
-        store = TieredStore(MemoryStore(dram_capacity_bytes), file) if dram_capacity_bytes else file
+        store = (
+            TieredStore(MemoryStore(dram_capacity_bytes), file, deadline_s=deadline_s) if dram_capacity_bytes else file
+        )
         undo.pop_all()
     notes = [*stripes.notes, *file.notes, *([transcripts.note] if transcripts.note else [])]
     if home is None:
@@ -86,4 +96,6 @@ def open_state(
             f"{stripes.seats[0].path} keeps the transcripts, and is missing: what clients send again may not be "
             "recognised, and what is learned is forgotten at the end"
         )
-    return OpenedState(store=store, transcripts=transcripts, directories=present, state_dir=state_dir, notes=notes)
+    return OpenedState(
+        store=store, transcripts=transcripts, directories=present, state_dir=state_dir, notes=notes, _file=file
+    )

@@ -10,6 +10,7 @@ from functools import partial
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.presence import DEADLINE_S
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.stripe_path import FIRST_LOOK_S, StripePath
 from mii_hcache.storage.stripe_set import Seat, StripeSet
@@ -24,13 +25,15 @@ def open_striped(
     capacity_bytes: int,
     *,
     io: str = "auto",
+    deadline_s: float = DEADLINE_S,
     segment_bytes: int | None = None,
     opening_s: float = OPENING_S,
     first_look_s: float = FIRST_LOOK_S,
 ) -> StripedStore:
     """A store over the directories of `stripes`, in equal shares of `capacity_bytes`. Those that cannot be opened now
     are missing until they can be: only a new one that cannot be made, or one that another server has, raises
-    ConfigError or StateDirBusyError. Blocks on I/O, for at most about `opening_s`."""
+    ConfigError or StateDirBusyError. Blocks on I/O, for at most about `opening_s`. `first_look_s`: before a directory
+    that is missing or away is looked at again, for the first time."""
     share_bytes = capacity_bytes // len(stripes.seats)
     present: list[Seat] = []
     recording = threading.Lock()
@@ -43,7 +46,14 @@ def open_striped(
         with ExitStack() as undo:
             state_dir = StateDir(seat.path)
             undo.callback(state_dir.close)
-            store = FileStore(state_dir, share_bytes, io=io, segment_bytes=segment_bytes)
+            store = FileStore(
+                state_dir,
+                share_bytes,
+                io=io,
+                segment_bytes=segment_bytes,
+                deadline_s=deadline_s,
+                first_pause_s=first_look_s,
+            )
             undo.callback(store.close)
             with recording:
                 stripes.record([*present, seat])

@@ -189,6 +189,8 @@ class StripedStore(ChunkStore):
             evicted_spans=total("evicted_spans"),
             dropped_spans=total("dropped_spans") + self._num_dropped - self._num_refusals,
             corrupt_chunks=total("corrupt_chunks"),
+            unavailable=total("unavailable"),
+            num_away=total("num_away") + sum(path.store is None for path in self.paths),
         )
 
     def close(self) -> None:

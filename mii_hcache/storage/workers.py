@@ -82,6 +82,11 @@ class Workers:
             future.cancel()
         return has_ended
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
     def _staff(self) -> None:
         """See to it that somebody takes up the jobs. Lock held."""
         if self._num_idle < len(self._jobs) and self._num_threads < self._max_threads:

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from mii_hcache.storage.tiered import TieredStore
 
 IO = os.environ.get("MII_HCACHE_IO", "auto")
 """Backend of all file stores here, so that the suite can be run with each."""
+PAUSE_S = 0.01
+"""Before a disk that failed is tried again."""
 CHUNK_BYTES = 5000
 NUM_CHUNKS = 3
 SPAN_BYTES = NUM_CHUNKS * CHUNK_BYTES
@@ -113,6 +117,19 @@ def holds(store: ChunkStore, record: SpanRecord, writer: int = 0) -> bool:
     return reason is None
 
 
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Fails the test when it does not come."""
+    stop_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < stop_s, "it did not come"
+        time.sleep(0.002)
+
+
+def wait_until_here(store: FileStore) -> None:
+    """The disk answers again."""
+    wait_until(lambda: store.presence.is_here)
+
+
 class StoreKit:
     """Stores of one kind in a directory, opened and closed as a test likes, and the layout of the spans in them."""
 
@@ -122,18 +139,22 @@ class StoreKit:
         self._state_dir: StateDir | None = None
         self._store: ChunkStore | None = None
 
-    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES) -> ChunkStore:
-        """A store for `capacity_bytes`; closes the one before."""
+    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings: Any) -> Any:
+        """A store for `capacity_bytes`; closes the one before. `settings` of a store of files."""
         self.close()
         if self.kind == "memory":
             self._store = MemoryStore(capacity_bytes)
             return self._store
         if self.num_paths > 1:
             stripes = StripeSet.of([self.path / f"path{idx}" for idx in range(self.num_paths)])
-            self._store = open_striped(stripes, capacity_bytes, segment_bytes=1 << 20, io=IO)
+            self._store = open_striped(
+                stripes, capacity_bytes, segment_bytes=1 << 20, io=IO, first_look_s=PAUSE_S, **settings
+            )
             return self._store
         self._state_dir = StateDir(self.path)
-        file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO)
+        file = FileStore(
+            self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO, first_pause_s=PAUSE_S, **settings
+        )
         self._store = file if self.kind == "file" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
         return self._store
 

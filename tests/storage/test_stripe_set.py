@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mii_hcache.storage import stripe_set
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.stripe_set import SET_FILE, Member, SetFile, StripeSet, mount_point, read_set_file
 from mii_hcache.storage.striped import StripedStore
-from tests.storage.storage_kit import IO, holds, make_record, put
+from tests.storage.storage_kit import IO, holds, make_record, put, wait_until
 
 CAPACITY = 1 << 22
 
@@ -36,13 +35,6 @@ def fill(*paths: Path, num_spans: int = 8) -> list:
 
 def num_held(state: OpenedState, records: list) -> int:
     return sum(holds(state.store, record) for record in records)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    stop_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < stop_s, "it did not come"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from mii_hcache.storage.tiered import TieredStore
 from tests.storage.faults import inject
 from tests.storage.storage_kit import (
     IO,
+    PAUSE_S,
     SPAN_BYTES,
     SPAN_DISK_BYTES,
     holds,
@@ -47,7 +48,7 @@ def opening(tmp_path) -> Iterator[Open]:
     def reopen(devices: str = "abc", capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings) -> StripedStore:
         close()
         stripes = StripeSet.of([tmp_path / device for device in devices])
-        store = open_striped(stripes, capacity_bytes, segment_bytes=1 << 20, io=IO, **settings)
+        store = open_striped(stripes, capacity_bytes, segment_bytes=1 << 20, io=IO, first_look_s=PAUSE_S, **settings)
         opened.append(store)
         return store
 
@@ -115,7 +116,7 @@ def test_the_first_damage_in_order_ends_a_batch(opening, monkeypatch):
         spared = 4096 + num_spared * SPAN_DISK_BYTES
         inject(monkeypatch, store.stores[place], lambda w, at, num, s=spared: None if w or at < s else -errno.EIO)
     outcome = store.get_into([reads_of(record)[0] for record in records])
-    assert outcome == ReadOutcome(num_ok=5, reason="corrupt")
+    assert outcome == ReadOutcome(num_ok=5, reason="unavailable")
 
 
 def test_a_device_that_is_left_out_cuts_contexts_until_it_is_back(opening):
