@@ -63,6 +63,9 @@ class HCacheConfig:
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
+    disk_deadline_s: float = 10.0
+    """A disk that takes longer for one batch of reads or writes hangs: the request is served without what lies there,
+    and others do without it until it answers."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"
@@ -121,6 +124,8 @@ class HCacheConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not 0 <= self.save_wait <= 10:
             raise ConfigError(f"save_wait must be between 0 and 10 (a share of the step), got {self.save_wait}")
+        if not 0 < self.disk_deadline_s < math.inf:
+            raise ConfigError(f"disk_deadline_s must be > 0, got {self.disk_deadline_s}")
         rate = self.emulated_read_bytes_per_s
         if rate is not None and not 0 < rate < math.inf:
             raise ConfigError(f"emulated_read_bytes_per_s must be > 0, got {rate}")

@@ -108,7 +108,13 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
 
 def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedService:
     """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
-    state = open_state(config.state_dirs, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io)
+    state = open_state(
+        config.state_dirs,
+        config.state_capacity_bytes,
+        config.dram_capacity_bytes,
+        io=config.io,
+        deadline_s=config.disk_deadline_s,
+    )
     try:
         if not state.directories:
             raise ConfigError(f"state_dir: none of {', '.join(config.state_dirs)} can be used; {' '.join(state.notes)}")

@@ -71,6 +71,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         state_capacity_bytes=values.state_capacity,
         dram_capacity_bytes=values.dram_capacity,
         io=values.io,
+        disk_deadline_s=values.disk_deadline,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -198,6 +199,14 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.io,
         help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
         "that works here; the files are the same (default: %(default)s)",
+    )
+    state.add_argument(
+        "--disk-deadline",
+        type=float,
+        default=defaults.disk_deadline_s,
+        metavar="SECONDS",
+        help="a disk that takes longer for one batch of reads or writes is done without until it answers "
+        "(default: %(default)g)",
     )
     state.add_argument(
         "--method",
