@@ -174,10 +174,11 @@ class FileStore(ChunkStore):
         return outcome
 
     def lend(self, buffer: memoryview) -> None:
-        self.io.lend(buffer)
+        if self.presence.is_here:  # a ring whose thread hangs would not answer
+            self.io.lend(buffer)
 
     def take_back(self, buffer: memoryview) -> None:
-        self.io.take_back(buffer)
+        self._call(lambda: self.io.take_back(buffer), 1)
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)

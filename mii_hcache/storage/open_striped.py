@@ -27,6 +27,7 @@ def open_striped(
     io: str = "auto",
     deadline_s: float = DEADLINE_S,
     segment_bytes: int | None = None,
+    flush_interval_s: float | None = 0.2,
     opening_s: float = OPENING_S,
     first_look_s: float = FIRST_LOOK_S,
 ) -> StripedStore:
@@ -51,6 +52,7 @@ def open_striped(
                 share_bytes,
                 io=io,
                 segment_bytes=segment_bytes,
+                flush_interval_s=flush_interval_s,
                 deadline_s=deadline_s,
                 first_pause_s=first_look_s,
             )

@@ -107,6 +107,8 @@ class DeadDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
         self.error = 0
         """What every transfer fails with; 0 for none."""
+        self.write_error = 0
+        """The same, of writes alone."""
         self.bad_offsets: set[int] = set()
         """Where reads fail all the same."""
         self.may_be_cancelled = False
@@ -136,6 +138,7 @@ class DeadDisk:
 
     def _verdict(self, is_write: bool, offset: int) -> int | None:
         error = errno.EIO if not is_write and offset in self.bad_offsets else self.error
+        error = self.write_error if is_write and self.write_error else error
         return -error if error else None
 
     def _faulty(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -307,3 +309,49 @@ def test_workers_do_without_threads_that_hang():
 
 def _times_out() -> None:
     raise TimeoutError(errno.ETIMEDOUT, "its own")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_path_without_room_hands_its_puts_on_and_is_used_again(striped, one_of_two, code):
+    one_of_two.write_error = code
+    records = chain(12)
+    assert all(put(striped, record) for record in records)
+    assert striped.stores[1].stats().num_spans == 0
+    assert (striped.stats().dropped_spans, striped.stats().num_away) == (0, 0), "it answers"
+    one_of_two.write_error = 0
+    striped.stores[1]._room._full_until_s = 0.0  # as after a few seconds
+    more = [make_record(idx) for idx in range(20)]
+    assert all(put(striped, record) for record in more)
+    assert striped.stores[1].stats().num_spans > 0
+    assert all(holds(striped, record) for record in [*records, *more])
+
+
+@pytest.mark.parametrize("num_hanging", [1, 2])
+def test_a_process_ends_although_disks_hang(tmp_path, num_hanging):
+    """Threads in system calls that do not return are left behind, by `close` and by the interpreter."""
+    script = f"""
+import os, threading, time
+from mii_hcache.storage.open import open_state
+from tests.storage.storage_kit import make_record, put, reads_of
+folder = {str(tmp_path)!r}
+state = open_state([folder + "/a", folder + "/b"], 1 << 24, 1 << 20, io="threads", deadline_s=0.2)
+assert all(put(state.store, make_record(idx)) for idx in range(8))
+state.store.flush()
+real = os.preadv, os.pwritev
+names = tuple(folder + "/" + name for name in "ab"[:{num_hanging}])
+def hang(fd):
+    if os.readlink(f"/proc/self/fd/{{fd}}").startswith(names):
+        time.sleep(600)
+os.preadv = lambda fd, *rest: (hang(fd), real[0](fd, *rest))[1]
+os.pwritev = lambda fd, *rest: (hang(fd), real[1](fd, *rest))[1]
+for idx in range(8):
+    threading.Thread(target=state.store._file.get_into, args=(reads_of(make_record(idx)),), daemon=True).start()
+for idx in range(8, 16):
+    put(state.store, make_record(idx))
+time.sleep(0.3)
+state.close()
+print("closed")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == "closed"
