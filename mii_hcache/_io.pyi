@@ -9,10 +9,12 @@ from typing_extensions import Buffer
 ABI: int
 HOLD: int
 """What a `Fault` says of an attempt that is to wait and be asked about again."""
+STUCK: int
+"""The same, for one that no cancellation ends."""
 
 Fault = Callable[[bool, int, int], int | None]
 """(is_write, offset, num_bytes) of an attempt, on the device's thread: None lets it pass, else a negative errno, how
-many bytes to move, or HOLD."""
+many bytes to move, HOLD or STUCK."""
 
 def why_no_uring() -> str | None: ...
 
@@ -35,6 +37,7 @@ class Device:
     def lend(self, buffer: Buffer) -> bool: ...
     def take_back(self, buffer: Buffer) -> None: ...
     def stats(self) -> dict[str, int]: ...
+    def cancel(self) -> None: ...
     def close(self) -> None: ...
 
 class Slab(Buffer):

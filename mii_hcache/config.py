@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,19 @@ DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 IO_NAMES = ("auto", "uring", "threads")
 
 
-def default_state_dir() -> str:
-    """`$MII_HCACHE_STATE_DIR`, else `mii_hcache/state` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    chosen = os.environ.get("MII_HCACHE_STATE_DIR")
+def default_state_dirs() -> tuple[str, ...]:
+    """`$MII_HCACHE_STATE_DIR`, several separated by colons, else `mii_hcache/state` under `$XDG_CACHE_HOME` or
+    `~/.cache`."""
+    chosen = tuple(part for part in os.environ.get("MII_HCACHE_STATE_DIR", "").split(os.pathsep) if part)
     if chosen:
         return chosen
     cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return str(Path(cache_home) / "mii_hcache" / "state")
+    return (str(Path(cache_home) / "mii_hcache" / "state"),)
+
+
+def default_state_dir() -> str:
+    """The first of `default_state_dirs`."""
+    return default_state_dirs()[0]
 
 
 def environment_api_keys() -> list[str]:
@@ -45,15 +52,20 @@ class HCacheConfig:
     """Name that the API answers to; None derives it from `model`."""
     dtype: str = "auto"
     """`auto` takes the checkpoint's own, else float32, bfloat16 or float16."""
-    state_dir: str | None = None
-    """Where state is kept; None is `default_state_dir()`. One server at a time."""
+    state_dir: str | Sequence[str] | None = None
+    """Where state is kept; None is `default_state_dirs()`. One server at a time. Several directories, each on a disk of
+    its own, are striped over."""
     state_capacity_bytes: int = 20 << 30
-    """Most that saved state may take on disk; least recently used goes first."""
+    """Most that saved state may take on disk, in all directories together, each having an equal share; least recently
+    used goes first."""
     dram_capacity_bytes: int = 2 << 30
     """Most that saved state may take in host memory, in front of the disk."""
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
+    disk_deadline_s: float = 10.0
+    """A disk that takes longer for one batch of reads or writes hangs: the request is served without what lies there,
+    and others do without it until it answers."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"
@@ -86,6 +98,10 @@ class HCacheConfig:
     """Fill free KV blocks with NaN, to hunt corruption: `MII_HCACHE_POISON_BLOCKS=1`."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.state_dir, (str, type(None))):
+            object.__setattr__(self, "state_dir", tuple(self.state_dir))
+            if not self.state_dir or not all(isinstance(one, str) and one for one in self.state_dir):
+                raise ConfigError(f"state_dir must be a directory or several, got {self.state_dir!r}")
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {self.dtype!r}")
         if self.keep not in KEEP_POLICIES:
@@ -108,11 +124,20 @@ class HCacheConfig:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not 0 <= self.save_wait <= 10:
             raise ConfigError(f"save_wait must be between 0 and 10 (a share of the step), got {self.save_wait}")
+        if not 0 < self.disk_deadline_s < math.inf:
+            raise ConfigError(f"disk_deadline_s must be > 0, got {self.disk_deadline_s}")
         rate = self.emulated_read_bytes_per_s
         if rate is not None and not 0 < rate < math.inf:
             raise ConfigError(f"emulated_read_bytes_per_s must be > 0, got {rate}")
         if not 0 < self.restore_slice_s < math.inf:
             raise ConfigError(f"restore_slice_s must be > 0, got {self.restore_slice_s}")
+
+    @property
+    def state_dirs(self) -> tuple[str, ...]:
+        """`state_dir`, or the default, as what it means: at least one directory."""
+        if self.state_dir is None:
+            return default_state_dirs()
+        return (self.state_dir,) if isinstance(self.state_dir, str) else tuple(self.state_dir)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> HCacheConfig:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <csignal>
+#include <utility>
 
 #include "batch.hpp"
 
@@ -78,6 +79,13 @@ void Device::forget(File& file) {
     run([&file](Queue& queue) { queue.forget(file); });
 }
 
+void Device::cancel() {
+    const std::scoped_lock guard(lock_);
+    if (closing_) return;
+    cancelling_ = true;
+    if (sleeping_) queue_->wake();
+}
+
 void Device::close() {
     const std::scoped_lock only_one(closing_lock_);
     if (!thread_.joinable()) return;
@@ -139,11 +147,13 @@ void Device::loop() {
 void Device::take_inbox() {
     std::vector<std::shared_ptr<Batch>> batches;
     std::vector<const std::function<void(Queue&)>*> jobs;
+    bool cancelling = false;
     {
         const std::scoped_lock guard(lock_);
         batches.swap(inbox_);
         jobs.swap(jobs_);
         sleeping_ = true;
+        cancelling = std::exchange(cancelling_, false);
         if (closing_ && !ending_) {
             ending_ = true;
             if (free_.size() < flights_.size()) queue_->cancel();
@@ -158,6 +168,15 @@ void Device::take_inbox() {
     for (auto& batch : batches) {
         for (std::size_t idx = 0; idx < batch->requests.size(); ++idx) waiting_.push_back({batch, idx});
     }
+    if (cancelling) cancel_all();
+}
+
+void Device::cancel_all() {
+    for (const Next& next : waiting_) next.batch->finish(next.idx, -ECANCELED);
+    waiting_.clear();
+    if (free_.size() == flights_.size()) return;
+    for (Flight& flight : flights_) flight.cancelled = flight.batch != nullptr;
+    queue_->cancel();
 }
 
 void Device::start_waiting() {
@@ -196,7 +215,7 @@ void Device::handle(const Done& done) {
     Flight& flight = flights_[slot];
     const Request& request = flight.batch->requests[flight.idx];
     if (done.result == -EINTR || done.result == -EAGAIN) {
-        if (ending_) {
+        if (ending_ || flight.cancelled) {
             finish(slot, -ECANCELED);
         } else if (++flight.num_tries <= kMaxTries) {
             start(slot);
@@ -215,7 +234,7 @@ void Device::handle(const Done& done) {
         flight.num_tries = 0;
         if (flight.moved >= request.length) {
             finish(slot, static_cast<std::int64_t>(flight.moved));
-        } else if (ending_) {
+        } else if (ending_ || flight.cancelled) {
             finish(slot, -ECANCELED);
         } else {
             ++num_carried_on_;

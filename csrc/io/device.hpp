@@ -76,6 +76,9 @@ class Device {
     bool run(const std::function<void(Queue&)>& job);
     /// Before the last reference to a file goes. Requests in progress end well.
     void forget(File& file);
+    /// End early what was submitted so far: what has not begun as -ECANCELED, what is in flight if the device can. For
+    /// a disk that hangs. Does not block.
+    void cancel();
     /// What has not begun ends as -ECANCELED, what is in flight is waited for. Later batches end as -ECANCELED at once.
     /// Idempotent.
     void close();
@@ -89,6 +92,7 @@ class Device {
         unsigned num_tries = 0;
         std::uint32_t asked = 0;
         bool direct = false;
+        bool cancelled = false;
     };
     struct Next {
         std::shared_ptr<Batch> batch;
@@ -98,6 +102,7 @@ class Device {
     void work(const MakeQueue& make_queue, std::exception_ptr& failure);
     void loop();
     void take_inbox();
+    void cancel_all();
     void start_waiting();
     void start(std::size_t slot);
     void handle(const Done& done);
@@ -110,6 +115,7 @@ class Device {
     std::uint64_t num_jobs_asked_ = 0;
     std::uint64_t num_jobs_done_ = 0;
     bool started_ = false;
+    bool cancelling_ = false;
     bool closing_ = false;
     bool closed_ = false;
     /// Others have to wake the thread. Set under the lock, when the inbox was emptied; cleared without it, because a

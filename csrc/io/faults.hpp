@@ -17,7 +17,9 @@ namespace hcache::io {
 inline constexpr std::int64_t kPass = std::numeric_limits<std::int64_t>::max();
 /// A delay: the attempt waits, and is asked about again and again, while others go on.
 inline constexpr std::int64_t kHold = kPass - 1;
-/// Called on the queue's thread. Returns kPass, kHold, a negative errno, or how many bytes to move.
+/// A delay that no cancellation ends: a disk that hangs.
+inline constexpr std::int64_t kStuck = kPass - 2;
+/// Called on the queue's thread. Returns kPass, kHold, kStuck, a negative errno, or how many bytes to move.
 using Fault = std::function<std::int64_t(const Attempt&)>;
 
 class FaultyQueue final : public Queue {
@@ -27,8 +29,8 @@ class FaultyQueue final : public Queue {
     unsigned depth() const override { return inner_->depth(); }
     void enqueue(const Attempt& attempt) override {
         const std::int64_t verdict = fault_(attempt);
-        if (verdict == kHold) {
-            held_.push_back(attempt);
+        if (verdict == kHold || verdict == kStuck) {
+            held_.push_back({attempt, verdict == kStuck});
             return;
         }
         if (verdict <= 0) {
@@ -43,9 +45,9 @@ class FaultyQueue final : public Queue {
         if (!held_.empty()) {
             inner_->submit(false);
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            std::vector<Attempt> again;
+            std::vector<Held> again;
             again.swap(held_);
-            for (const Attempt& attempt : again) enqueue(attempt);
+            for (const Held& held : again) enqueue(held.attempt);
         }
         inner_->submit(wait && made_up_.empty() && held_.empty());
     }
@@ -56,8 +58,15 @@ class FaultyQueue final : public Queue {
     }
     void wake() override { inner_->wake(); }
     void cancel() override {
-        for (const Attempt& attempt : held_) made_up_.push_back({attempt.token, -ECANCELED});
-        held_.clear();
+        std::vector<Held> all;
+        all.swap(held_);
+        for (const Held& held : all) {
+            if (held.stuck) {
+                held_.push_back(held);
+            } else {
+                made_up_.push_back({held.attempt.token, -ECANCELED});
+            }
+        }
         inner_->cancel();
     }
     void forget(File& file) override { inner_->forget(file); }
@@ -65,10 +74,15 @@ class FaultyQueue final : public Queue {
     void take_back(std::span<std::byte> memory) override { inner_->take_back(memory); }
 
   private:
+    struct Held {
+        Attempt attempt;
+        bool stuck;
+    };
+
     std::unique_ptr<Queue> inner_;
     Fault fault_;
     std::vector<Done> made_up_;
-    std::vector<Attempt> held_;
+    std::vector<Held> held_;
 };
 
 }  // namespace hcache::io

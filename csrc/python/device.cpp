@@ -158,6 +158,10 @@ struct PyDevice : std::enable_shared_from_this<PyDevice> {
         }
         lent.swap(kept);
     }
+    void cancel() {
+        const py::gil_scoped_release unlocked;
+        device->cancel();
+    }
     void close() {
         const py::gil_scoped_release unlocked;
         device->close();
@@ -181,6 +185,7 @@ void PyFile::close() {
 
 void bind_device(py::module_& module) {
     module.attr("HOLD") = io::kHold;
+    module.attr("STUCK") = io::kStuck;
     module.def("why_no_uring", &io::why_no_uring, "None when io_uring works here, else why not.");
 
     py::class_<PyFile>(module, "File")
@@ -205,9 +210,9 @@ void bind_device(py::module_& module) {
                  return py::dict(py::arg("attempts") = stats.num_attempts, py::arg("direct") = stats.num_direct,
                                  py::arg("carried_on") = stats.num_carried_on, py::arg("errors") = stats.num_errors);
              })
+        .def("cancel", &PyDevice::cancel)
         .def("close", &PyDevice::close)
-        .def_property(
-            "fault", [](const PyDevice& self) { return self.fault; }, &PyDevice::set_fault);
+        .def_property("fault", [](const PyDevice& self) { return self.fault; }, &PyDevice::set_fault);
 }
 
 }  // namespace hcache::python

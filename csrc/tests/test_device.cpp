@@ -103,6 +103,32 @@ void ends() {
     CHECK(device.submit({}).wait_all(0ms));
 }
 
+void a_cancellation_ends_what_was_submitted_and_nothing_else() {
+    Disk disk{.bytes = noise(4000, 8)};
+    std::atomic<bool> hangs{true};
+    disk.script = [&](const Attempt&) -> std::int64_t { return kPass; };
+    const Fault fault = [&](const Attempt& attempt) -> std::int64_t {
+        if (!hangs) return kPass;
+        return attempt.offset == 0 ? kStuck : kHold;
+    };
+    Device device([&] { return std::make_unique<FaultyQueue>(std::make_unique<MemoryQueue>(disk, 2), fault); });
+    const auto file = some_file();
+    std::vector<std::byte> out(3000);
+    std::vector<Request> requests;
+    for (std::size_t start = 0; start < 3000; start += 1000)
+        requests.push_back({Op::read, file, start, &out[start], 1000});
+    const Transfer transfer = device.submit(requests);
+    device.run([](Queue&) {});
+    device.cancel();
+    CHECK(result_of(transfer, 1) == -ECANCELED);  // held
+    CHECK(result_of(transfer, 2) == -ECANCELED);  // had not begun
+    CHECK(!transfer.wait(0, 20ms));               // hangs for good
+    disk.cancelled = false;                       // the inner queue had nothing in flight
+    hangs = false;
+    CHECK(result_of(transfer, 0) == 1000);
+    CHECK(result_of(device.submit({{Op::read, file, 2000, out.data(), 1000}})) == 1000);
+}
+
 void a_refused_direct_transfer_goes_through_the_page_cache() {
     Disk disk{.bytes = noise(8192, 7)};
     const auto file = some_file();
@@ -260,6 +286,7 @@ int main() {
     RUN(errors_are_the_requests_own);
     RUN(a_device_that_always_says_again_is_given_up);
     RUN(ends);
+    RUN(a_cancellation_ends_what_was_submitted_and_nothing_else);
     RUN(a_refused_direct_transfer_goes_through_the_page_cache);
     RUN(no_request_outlives_its_buffer);
     RUN(closing_ends_what_waits_and_waits_for_what_flies);

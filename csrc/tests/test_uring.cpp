@@ -114,6 +114,29 @@ void a_stalled_read_ends_when_the_device_closes() {
     ::close(ends[1]);
 }
 
+void a_stalled_read_can_be_called_back() {
+    int ends[2];
+    CHECK(::pipe2(ends, O_CLOEXEC) == 0);
+    {
+        Device device(ring(1));
+        const auto pipe = std::make_shared<File>(ends[0]);
+        std::byte data[3]{};
+        for (unsigned round = 0; round < 3; ++round) {  // the ring goes on listening for who wakes it
+            const Transfer transfer =
+                device.submit({{Op::read, pipe, ~0ULL, &data[0], 1}, {Op::read, pipe, ~0ULL, &data[1], 1}});
+            CHECK(!transfer.wait(0, 20ms).has_value());
+            device.cancel();
+            CHECK(transfer.wait(0, 20s) == -ECANCELED);
+            CHECK(transfer.wait(1, 20s) == -ECANCELED);
+            const Transfer next = device.submit({{Op::read, pipe, ~0ULL, &data[2], 1}});
+            CHECK(::write(ends[1], "x", 1) == 1);
+            CHECK(next.wait(0, 20s) == 1);
+        }
+    }
+    ::close(ends[0]);
+    ::close(ends[1]);
+}
+
 void many_files_and_threads() {
     Device device(ring(16));
     std::vector<std::thread> threads;
@@ -150,5 +173,6 @@ int main(int argc, char** argv) {
     RUN(files_hold_what_was_written);
     RUN(errors_have_their_numbers);
     RUN(a_stalled_read_ends_when_the_device_closes);
+    RUN(a_stalled_read_can_be_called_back);
     RUN(many_files_and_threads);
 }

@@ -10,7 +10,8 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.base import ChunkRead, SpanRecord
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.stripe_set import StripeSet
+from mii_hcache.storage.striped import StripedStore
 
 QUEUE_DEPTH = 32
 WINDOW_BYTES = 64 << 20
@@ -138,15 +142,16 @@ def _check(batch: _io.Batch, chunk_bytes: int) -> None:
     batch.close()
 
 
-def store(folder: Path, num_bytes: int, chunk_bytes: int, io: str) -> tuple[Cost, Cost]:
-    """Put and flush, then read back layer by layer, as a restore does, the page cache dropped. With checksums."""
+def store(folders: Sequence[Path], num_bytes: int, chunk_bytes: int, io: str) -> tuple[Cost, Cost]:
+    """Put and flush, then read back layer by layer, as a restore does, the page cache dropped. With checksums. Several
+    folders are striped over."""
     layout = SpanLayout.shared((ChunkKind.HIDDEN,) * NUM_LAYERS, chunk_bytes, chunk_bytes)
     num_spans = num_bytes // layout.num_bytes
     records = [
         SpanRecord(
             span_id=hashlib.blake2b(b"%d" % idx, digest_size=32).digest(),
-            parent_id=None,
-            span_idx=0,
+            parent_id=hashlib.blake2b(b"%d" % (idx - 1), digest_size=32).digest() if idx else None,
+            span_idx=idx,
             token_ids=bytes(256),
             layout=layout,
         )
@@ -154,10 +159,20 @@ def store(folder: Path, num_bytes: int, chunk_bytes: int, io: str) -> tuple[Cost
     ]
     window = aligned(max(num_spans, NUM_LAYERS) * chunk_bytes, 3)  # lent, as the restorer's is, for the reads
     chunks = [window[idx * chunk_bytes : (idx + 1) * chunk_bytes] for idx in range(max(num_spans, NUM_LAYERS))]
-    shutil.rmtree(folder, ignore_errors=True)
-    state_dir = StateDir(folder)
-    opened = FileStore(state_dir, 4 * num_bytes, io=io, flush_interval_s=None)
-    try:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    capacity_bytes = 4 * num_bytes * len(folders)
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.callback(shutil.rmtree, folder)
+        opened: FileStore | StripedStore
+        if len(folders) > 1:
+            opened = open_striped(StripeSet.of(folders), capacity_bytes, io=io, flush_interval_s=None)
+        else:
+            state_dir = StateDir(folders[0])
+            stack.callback(state_dir.close)
+            opened = FileStore(state_dir, capacity_bytes, io=io, flush_interval_s=None)
+        stack.callback(opened.close)
 
         def write() -> None:
             for record in records:
@@ -175,13 +190,9 @@ def store(folder: Path, num_bytes: int, chunk_bytes: int, io: str) -> tuple[Cost
                     raise RuntimeError("a read failed")
 
         written = measured(num_spans * layout.num_bytes, write)
-        drop_cache(folder.rglob("*.seg"))
+        drop_cache(path for folder in folders for path in folder.rglob("*.seg"))
         opened.lend(window)
         return written, measured(num_spans * layout.num_bytes, read)
-    finally:
-        opened.close()
-        state_dir.close()
-        shutil.rmtree(folder)
 
 
 def drop_cache(files: object) -> None:

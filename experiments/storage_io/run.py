@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def passes_of_a_round(
-    folder: Path, files: list[Path], file_bytes: int, chunk_bytes: int, *, with_stores: bool
+    folder: Path, files: list[Path], file_bytes: int, chunk_bytes: int, *, with_stores: bool, num_paths: int
 ) -> Iterator[tuple[str, Any]]:
     """Name and cost of each pass; a yardstick stands next to what it measures."""
     num_bytes = len(files) * file_bytes
@@ -42,9 +42,12 @@ def passes_of_a_round(
         yield f"{side} engine, unregistered memory", cost
     if with_stores:
         for io in ("uring", "threads"):
-            written, read = passes.store(folder / "state", num_bytes, chunk_bytes, io)
-            yield f"write store, {io}, checksums included", written
-            yield f"read store, {io}, checksums included", read
+            for count in sorted({1, num_paths}):
+                folders = [folder / f"state{idx}" for idx in range(count)]
+                name = f"store, {io}, checksums included" + f", striped over {count}" * (count > 1)
+                written, read = passes.store(folders, num_bytes, chunk_bytes, io)
+                yield f"write {name}", written
+                yield f"read {name}", read
     yield "checksum", passes.checksum(num_bytes, chunk_bytes)
     num_threads = os.cpu_count() or 1
     for count in sorted({1, num_threads}):
@@ -68,6 +71,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write rows to this file")
     parser.add_argument("--mib", type=int, default=1024, help="MiB of each pass, over two files (default: %(default)s)")
     parser.add_argument("--chunk-kib", type=int, default=512)
+    parser.add_argument(
+        "--paths",
+        type=int,
+        default=1,
+        help="also stores striped over so many directories, next to those in one: on one disk the stripe should cost "
+        "nothing",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-stores", action="store_true", help="only the engine and the yardsticks")
     values = parser.parse_args()
@@ -94,7 +104,7 @@ def main() -> None:
                 os.fsync(file.fileno())
         for round_idx in range(values.rounds):
             for name, cost in passes_of_a_round(
-                folder, files, file_bytes, chunk_bytes, with_stores=not values.without_stores
+                folder, files, file_bytes, chunk_bytes, with_stores=not values.without_stores, num_paths=values.paths
             ):
                 if cost is None:
                     continue

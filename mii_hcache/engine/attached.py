@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from mii_hcache.runtime.generation import (
     RestoreReport,
     SamplingParams,
 )
-from mii_hcache.storage.open import OpenedState, open_state
+from mii_hcache.storage.open import Directories, OpenedState, open_state
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class AttachedModel:
 
 def attach(
     hf_model: Any,
-    state_dir: str | PathLike[str] | None = None,
+    state_dir: Directories | None = None,
     *,
     tokenizer: Any = None,
     method: str | None = None,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,10 +18,10 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import device_name, num_usable_cpus
 from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, h2d_bytes_per_s, profile_layer
 from mii_hcache.storage.base import ChunkStore
-from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.open import open_state
 from mii_hcache.storage.open_io import choose_io
-from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
+from mii_hcache.storage.state_dir import PROFILE_FILE
 from mii_hcache.storage.throttled import ThrottledStore
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def can_measure(engine: HCacheEngine) -> bool:
 
 def measured_profile(
     engine: HCacheEngine,
-    state_dir: Path,
+    state_dirs: Sequence[Path],
     fingerprint: bytes,
     *,
     io_bytes: int = 32 << 20,
@@ -53,11 +53,14 @@ def measured_profile(
     io: str = "auto",
     on_progress: Callable[[str], None] = lambda what: None,
 ) -> MeasuredProfile:
-    """What `state_dir` remembers of this machine and model, else measured now (seconds; the engine must be idle) and
-    remembered. `anew` measures in any case; a doubtful profile is not believed twice. `emulated_read_bytes_per_s` slows
-    every tier's reads down. Raises ConfigError when the engine's pool is too small to measure with."""
-    path = state_dir / PROFILE_FILE
+    """What the first of `state_dirs` remembers of this machine and model, else measured now (seconds; the engine must
+    be idle) and remembered. `anew` measures in any case; a doubtful profile is not believed twice.
+    `emulated_read_bytes_per_s` slows every tier's reads down. Raises ConfigError when the engine's pool is too small to
+    measure with."""
+    path = state_dirs[0] / PROFILE_FILE
     machine, model = f"{machine_of(engine)}, files by {choose_io(io)[0]}", fingerprint.hex()
+    if len(state_dirs) > 1:
+        machine += f" in {len(state_dirs)} directories"
     if emulated_read_bytes_per_s is not None:
         machine += f", reads emulated at {emulated_read_bytes_per_s / 1e6:g} MB/s"
     known = None if anew else _read(path)
@@ -71,7 +74,8 @@ def measured_profile(
         )
     engine.reserve(_UID, num_tokens)
     try:
-        with _scratch_tiers(engine, state_dir / _SCRATCH, io_bytes, emulated_read_bytes_per_s, io) as tiers:
+        folders = [directory / _SCRATCH for directory in state_dirs]
+        with _scratch_tiers(engine, folders, io_bytes, emulated_read_bytes_per_s, io) as tiers:
             costs, spread = profile_layer(
                 adapter=engine,
                 target=engine.target(_UID),
@@ -99,29 +103,37 @@ def measured_profile(
 
 @contextmanager
 def _scratch_tiers(
-    engine: HCacheEngine, folder: Path, io_bytes: int, emulated_read_bytes_per_s: float | None, io: str
+    engine: HCacheEngine,
+    folders: Sequence[Path],
+    io_bytes: int,
+    emulated_read_bytes_per_s: float | None,
+    io: str,
 ) -> Iterator[dict[str, ProfiledTier]]:
-    """Stores of the same kinds, on the same disk, for the time of a `with` block."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Stores of the same kinds, on the same disks, for the time of a `with` block."""
+    for one in folders:
+        shutil.rmtree(one, ignore_errors=True)
     span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
     capacity_bytes = 4 * max(io_bytes, span_bytes) + (64 << 20)
-    state_dir = StateDir(folder)
-    file = FileStore(state_dir, capacity_bytes, io=io)
+    files = open_state(folders, capacity_bytes * len(folders), 0, io=io)
     memory = MemoryStore(capacity_bytes)
 
     def slowed(store: ChunkStore) -> ChunkStore:
         return ThrottledStore(store, emulated_read_bytes_per_s) if emulated_read_bytes_per_s else store
 
+    def forget() -> None:
+        for one in folders:
+            forget_files(one)
+
     try:
         yield {
             "memory": ProfiledTier(store=slowed(memory), forget=lambda: None),
-            "file": ProfiledTier(store=slowed(file), forget=lambda: forget_files(folder)),
+            "file": ProfiledTier(store=slowed(files.store), forget=forget),
         }
     finally:
         memory.close()
-        file.close()
-        state_dir.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        files.close()
+        for one in folders:
+            shutil.rmtree(one, ignore_errors=True)
 
 
 def forget_files(folder: Path) -> None:

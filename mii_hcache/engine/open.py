@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mii_hcache.config import HCacheConfig, default_state_dir
+from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import MeasuredProfile
 from mii_hcache.core.methods import Method, default_method, method_named
 from mii_hcache.core.plans import StoragePlan
@@ -15,6 +15,7 @@ from mii_hcache.engine.measuring import can_measure, measured_profile
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
+from mii_hcache.errors import ConfigError
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.throttled import ThrottledStore
 
@@ -107,13 +108,21 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
 
 def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedService:
     """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
-    state_dir = Path(config.state_dir or default_state_dir())
-    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io)
+    state = open_state(
+        config.state_dirs,
+        config.state_capacity_bytes,
+        config.dram_capacity_bytes,
+        io=config.io,
+        deadline_s=config.disk_deadline_s,
+    )
     try:
+        if not state.directories:
+            raise ConfigError(f"state_dir: none of {', '.join(config.state_dirs)} can be used; {' '.join(state.notes)}")
+        state_dir = state.directories[0]
         loaded = load_engine(config, state_dir, progress)
         notes = [*state.notes, *loaded.notes]
         tokenizer = Tokenizer(loaded.path)
-        method, why, profile = _choose_method(config, loaded, state_dir, notes, progress)
+        method, why, profile = _choose_method(config, loaded, state.directories, notes, progress)
         store = state.store
         if config.emulated_read_bytes_per_s is not None:
             store = ThrottledStore(store, config.emulated_read_bytes_per_s)
@@ -145,7 +154,11 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
 
 
 def _choose_method(
-    config: HCacheConfig, loaded: LoadedEngine, state_dir: Path, notes: list[str], progress: Progress
+    config: HCacheConfig,
+    loaded: LoadedEngine,
+    state_dirs: Sequence[Path],
+    notes: list[str],
+    progress: Progress,
 ) -> tuple[Method, str, MeasuredProfile | None]:
     """The method, why it is that one, and the costs that it plans with."""
     method = method_named(config.method or "auto")
@@ -161,7 +174,7 @@ def _choose_method(
         return method, "the smaller of hidden and kv", None
     profile = measured_profile(
         loaded.engine,
-        state_dir,
+        state_dirs,
         loaded.fingerprint,
         emulated_read_bytes_per_s=config.emulated_read_bytes_per_s,
         io=config.io,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,7 +74,13 @@ class EngineService:
             ring_batches=3,  # with two, a full batch may find no room that lies together while one is in flight
             is_worth_saving=sightings.is_worth_saving,
         )
-        self._restorer = Restorer(adapter=engine, store=store, counters=self._counters)
+        self._restorer = Restorer(
+            adapter=engine,
+            store=store,
+            counters=self._counters,
+            # an emulated disk may be as slow as it likes
+            read_deadline_s=math.inf if config.emulated_read_bytes_per_s else config.disk_deadline_s,
+        )
         self._scheduler = HCacheScheduler(
             engine=engine,
             store=store,
@@ -172,6 +179,8 @@ class EngineService:
             "store_evicted_spans_total": store.evicted_spans,
             "store_dropped_spans_total": store.dropped_spans,
             "store_corrupt_chunks_total": store.corrupt_chunks,
+            "store_unavailable_total": store.unavailable,
+            "store_devices_away": store.num_away,
         }
 
     @property

@@ -146,7 +146,12 @@ class SpanBuffers:
         """Give a buffer back. It must not be touched afterwards."""
         with self._returned:
             self._free.append(buffer)
-            self._returned.notify()
+            self._returned.notify_all()
+
+    def wait_until_unused(self, timeout_s: float) -> bool:
+        """Wait until every buffer is back; False when `timeout_s` ran out."""
+        with self._returned:
+            return self._returned.wait_for(lambda: len(self._free) == self._made, timeout_s)
 
     @property
     def num_in_use(self) -> int:

@@ -8,13 +8,13 @@ prefix at its span, and the rest is prefilled.
 
 from __future__ import annotations
 
-import threading
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,13 +34,17 @@ SHARED_FILL_TOKENS = 64
 """Most tokens that a forward fills at a time while others decode."""
 ALONE_FILL_TOKENS = 256
 """The same while nothing else runs."""
+_LOOK_S = 0.05
+"""How often who waits looks whether a read hangs."""
 
 
 @dataclass(kw_only=True)
 class _Read:
     tile: Tile
     buffer: torch.Tensor
-    outcome: Future[ReadOutcome]
+    started_s: float = math.inf
+    """When a reader thread took it up."""
+    outcome: Future[ReadOutcome] = field(default_factory=Future)
 
 
 @dataclass(kw_only=True)
@@ -55,7 +59,7 @@ class RestoreOutcome:
     """Ways in which layers came back: `hidden`, `kv`, `recompute` (more than layer 0's projection)."""
     tiers: list[str] = field(default_factory=list)
     cut_reason: str | None = None
-    """`corrupt` or `missing` when the prefix was cut short."""
+    """`corrupt`, `missing`, `unavailable` or `stalled` when the prefix was cut short."""
     read_bytes: int = 0
 
 
@@ -119,7 +123,7 @@ class Restore:
     def can_work(self) -> bool:
         """Whether `step` would find something to do without waiting."""
         if self._reads:
-            return self._reads[0].outcome.done() or bool(self._fills)
+            return self._is_head_ready() or bool(self._fills)
         return bool(self._fills) or self._next_tile is None
 
     def read_ahead(self) -> None:
@@ -142,7 +146,7 @@ class Restore:
         try:
             while True:
                 self.read_ahead()
-                if self._reads and self._reads[0].outcome.done():
+                if self._reads and self._is_head_ready():
                     self._place_tile()
                 elif self._fills:
                     self._fill(ALONE_FILL_TOKENS if wait else SHARED_FILL_TOKENS)
@@ -166,9 +170,7 @@ class Restore:
         self._is_open = False
         self._restorer.num_open -= 1
         while self._reads:
-            read = self._reads.popleft()
-            read.outcome.cancel()
-            read.outcome.add_done_callback(partial(self._give_back, read))
+            self._let_go(self._reads.popleft())
         self._restorer.store.unpin(self._span_ids)
 
     def _finish(self) -> None:
@@ -204,26 +206,67 @@ class Restore:
             )
             for idx in range(tile.num_spans)
         ]
+        read = _Read(tile=tile, buffer=buffer)
         try:
-            outcome = restorer.submit_read(lambda: self._read(tile, reads))
+            read.outcome = restorer.submit_read(lambda: self._read(read, reads))
         except BaseException:
             restorer.buffers.release(buffer)
             raise
-        return _Read(tile=tile, buffer=buffer, outcome=outcome)
+        return read
 
-    def _read(self, tile: Tile, reads: list[ChunkRead]) -> ReadOutcome:
+    def _read(self, read: _Read, chunks: list[ChunkRead]) -> ReadOutcome:
         """On a reader thread."""
-        started_s = time.perf_counter()
-        outcome = self._restorer.store.get_into(reads)
-        self._note("read", started_s, tile, sum(read.out.nbytes for read in reads))
+        read.started_s = started_s = time.perf_counter()
+        outcome = self._restorer.store.get_into(chunks)
+        self._note("read", started_s, read.tile, sum(chunk.out.nbytes for chunk in chunks))
         return outcome
 
     def _wait(self, left_s: float) -> bool:
-        """Whether the next read ended in time."""
+        """Whether the next read ended in time, or is not worth waiting for any more."""
         started_s = time.perf_counter()
-        done, _ = wait_for([self._reads[0].outcome], timeout=min(left_s, threading.TIMEOUT_MAX))
+        stop_s = started_s + left_s
+        while not self._is_head_ready():
+            now_s = time.perf_counter()
+            if now_s >= stop_s:
+                break
+            wait_for([self._reads[0].outcome], timeout=min(stop_s - now_s, self._restorer.read_deadline_s, _LOOK_S))
         self.timeline.add("wait", started_s)
-        return bool(done)
+        return self._is_head_ready()
+
+    def _is_head_ready(self) -> bool:
+        """Whether something can be done about the next tile: its read has ended, hangs, or is of no use any more."""
+        read = self._reads[0]
+        return read.outcome.done() or self._is_overdue(read) or read.tile.first_span >= self._num_spans
+
+    def _is_overdue(self, read: _Read) -> bool:
+        return time.perf_counter() - read.started_s > self._restorer.read_deadline_s
+
+    def _let_go(self, read: _Read) -> None:
+        """Nobody waits for a read: its buffer is given back when it ends, and another thread reads in its place."""
+        if not read.outcome.cancel():
+            self._restorer.let_go(read.outcome)
+        read.outcome.add_done_callback(partial(self._give_back, read))
+
+    def _do_without(self, read: _Read) -> None:
+        """A read hangs, or lies behind a cut. What of its tile comes before the first span that cannot be read now is
+        read again."""
+        self._let_go(read)
+        tile = read.tile
+        if tile.first_span >= self._num_spans:
+            return
+        ids = self._span_ids[tile.first_span : tile.first_span + tile.num_spans]
+        find = self._restorer.store.find
+        num_there = next((idx for idx, span_id in enumerate(ids) if find(span_id) is None), 0)
+        self._cut(tile.first_span + num_there, "stalled")
+        if num_there:
+            self._reads.appendleft(self._start_read(replace(tile, num_spans=num_there)))
+
+    def _cut(self, num_spans: int, reason: str | None) -> None:
+        """Nothing from there on comes back."""
+        if num_spans < self._num_spans:
+            self._num_spans = num_spans
+            self.outcome.cut_reason = reason
+            self._restorer.counters.add("restore_cuts_total")
 
     # --- the engine thread's work -------------------------------------------------------------------------------
 
@@ -246,16 +289,16 @@ class Restore:
             self._fills.appendleft(Fill(start=middle, stop=stop, num_layers=fill.num_layers))
 
     def _place_tile(self) -> None:
-        """Finish one tile, whose read has ended."""
+        """Finish the next tile, about which something can be done."""
         read = self._reads.popleft()
+        if not read.outcome.done():
+            self._do_without(read)
+            return
         try:
             outcome = read.outcome.result()
             tile = read.tile
-            first_bad = tile.first_span + outcome.num_ok
-            if outcome.num_ok < tile.num_spans and first_bad < self._num_spans:
-                self._num_spans = first_bad
-                self.outcome.cut_reason = outcome.reason
-                self._restorer.counters.add("restore_cuts_total")
+            if outcome.num_ok < tile.num_spans:
+                self._cut(tile.first_span + outcome.num_ok, outcome.reason)
             num_spans = min(tile.num_spans, self._num_spans - tile.first_span)
             if num_spans > 0:
                 self._write(tile, read.buffer, num_spans)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 
@@ -13,6 +14,10 @@ from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
+from mii_hcache.storage.presence import DEADLINE_S
+from mii_hcache.storage.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 MAX_TILE_SPANS = 8
 """Longest tile: 512 tokens."""
@@ -21,6 +26,9 @@ NUM_READERS = 3
 READ_AHEAD_BYTES = 256 << 20
 """What may lie in host memory, read and not yet placed, of all restores together: enough for the reads to go on while
 a forward runs."""
+STOP_S = 2.0
+"""How long stopping waits for reads that nobody waits for any more."""
+_SLACK = 1.1
 
 
 class Restorer:
@@ -34,7 +42,9 @@ class Restorer:
         counters: Counters,
         tile_spans: int = MAX_TILE_SPANS,
         read_ahead_bytes: int = READ_AHEAD_BYTES,
+        read_deadline_s: float = DEADLINE_S,
     ) -> None:
+        """`read_deadline_s`: a tile's read that takes longer hangs, and its restore does without it."""
         self.adapter = adapter
         self.store = store
         self.counters = counters
@@ -42,11 +52,13 @@ class Restorer:
         """Spans per tile; the smaller, the finer the slices."""
         self.num_open = 0
         """Restores that are neither over nor cancelled."""
+        self.read_deadline_s = _SLACK * read_deadline_s
+        """A little later than the store, which then knows already which spans cannot be read."""
         largest_bytes = tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
         self._max_ahead = max(NUM_READERS, read_ahead_bytes // largest_bytes)
         self._lent: list[memoryview] = []
         self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20, on_made=self._lend)
-        self._reader = ThreadPoolExecutor(max_workers=NUM_READERS, thread_name_prefix="hcache-read")
+        self._readers = Workers(NUM_READERS, "hcache-read")
 
     @property
     def tiles_ahead(self) -> int:
@@ -74,11 +86,19 @@ class Restorer:
 
     def submit_read(self, read: Callable[[], ReadOutcome]) -> Future[ReadOutcome]:
         """Run in the background."""
-        return self._reader.submit(read)
+        return self._readers.submit(read)
+
+    def let_go(self, outcome: Future[ReadOutcome]) -> None:
+        """Nobody waits for a read that has begun: another thread takes the place of its own. Does not block."""
+        self._readers.replace(outcome)
 
     def stop(self) -> None:
-        """End the reader threads; no restore may be running."""
-        self._reader.shutdown()
+        """End the reader threads; no restore may be running. Returns also while reads hang; memory that these go to is
+        not taken back from the store."""
+        self._readers.close(STOP_S)
+        if not self.buffers.wait_until_unused(STOP_S):
+            _log.warning("%d reads hang: their memory is left to them", self.buffers.num_in_use)
+            return
         while self._lent:
             self.store.take_back(self._lent.pop())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from mii_hcache.config import (
     IO_NAMES,
     KEEP_POLICIES,
     HCacheConfig,
-    default_state_dir,
+    default_state_dirs,
     environment_api_keys,
 )
 from mii_hcache.core.methods import METHODS
@@ -33,6 +34,8 @@ examples:
       a demo: a small model with random weights, made on the spot; it talks gibberish
   python -m mii_hcache.serve --model meta-llama/Llama-2-7b-chat-hf --state-dir /nvme/state --state-capacity 500GiB
       a model of the Hugging Face hub, with room for many conversations on a fast disk
+  python -m mii_hcache.serve --model ./my-checkpoint --state-dir /nvme0/state --state-dir /nvme1/state
+      over two disks, which are read side by side; either may fail
   python -m mii_hcache.serve --model ./my-checkpoint --keep none
       evict after every turn, so that each turn is restored: for measuring
   MII_HCACHE_API_KEY=... python -m mii_hcache.serve --model ./my-checkpoint --host 0.0.0.0 --allowed-host llm.example
@@ -64,10 +67,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         model=values.model,
         served_model_name=values.served_model_name,
         dtype=values.dtype,
-        state_dir=_state_dir(values.state_dir),
+        state_dir=_state_dirs(values.state_dir),
         state_capacity_bytes=values.state_capacity,
         dram_capacity_bytes=values.dram_capacity,
         io=values.io,
+        disk_deadline_s=values.disk_deadline,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -95,11 +99,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     )
 
 
-def _state_dir(text: str | None) -> str | None:
-    if text is None:
-        return None
+def _state_dirs(texts: Sequence[str]) -> str | list[str] | None:
+    directories = [_state_dir(text) for text in texts]
+    return directories if len(directories) > 1 else next(iter(directories), None)
+
+
+def _state_dir(text: str) -> str:
     path = Path(text).expanduser()
-    if path.exists() and not path.is_dir():
+    if os.path.isfile(path):  # False for what cannot be looked at, such as a disk that fails
         raise ConfigError(f"--state-dir must be a directory, {str(path)!r} is a file")
     return str(path)
 
@@ -164,14 +171,19 @@ def _parser() -> argparse.ArgumentParser:
 
     state = parser.add_argument_group("saved state")
     state.add_argument(
-        "--state-dir", metavar="DIR", help=f"where it is kept; one server at a time (default: {default_state_dir()})"
+        "--state-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where it is kept; one server at a time; given several times, each on a disk of its own, it is striped "
+        f"over all of them (default: {os.pathsep.join(default_state_dirs())})",
     )
     state.add_argument(
         "--state-capacity",
         type=parse_size,
         default=defaults.state_capacity_bytes,
         metavar="SIZE",
-        help="most of it on disk, least recently used goes first "
+        help="most of it on disk, in all directories together; least recently used goes first "
         f"(default: {format_size(defaults.state_capacity_bytes)})",
     )
     state.add_argument(
@@ -187,6 +199,14 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.io,
         help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
         "that works here; the files are the same (default: %(default)s)",
+    )
+    state.add_argument(
+        "--disk-deadline",
+        type=float,
+        default=defaults.disk_deadline_s,
+        metavar="SECONDS",
+        help="a disk that takes longer for one batch of reads or writes is done without until it answers "
+        "(default: %(default)g)",
     )
     state.add_argument(
         "--method",

@@ -7,7 +7,6 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mii_hcache.config import default_state_dir
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.serve.options import Options, format_size
 
@@ -61,7 +60,7 @@ class Summary:
             "kv_blocks": int(metrics.get("blocks", 0)),
             "block_size": config.block_size,
             "keep": config.keep,
-            "state_dir": config.state_dir or default_state_dir(),
+            "state_dir": list(config.state_dirs) if len(config.state_dirs) > 1 else config.state_dirs[0],
             "state_capacity_tokens": self._tokens_in(config.state_capacity_bytes),
             "saved_tokens": SPAN_TOKENS * int(metrics.get("store_spans", 0)),
             "url": self.url,
@@ -95,10 +94,10 @@ class Summary:
 
     def _state(self) -> str:
         config = self.options.config
-        directory = config.state_dir or default_state_dir()
+        directories = ", ".join(config.state_dirs)
         num_spans = int(self.opened.service.metrics().get("store_spans", 0))
         there = f"{num_spans * SPAN_TOKENS:,} tokens in {num_spans:,} spans are there" if num_spans else "nothing yet"
-        return f"{directory}: {there}"
+        return f"{directories}: {there}"
 
     def _room(self) -> str:
         config = self.options.config

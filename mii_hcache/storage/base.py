@@ -74,7 +74,8 @@ class ReadOutcome:
     num_ok: int
     """Leading reads whose bytes arrived and were verified. Buffers of later reads hold anything."""
     reason: str | None = None
-    """Why read `num_ok` failed: `missing` (deleted, evicted, stale slot) or `corrupt`; None when all arrived."""
+    """Why read `num_ok` failed: `missing` (deleted, evicted, stale slot), `corrupt`, or `unavailable` (the device did
+    not give it, and may do so later); None when all arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,10 @@ class StoreStats:
     dropped_spans: int
     """Puts refused for want of room or because of an I/O error."""
     corrupt_chunks: int
+    unavailable: int = 0
+    """Batches of reads and puts that failed because a device did, or was away."""
+    num_away: int = 0
+    """Devices that are missing or away now."""
 
 
 class ChunkStore(ABC):
@@ -109,22 +114,24 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def find(self, span_id: SpanId) -> SpanRecord | None:
-        """The record of a span that can be read, else None. Does not block on I/O, does not count as use."""
+        """The record of a span that can be read now, else None. Does not block on I/O, does not count as use."""
 
     def tier_of(self, span_id: SpanId) -> str | None:
         """Name of the tier that would serve the span now (what `restored_from` reports), None when unknown."""
         return self.name if self.find(span_id) is not None else None
 
     def why_missing(self, span_id: SpanId) -> str:
-        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, or `not_saved` when never seen (or
-        forgotten: a bounded number of reasons is remembered, for as long as the process lives)."""
+        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, `unavailable` while its device is
+        away, or `not_saved` when never seen (or forgotten: a bounded number of reasons is remembered, for as long as
+        the process lives)."""
         return "not_saved"
 
     @abstractmethod
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
         """Read chunks, in order of importance: the outcome says how many leading ones arrived verified. Counts as use.
 
-        A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew.
+        A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew. One that
+        the device does not give is not.
         """
 
     def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored

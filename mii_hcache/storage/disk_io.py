@@ -97,6 +97,9 @@ class DiskIO(ABC):
     def take_back(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
         """As `ChunkStore.take_back`."""
 
+    def cancel(self) -> None:  # noqa: B027, threads in system calls cannot be called back
+        """End what is in flight early, if that is possible: for a disk that hangs. Does not block."""
+
     @abstractmethod
     def close(self) -> None:
         """Release threads and memory, after all files were closed. Idempotent."""

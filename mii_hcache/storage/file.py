@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import sqlite3
 import threading
-import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 from crc32c import crc32c
 
@@ -17,27 +16,34 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError, CorruptChunkError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.commits import Commits
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.open_io import open_io
+from mii_hcache.storage.presence import AWAY_ERRNOS, DEADLINE_S, FIRST_PAUSE_S, Presence
+from mii_hcache.storage.probe import try_to_write
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
-from mii_hcache.storage.room import Room
 from mii_hcache.storage.segment import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.slots import Places, SlotPool
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.suspects import Suspects
 from mii_hcache.storage.trouble import Trouble
+from mii_hcache.storage.workers import StalledError, Workers
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _MIN_SEGMENT_BYTES = 64 << 20
 _SEGMENTS_PER_STORE = 128
-_TICKS_INTERVAL_S = 30.0
-"""How often last uses of old spans are written; a crash forgets that much of the order of eviction."""
-_RELIEF_INTERVAL_S = 60.0
-"""How long evictions for the catalog's sake wait after one that did not help."""
+_MAX_PUTS = 16
+"""Puts at a time, not counting those that hang."""
+_PATIENCE = 3
+"""Deadlines that a flush may take, which is more than one operation."""
+_SLACK = 1.05
+"""Who waits for an operation gives up a little after it counts as one that hangs."""
 
 
 class FileStore(ChunkStore):
@@ -48,7 +54,9 @@ class FileStore(ChunkStore):
     deleted spans leave the disk with the next commit, where the file system can punch holes.
 
     A full or failing disk never raises: `put` evicts, else drops and counts. While the catalog cannot be written, spans
-    stay readable, and are tried again with every flush.
+    stay readable, and are tried again with every flush. A disk that fails or hangs is away until a probe succeeds (see
+    `Presence`): nothing is found or put there, and nothing forgotten. All calls but `get_into` return in bounded time
+    also while it hangs; what a hanging `put` was given is kept alive, and read, until the disk lets go of it.
     """
 
     name = "file"
@@ -63,22 +71,32 @@ class FileStore(ChunkStore):
         flush_bytes: int = 64 << 20,
         segment_bytes: int | None = None,
         io: str = "auto",
+        deadline_s: float = DEADLINE_S,
+        first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
         `num_threads` wait for one batch of reads and verify it; None leaves it to the backend. Waiting spans are
         committed after `flush_interval_s` or `flush_bytes`; None leaves it to `flush`. `segment_bytes`: size of new
         segment files, by default a small share of the capacity. `io`: how bytes get to the disk and back, see
-        `open_io`.
+        `open_io`. `deadline_s`, `first_pause_s`: see `Presence`.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
         self._capacity_bytes = capacity_bytes
+        self._state_dir = state_dir
         self._flush_bytes = flush_bytes
-        self._commit_lock = threading.Lock()
-        self._ticks_due_s = self._relief_due_s = 0.0
+        self.presence = Presence(
+            str(state_dir.path),
+            self._probe,
+            deadline_s=deadline_s,
+            first_pause_s=first_pause_s,
+            on_stall=lambda: self.io.cancel(),
+            on_return=lambda: None if self._pulse is None else self._pulse.poke(),
+        )
+        self.has_ended = False
+        """Whether `close` has released everything: False after it gave up on a disk that hangs."""
         self._write_trouble = Trouble(_log)
-        self._catalog_trouble = Trouble(_log)
         with ExitStack() as undo:
             self._catalog = Catalog(state_dir.catalog, state_dir.read_store_uuid())
             undo.callback(self._catalog.close)
@@ -94,10 +112,14 @@ class FileStore(ChunkStore):
             pool = SlotPool(capacity_bytes, segment_bytes)
             rows, self.notes = recover(self._catalog, self._segments, pool)
             self._index = FileIndex(pool, self._catalog.first_generation(), rows)
-            self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
+            self._commits = Commits(self._index, self._segments, self._catalog, self.presence)
+            self._room = self._commits.room
             self._room.shrink()
             undo.pop_all()
         self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
+        self._suspects = Suspects(self._index, self._segments, self._header)
+        self._workers = Workers(_MAX_PUTS, "hcache-file")
+        """Do what may hang in the place of callers who must not."""
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
@@ -107,47 +129,56 @@ class FileStore(ChunkStore):
 
     def put_checked(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
         """`put` of byte views whose CRC32Cs were taken when the bytes were made: damage since then is found."""
-        with self._index.operation() as is_open:
-            if self._index.find(record.span_id) is not None:
-                self._index.touch([record.span_id])
-                return True
-            if not is_open or not self._write(record, chunks, crcs):
-                self._drop()
-                return False
-        if self._pulse is not None:
+        if not self.presence.is_here:
+            self._index.count_drop(is_unavailable=True)
+            return False
+        if self._index.find(record.span_id) is not None:
+            self._index.touch([record.span_id])
+            return True
+        is_wanted = threading.Event()
+        is_wanted.set()
+        is_kept = False
+        try:
+            is_kept = self._call(lambda: self._write(record, chunks, crcs, is_wanted.is_set), 1) is True
+        finally:
+            is_wanted.clear()
+            if not is_kept:
+                self._index.count_drop(is_unavailable=not self.presence.is_here)
+        if is_kept and self._pulse is not None:
             self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
-        return True
+        return is_kept
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
-        return self._index.find(span_id)
+        record = self._index.find(span_id)
+        return record if record is not None and self.presence.is_here else None
+
+    def knows(self, span_id: SpanId) -> bool:
+        """Whether the span is here, readable now or not."""
+        return self._index.find(span_id) is not None
 
     def why_missing(self, span_id: SpanId) -> str:
-        return self._index.why_missing(span_id)
+        is_away = self.knows(span_id) and not self.presence.is_here
+        return "unavailable" if is_away else self._index.why_missing(span_id)
 
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
         with self._index.operation() as is_open:
-            found = self._index.begin_reads(reads) if is_open else []
-            try:
-                slots = [(span.places[idx], read.out) for (span, idx), read in zip(found, reads, strict=False)]
-                with self._segments.reading(slots) as arriving:
-                    num_ok, reason = self._lanes.run(
-                        len(found), lambda idx: self._finish_read(arriving, idx, *found[idx], reads[idx].out)
-                    )
-                if reason is not None:
-                    self._forget_damaged(*found[num_ok], reason)
-            finally:
-                self._index.end_reads(found)
+            if is_open and reads and self.knows(reads[0].span_id) and not self.presence.is_here:
+                self._index.count_unavailable()
+                return ReadOutcome(num_ok=0, reason="unavailable")
+            with self.presence.operation():
+                outcome = self._read(reads if is_open else ())
             with self._index.lock:
-                self._index.counters.read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
-        if reason is None and num_ok < len(reads):
-            reason = "missing"
-        return ReadOutcome(num_ok=num_ok, reason=reason)
+                self._index.counters.read_bytes += sum(read.out.nbytes for read in reads[: outcome.num_ok])
+        if outcome.reason is None and outcome.num_ok < len(reads):
+            return ReadOutcome(num_ok=outcome.num_ok, reason="missing")
+        return outcome
 
     def lend(self, buffer: memoryview) -> None:
-        self.io.lend(buffer)
+        if self.presence.is_here:  # a ring whose thread hangs would not answer
+            self.io.lend(buffer)
 
     def take_back(self, buffer: memoryview) -> None:
-        self.io.take_back(buffer)
+        self._call(lambda: self.io.take_back(buffer), 1)
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)
@@ -169,9 +200,16 @@ class FileStore(ChunkStore):
         return num_deleted
 
     def flush(self) -> None:
+        if self.presence.is_stuck:  # it would wait for what hangs
+            _log.warning("%s hangs: what was saved there lately is not durable yet", self._state_dir.path)
+        else:
+            self._call(self._flush, _PATIENCE)
+
+    def _flush(self) -> None:
         with self._index.operation() as is_open:
             if is_open:
-                self._commit(publish=True)
+                with self.presence.operation():
+                    self._commits.run(publish=True)
 
     def stats(self) -> StoreStats:
         with self._index.lock:
@@ -185,6 +223,8 @@ class FileStore(ChunkStore):
                 evicted_spans=counters.evicted_spans,
                 dropped_spans=counters.dropped_spans,
                 corrupt_chunks=counters.corrupt_chunks,
+                unavailable=counters.unavailable,
+                num_away=int(not self.presence.is_here),
             )
 
     @property
@@ -194,19 +234,71 @@ class FileStore(ChunkStore):
             return self._index.pool.disk_bytes
 
     def close(self) -> None:
+        self._call(self._close, 0.1 if self.presence.is_stuck else _PATIENCE)
+        self.presence.close()
+        self._workers.close(0.0 if not self.has_ended else None)
+
+    def _close(self) -> None:
         if not self._index.close():
             return
         if self._pulse is not None:
             self._pulse.stop()
-        self._ticks_due_s = 0.0
-        self._commit(publish=True)
+        self._commits.run(publish=True, is_last=True)
         self._index.clear()
         self._lanes.close()
         self._segments.close()
         self._catalog.close()
+        self.has_ended = True
 
-    def _write(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
-        """Write a span and publish it. False when no room could be made or the disk failed."""
+    def _call(self, job: Callable[[], _T], patience: float) -> _T | None:
+        """What `job` returns, on a thread that may hang: None after `patience` deadlines, or when all is closed."""
+        if self.has_ended:
+            return None
+        try:
+            return self._workers.call(job, patience * _SLACK * self.presence.deadline_s)
+        except StalledError as error:
+            self.presence.failed(error)
+        except RuntimeError:  # closed meanwhile
+            if not self._workers.is_closed:
+                raise
+        return None
+
+    def _read(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
+        """Read what of the leading reads is here; `reason` is None when that is all that was asked for."""
+        found = self._index.begin_reads(reads)
+        try:
+            slots = [(span.places[idx], read.out) for (span, idx), read in zip(found, reads, strict=False)]
+            with self._segments.reading(slots) as arriving:
+                num_ok, reason = self._lanes.run(
+                    len(found), lambda idx: self._finish_read(arriving, idx, *found[idx], reads[idx])
+                )
+            if reason == "unavailable":
+                self._index.count_unavailable()
+            elif reason is not None:
+                self._forget_damaged(*found[num_ok], reason)
+        finally:
+            self._index.end_reads(found)
+        return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def _write(
+        self,
+        record: SpanRecord,
+        chunks: Sequence[memoryview],
+        crcs: Sequence[int] | None,
+        is_wanted: Callable[[], bool],
+    ) -> bool:
+        with self._index.operation() as is_open, self.presence.operation():
+            return is_open and self._write_and_publish(record, chunks, crcs, is_wanted)
+
+    def _write_and_publish(
+        self,
+        record: SpanRecord,
+        chunks: Sequence[memoryview],
+        crcs: Sequence[int] | None,
+        is_wanted: Callable[[], bool],
+    ) -> bool:
+        """Write a span and publish it, if it is still wanted: the chunks may be others' memory when it is not.
+        False when no room could be made or the disk failed."""
         if crcs is None:
             crcs = [crc32c(chunk) for chunk in chunks]
         for _ in range(2):
@@ -216,11 +308,14 @@ class FileStore(ChunkStore):
             generation = self._index.next_generation()
             span = HeldSpan(record=record, generation=generation, places=Places(places), crcs=array("I", crcs))
             try:
+                self._state_dir.check()
                 headers = [self._header(span, chunk_idx) for chunk_idx in range(len(chunks))]
                 self._segments.write(zip(places, headers, chunks, strict=True))
             except OSError as error:
                 self._write_trouble.tell("spans cannot be written to files (%s): evicting, else dropping them", error)
                 self._room.erase(places)
+                if error.errno in AWAY_ERRNOS:
+                    self.presence.failed(error)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     return False
                 self._room.pause_growth()
@@ -228,17 +323,20 @@ class FileStore(ChunkStore):
             except BaseException:
                 self._room.erase(places)
                 raise
+            if not is_wanted():
+                self._room.erase(places)
+                return False
             if not self._index.publish(span):
                 self._room.give_back(places)
             return True
         return False
 
-    def _drop(self, span: HeldSpan | None = None) -> None:
-        """Count a span that could not be kept; forget it if it was readable already."""
-        if span is not None:
-            self._index.remove_exactly(span, "evicted")
-        with self._index.lock:
-            self._index.counters.dropped_spans += 1
+    def _probe(self) -> None:
+        """Whether the disk reads and writes. Raises OSError."""
+        self._state_dir.check()
+        try_to_write(self._state_dir.path)
+        for span, chunk_idx in self._suspects.read_again():
+            self._forget_damaged(span, chunk_idx, "corrupt")
 
     def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
         chunk = span.record.layout.chunks[chunk_idx]
@@ -253,16 +351,20 @@ class FileStore(ChunkStore):
         )
 
     def _finish_read(
-        self, arriving: SlotsArriving, idx: int, span: HeldSpan, chunk_idx: int, out: memoryview
+        self, arriving: SlotsArriving, idx: int, span: HeldSpan, chunk_idx: int, read: ChunkRead
     ) -> str | None:
         try:
             arriving.finish(idx, self._header(span, chunk_idx))
-            if crc32c(out) != span.crcs[chunk_idx]:
+            if crc32c(read.out) != span.crcs[chunk_idx]:
                 raise CorruptChunkError("wrong checksum")
         except StaleSlotError:
             return "missing"
-        except (CorruptChunkError, OSError):
+        except CorruptChunkError:
             return "corrupt"
+        except OSError as error:
+            self._suspects.add(read)
+            self.presence.failed(error)
+            return "unavailable"
         return None
 
     def _forget_damaged(self, span: HeldSpan, chunk_idx: int, reason: str) -> None:
@@ -278,46 +380,3 @@ class FileStore(ChunkStore):
             )
             if self._pulse is not None:
                 self._pulse.poke()
-
-    def _commit(self, *, publish: bool) -> bool:
-        """One transaction: deletions, with `publish` also waiting spans. False when the catalog refused it."""
-        with self._commit_lock:
-            error = self._transact(publish=publish)
-            if error is not None and "full" in str(error) and time.monotonic() >= self._relief_due_s:
-                self._room.relieve()
-                error = self._transact(publish=publish)
-                if error is not None:  # others eat what is given back: do not feed them everything
-                    self._relief_due_s = time.monotonic() + _RELIEF_INTERVAL_S
-            if error is not None:
-                self._catalog_trouble.tell("the catalog cannot be written (%s); new spans are not durable", error)
-                return False
-            self._room.erase(self._index.take_erasable())
-            with self._index.lock:
-                empty = self._index.pool.take_empty()
-            if empty:
-                self._segments.remove(empty)
-                with self._index.lock:
-                    self._index.pool.forget_bytes()
-            return True
-
-    def _transact(self, *, publish: bool) -> sqlite3.Error | None:
-        """One try of a commit; the error when the catalog refused it. Commit lock held."""
-        now_s = time.monotonic()
-        ticks = publish and now_s >= self._ticks_due_s
-        if ticks:
-            self._ticks_due_s = now_s + _TICKS_INTERVAL_S
-        work = self._index.take_work(publish=publish, ticks=ticks)
-        failed = self._segments.sync({place.segment for span in work.add for place in span.places})
-        for span in work.add:
-            if any(place.segment in failed for place in span.places):
-                self._drop(span)
-        rows = self._index.rows_of(work)
-        drop = [(span.record.span_id, span.generation) for span in work.drop]
-        try:
-            if rows or drop or work.used:
-                self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
-        except sqlite3.Error as error:
-            self._index.work_failed(work)
-            return error
-        self._index.work_done(work)
-        return None

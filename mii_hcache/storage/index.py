@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, SpanRecord
@@ -58,6 +59,7 @@ class IndexCounters:
     evicted_spans: int = 0
     dropped_spans: int = 0
     corrupt_chunks: int = 0
+    unavailable: int = 0
     num_bytes: int = 0
     """Payload bytes held."""
 
@@ -132,6 +134,11 @@ class FileIndex:
 
     def __len__(self) -> int:
         return len(self._spans)
+
+    def some(self, num_spans: int) -> list[SpanRecord]:
+        """The records of a few spans, whichever."""
+        with self.lock:
+            return [span.record for span in islice(self._spans.values(), num_spans)]
 
     def next_generation(self) -> int:
         """A number that no put had before."""
@@ -251,6 +258,17 @@ class FileIndex:
             for span in work.add:
                 if span.alive:
                     self._waiting[span.record.span_id] = span
+
+    def count_drop(self, *, is_unavailable: bool = False) -> None:
+        """Count a put that was dropped; `is_unavailable`: because the device failed or was away."""
+        with self.lock:
+            self.counters.dropped_spans += 1
+            self.counters.unavailable += is_unavailable
+
+    def count_unavailable(self) -> None:
+        """Count a batch of reads that the device did not serve."""
+        with self.lock:
+            self.counters.unavailable += 1
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         """Count as use."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+
+from mii_hcache.storage.workers import Workers
 
 
 class Lanes:
     """Runs numbered jobs on a few threads, in order of their numbers, up to the first failure. Thread-safe."""
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        """`num_threads` work on a batch; one of them is the caller."""
+    def __init__(self, num_threads: int, name: str, *, num_batches: int = 1) -> None:
+        """`num_threads` work on a batch; one of them is the caller. `num_batches` are served at a time, others by their
+        callers alone."""
         self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(max_workers=max(1, num_threads - 1), thread_name_prefix=name)
+        self._workers = Workers(num_batches * (num_threads - 1), name)
 
     def run(self, num_jobs: int, job: Callable[[int], str | None]) -> tuple[int, str | None]:
         """Run `job(0)`, `job(1)`, ...: None is success, a word is why it failed. Returns the first failed job's number
@@ -27,7 +29,7 @@ class Lanes:
         try:
             with contextlib.suppress(RuntimeError):  # closed meanwhile: this thread does it all
                 for _ in range(min(self._num_threads, num_jobs) - 1):
-                    others.append(self._pool.submit(batch.work))
+                    others.append(self._workers.submit(batch.work))
             batch.work()
         finally:
             for other in others:
@@ -35,9 +37,9 @@ class Lanes:
                     other.result()
         return batch.stop, batch.reason
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> None:
         """End the threads once they are done; later batches run on the calling thread alone."""
-        self._pool.shutdown()
+        self._workers.close(timeout_s)
 
 
 class _Batch:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
-from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.presence import DEADLINE_S
+from mii_hcache.storage.state_dir import TRANSCRIPTS_FILE, StateDir
+from mii_hcache.storage.stripe_set import StripeSet
+from mii_hcache.storage.striped import StripedStore
 from mii_hcache.storage.tiered import TieredStore
 from mii_hcache.storage.transcripts import Transcripts
+
+Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""One state directory, or several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,38 +29,73 @@ class OpenedState:
 
     store: ChunkStore
     transcripts: Transcripts
-    state_dir: StateDir | None
-    """None when nothing outlives the process."""
+    directories: tuple[Path, ...] = ()
+    """Those that are there, by ordinal: the first keeps what there is one of. Empty when nothing outlives the
+    process."""
+    state_dir: StateDir | None = None
+    """Of a single directory; several are owned by the store."""
     notes: list[str] = field(default_factory=list)
-    """Sentences for people about what was found damaged; empty when all is well."""
+    """Sentences for people about what is missing or was found damaged; empty when all is well."""
+    _file: ChunkStore | None = None
 
     def close(self) -> None:
-        """Flush and release all. Blocks on I/O. Idempotent."""
+        """Flush and release all. Blocks on I/O, bounded: a directory whose disk hangs stays locked. Idempotent."""
         with ExitStack() as stack:  # later ones are closed even if an earlier one raises
-            if self.state_dir is not None:
-                stack.callback(self.state_dir.close)
+            stack.callback(self._release)
             stack.callback(self.transcripts.close)
             stack.callback(self.store.close)
 
+    def _release(self) -> None:
+        has_ended = self._file.has_ended if isinstance(self._file, FileStore) else True
+        if self.state_dir is not None and has_ended:
+            self.state_dir.close()
+
 
 def open_state(
-    directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int, *, io: str = "auto"
+    directory: Directories | None,
+    capacity_bytes: int,
+    dram_capacity_bytes: int,
+    *,
+    io: str = "auto",
+    deadline_s: float = DEADLINE_S,
 ) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
-    for none). Without a directory all lives in DRAM and ends with the process. `io`: see `storage.open_io`.
+    for none). Several directories, each on a disk of its own, are striped over, in equal shares; one that is missing
+    is done without until it is back. Without a directory all lives in DRAM and ends with the process. `io`: see
+    `storage.open_io`. A disk that takes longer than `deadline_s` is done without for as long as it hangs.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
     if directory is None:
-        return OpenedState(store=MemoryStore(dram_capacity_bytes), transcripts=Transcripts(None), state_dir=None)
+        return OpenedState(store=MemoryStore(dram_capacity_bytes), transcripts=Transcripts(None))
+    names = [directory] if isinstance(directory, (str, os.PathLike)) else directory
+    paths = [Path(name).absolute() for name in names]
+    stripes = StripeSet.of(paths)
+    state_dir = None
+    file: FileStore | StripedStore
     with ExitStack() as undo:
-        state_dir = StateDir(directory)
-        undo.callback(state_dir.close)
-        file = FileStore(state_dir, capacity_bytes, io=io)
+        if len(paths) > 1:
+            file = open_striped(stripes, capacity_bytes, io=io, deadline_s=deadline_s)
+            present = tuple(path.path for path in file.paths if path.store is not None)
+            home = stripes.seats[0].path if file.paths[0].store is not None else None
+        else:
+            state_dir = StateDir(paths[0])
+            undo.callback(state_dir.close)
+            file = FileStore(state_dir, capacity_bytes, io=io, deadline_s=deadline_s)
+            present, home = (paths[0],), paths[0]
         undo.callback(file.close)
-        transcripts = Transcripts(state_dir.transcripts)
+        transcripts = Transcripts(None if home is None else home / TRANSCRIPTS_FILE)
         undo.callback(transcripts.close)
-        store = TieredStore(MemoryStore(dram_capacity_bytes), file) if dram_capacity_bytes else file
+        store = (
+            TieredStore(MemoryStore(dram_capacity_bytes), file, deadline_s=deadline_s) if dram_capacity_bytes else file
+        )
         undo.pop_all()
-    notes = [*file.notes, *([transcripts.note] if transcripts.note else [])]
-    return OpenedState(store=store, transcripts=transcripts, state_dir=state_dir, notes=notes)
+    notes = [*stripes.notes, *file.notes, *([transcripts.note] if transcripts.note else [])]
+    if home is None:
+        notes.append(
+            f"{stripes.seats[0].path} keeps the transcripts, and is missing: what clients send again may not be "
+            "recognised, and what is learned is forgotten at the end"
+        )
+    return OpenedState(
+        store=store, transcripts=transcripts, directories=present, state_dir=state_dir, notes=notes, _file=file
+    )

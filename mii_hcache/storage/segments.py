@@ -64,15 +64,16 @@ class Segments:
         """Give the places' bytes back to the disk. False when the file system cannot."""
         return all(self._files[number].punch(slot) for number, slot in places)
 
-    def sync(self, numbers: Iterable[int]) -> set[int]:
-        """Make what was written to segments durable. Returns those that failed: their new bytes may be anything."""
-        failed = set()
+    def sync(self, numbers: Iterable[int]) -> dict[int, OSError]:
+        """Make what was written to segments durable. Returns those that failed, and how: their new bytes may be
+        anything."""
+        failed = {}
         for number in numbers:
             try:
                 self._files[number].sync()
             except OSError as error:
                 _log.warning("segment %d cannot be made durable (%s); its new spans are dropped", number, error)
-                failed.add(number)
+                failed[number] = error
         return failed
 
     def remove(self, numbers: Iterable[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -14,9 +15,10 @@ from pathlib import Path
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.format import UUID_BYTES
 
+TRANSCRIPTS_FILE = "transcripts.sqlite"
 PROFILE_FILE = "profile.json"
 """What the machine measured of itself and a model (`core.cost.MeasuredProfile`)."""
-_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg")
+_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg", "set.json")
 """What is made private on opening. Other files in the directory are none of our business."""
 
 
@@ -37,11 +39,18 @@ class StateDir:
             raise ConfigError(f"state_dir {self.path} cannot be used ({error}); choose a directory you own") from error
         _owned.add(self)
         try:
+            self._identity = _identity_of(self.path)
             _make_private_dir(self.segments)
             self._tighten()
         except BaseException:
             self.close()
             raise
+
+    def check(self) -> None:
+        """Raise OSError unless the path still leads here: a disk that was unmounted leaves a folder of another one,
+        which must not be written to. Blocks on I/O."""
+        if _identity_of(self.path) != self._identity:
+            raise OSError(errno.ENODEV, "the directory is another one than was opened", str(self.path))
 
     @property
     def catalog(self) -> Path:
@@ -51,7 +60,7 @@ class StateDir:
     @property
     def transcripts(self) -> Path:
         """The transcripts' database."""
-        return self.path / "transcripts.sqlite"
+        return self.path / TRANSCRIPTS_FILE
 
     @property
     def segments(self) -> Path:
@@ -137,6 +146,11 @@ def sync_dir(path: Path) -> None:
 def _make_private_dir(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
+
+
+def _identity_of(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _lock(path: Path) -> int:

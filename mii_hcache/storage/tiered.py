@@ -7,12 +7,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.presence import DEADLINE_S
+from mii_hcache.storage.striped import StripedStore
+from mii_hcache.storage.workers import StalledError, Workers
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +25,7 @@ _MAX_PROMOTIONS = 4096
 
 
 class TieredStore(ChunkStore):
-    """A MemoryStore in front of a FileStore; owns both. Safe from any thread.
+    """A MemoryStore in front of files; owns both. Safe from any thread.
 
     `put` copies into DRAM, where the span stays pinned until a background thread has written it to the file tier; it
     blocks, at most `put_wait_s`, only while DRAM is full of unwritten spans. A span that finds no room in files lives
@@ -36,17 +40,21 @@ class TieredStore(ChunkStore):
     def __init__(
         self,
         memory: MemoryStore,
-        file: FileStore,
+        file: FileStore | StripedStore,
         *,
         num_writers: int = 2,
         put_wait_s: float = 0.25,
         promote: bool = True,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
-        """`num_writers` background threads write spans, and promote when there is nothing to write."""
+        """`num_writers` background threads write spans, and promote when there is nothing to write. A promotion that
+        takes longer than `deadline_s` is left to itself."""
         self._memory = memory
         self._file = file
         self._put_wait_s = put_wait_s
         self._promote = promote
+        self._deadline_s = deadline_s
+        self._promoters = Workers(num_writers, "hcache-promote")
         self._changed = threading.Condition()
         """Guards what follows; notified when any of it changes."""
         self._to_write: OrderedDict[SpanId, None] = OrderedDict()
@@ -165,6 +173,8 @@ class TieredStore(ChunkStore):
                 evicted_spans=file.evicted_spans,
                 dropped_spans=self._dropped_spans + file.dropped_spans,
                 corrupt_chunks=memory.corrupt_chunks + file.corrupt_chunks,
+                unavailable=file.unavailable,
+                num_away=file.num_away,
             )
 
     def tier_stats(self) -> dict[str, StoreStats]:
@@ -178,6 +188,7 @@ class TieredStore(ChunkStore):
             self._changed.notify_all()
         for writer in self._writers:
             writer.join()
+        self._promoters.close(self._deadline_s)
         self._file.close()
         self._memory.close()
 
@@ -230,7 +241,9 @@ class TieredStore(ChunkStore):
                 if queue is self._to_write:
                     self._write(span_id)
                 else:
-                    self._copy_up(span_id)
+                    self._promoters.call(partial(self._copy_up, span_id), self._deadline_s)
+            except StalledError as error:
+                _log.warning("a span could not be copied from files into memory (%s)", error)
             except Exception:
                 _log.exception("a background copy of span %s failed", span_id.hex()[:16])
             finally:

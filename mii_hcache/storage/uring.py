@@ -88,6 +88,9 @@ class UringIO(DiskIO):
     def take_back(self, buffer: memoryview) -> None:
         self.device.take_back(buffer)
 
+    def cancel(self) -> None:
+        self.device.cancel()
+
     def close(self) -> None:
         self.device.close()
 

@@ -8,10 +8,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from mii_hcache import __version__
-from mii_hcache.config import default_state_dir
+from mii_hcache.tools.directories import add_state_dir, chosen_dirs
 from mii_hcache.tools.findings import Finding, find_out
 from mii_hcache.tools.machine_checks import machine_checks
 from mii_hcache.tools.progress import Progress
@@ -37,13 +36,13 @@ exit status: 0 a server can run, 1 something prevents it
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 when something prevents serving."""
     options = _parser().parse_args(arguments)
-    directory = Path(options.state_dir or default_state_dir()).expanduser()
+    directories = chosen_dirs(options.state_dir)
     progress = Progress()
     findings: list[Finding] = []
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
         progress.show("looking around")
         findings += find_out(software_checks(options.model), essential=True)
-        findings += find_out([*machine_checks(), *state_checks(directory), *not_built_checks()], essential=False)
+        findings += find_out([*machine_checks(), *state_checks(directories), *not_built_checks()], essential=False)
     progress.clear()
     can_serve = not any(finding.prevents_serving for finding in findings)
     if options.json:
@@ -82,8 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="also look at this checkpoint's config")
-    parser.add_argument(
-        "--state-dir", metavar="DIR", help=f"where state would be kept (default: {default_state_dir()})"
-    )
+    add_state_dir(parser, "where state would be kept")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser

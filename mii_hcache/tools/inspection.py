@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mii_hcache.config import default_state_dir
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.tools.contexts import ContextView, contexts_of
+from mii_hcache.tools.directories import DEFAULT_WORDS, chosen_dirs
 from mii_hcache.tools.progress import Progress
 from mii_hcache.tools.state_view import StateView, look_at
 from mii_hcache.tools.table import size, table
@@ -40,18 +40,23 @@ exit status: 0 all that was looked at is sound, 1 something is damaged or lost, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 when something is damaged or lost. Raises HCacheError when there is nothing to inspect."""
-    options = _parser().parse_args(arguments)
-    view = look_at(Path(options.state_dir or default_state_dir()).expanduser())
-    found = None
-    if options.verify:
+    options = _parser().parse_intermixed_args(arguments)
+    looked = [_look(directory, options.verify) for directory in chosen_dirs(options.state_dir)]
+    if options.json:
+        reports = [_to_dict(view, found, options.spans) for view, found in looked]
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+    else:
+        print("\n\n".join("\n".join(_lines(view, found, options.spans)) for view, found in looked))
+    return int(any(view.problems or (found is not None and found.damages) for view, found in looked))
+
+
+def _look(directory: Path, with_chunks: bool) -> tuple[StateView, Verification | None]:
+    view, found = look_at(directory), None
+    if with_chunks:
         progress = Progress()
         found = verify(view, lambda done, all_: progress.count("chunks", done, all_))
         progress.clear()
-    if options.json:
-        print(json.dumps(_to_dict(view, found, options.spans), indent=2))
-    else:
-        print("\n".join(_lines(view, found, options.spans)))
-    return 1 if view.problems or (found is not None and found.damages) else 0
+    return view, found
 
 
 def _store_name(view: StateView) -> str | None:
@@ -208,7 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("state_dir", nargs="?", metavar="STATE_DIR", help=f"default: {default_state_dir()}")
+    parser.add_argument(
+        "state_dir", nargs="*", metavar="STATE_DIR", help=f"one after another; default: {DEFAULT_WORDS}"
+    )
     parser.add_argument("--spans", action="store_true", help="list every span as well")
     parser.add_argument("--verify", action="store_true", help="read every chunk and check its header and its CRC32C")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -6,10 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mii_hcache.config import DTYPE_NAMES, default_state_dir, quiet_libraries
+from mii_hcache.config import DTYPE_NAMES, quiet_libraries
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import SPAN_TOKENS, ModelGeometry
 from mii_hcache.core.methods import METHODS, method_named, plan_storage
@@ -17,6 +16,7 @@ from mii_hcache.core.planner import lengths_up_to
 from mii_hcache.core.plans import RestorePlan, StoragePlan
 from mii_hcache.core.platforms import PLATFORMS
 from mii_hcache.errors import ConfigError
+from mii_hcache.tools.directories import add_state_dir, chosen_dirs, home_of
 from mii_hcache.tools.profiles import Profile, load_profile
 from mii_hcache.tools.table import size, table
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0. Raises HCacheError when there is nothing to plan from."""
     options = _parser().parse_args(arguments)
     method_named(options.method)
-    profile = load_profile(options.profile, Path(options.state_dir or default_state_dir()).expanduser())
+    profile = load_profile(options.profile, home_of(chosen_dirs(options.state_dir)))
     geometry, context_tokens = _model(options.model, options.dtype)
     cost = profile.layer_cost(geometry, options.tier)
     lengths = _lengths(options.tokens, context_tokens)
@@ -230,8 +230,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"tokens of a layer that are read and projected at once (default: {_DEFAULT_TILE_TOKENS})",
     )
-    parser.add_argument(
-        "--state-dir", metavar="DIR", help=f"where a measured profile is looked for (default: {default_state_dir()})"
-    )
+    add_state_dir(parser, "where a measured profile is looked for")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON: an object, or a list of them")
     return parser

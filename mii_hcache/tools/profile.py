@@ -6,12 +6,15 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from mii_hcache.config import DTYPE_NAMES, HCacheConfig, default_state_dir
+from mii_hcache.config import DTYPE_NAMES, HCacheConfig
 from mii_hcache.core.cost import LayerCost, MeasuredProfile
 from mii_hcache.core.geometry import ChunkKind, ModelGeometry
 from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
+from mii_hcache.storage.stripe_set import StripeSet
+from mii_hcache.tools.directories import add_state_dir, chosen_dirs
 from mii_hcache.tools.progress import Progress
 from mii_hcache.tools.table import size, table
 
@@ -36,27 +39,32 @@ _TOKENS = 1024
 def main(arguments: Sequence[str] | None = None) -> int:
     """0. Raises HCacheError."""
     options = _parser().parse_args(arguments)
-    directory = Path(options.state_dir or default_state_dir()).expanduser()
+    directories = chosen_dirs(options.state_dir)
+    if len(directories) > 1:
+        directories = [seat.path for seat in StripeSet.of([one.absolute() for one in directories]).seats]
     progress = Progress()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
-        profile, geometry = _measure(options, directory, progress)
+        profile, geometry = _measure(options, directories, progress)
     progress.clear()
-    print(profile.to_json() if options.json else "\n".join(_lines(profile, geometry, directory)), end="")
+    print(profile.to_json() if options.json else "\n".join(_lines(profile, geometry, directories[0])), end="")
     return 0
 
 
-def _measure(options: argparse.Namespace, directory: Path, progress: Progress) -> tuple[MeasuredProfile, ModelGeometry]:
+def _measure(
+    options: argparse.Namespace, directories: Sequence[Path], progress: Progress
+) -> tuple[MeasuredProfile, ModelGeometry]:
     progress.show(f"loading {options.model or 'the demo model'}")
     from mii_hcache.engine.measuring import measured_profile
     from mii_hcache.engine.open import load_engine
 
-    state_dir = StateDir(directory)  # nobody else may read or write there meanwhile
-    try:
+    with ExitStack() as stack:
+        for directory in directories:  # nobody else may read or write there meanwhile
+            stack.callback(StateDir(directory).close)
         config = HCacheConfig(model=options.model, dtype=options.dtype, max_batch_tokens=options.max_batch_tokens)
-        loaded = load_engine(config, directory)
+        loaded = load_engine(config, directories[0])
         profile = measured_profile(
             loaded.engine,
-            directory,
+            directories,
             loaded.fingerprint,
             io_bytes=options.read_mib << 20,
             repeats=options.repeats,
@@ -64,8 +72,6 @@ def _measure(options: argparse.Namespace, directory: Path, progress: Progress) -
             on_progress=progress.show,
         )
         return profile, loaded.engine.geometry
-    finally:
-        state_dir.close()
 
 
 def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -> list[str]:
@@ -133,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", metavar="PATH_OR_HUB_ID", help="checkpoint (default: the demo model)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="as for the server (default: auto)")
-    parser.add_argument(
-        "--state-dir", metavar="DIR", help=f"whose disk is measured, and where it is kept ({default_state_dir()})"
-    )
+    add_state_dir(parser, "whose disk is measured, and where it is kept")
     parser.add_argument(
         "--read-mib", type=int, default=128, metavar="N", help="read so much of each kind from each tier (default: 128)"
     )

@@ -6,8 +6,9 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +21,59 @@ from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
 from mii_hcache.storage.open_io import choose_io
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.state_dir import PROFILE_FILE
+from mii_hcache.storage.stripe_set import StripeSet, device_of
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
 from mii_hcache.tools.state_view import owner_of
 from mii_hcache.tools.table import size
 
 
-def state_checks(directory: Path) -> list[tuple[str, Check]]:
+def state_checks(directories: Sequence[Path]) -> list[tuple[str, Check]]:
     """In the order in which they should be told."""
+    if len(directories) == 1:
+        directory, checks = directories[0], []
+    else:
+        try:
+            stripes = StripeSet.of([one.absolute() for one in directories])
+        except ConfigError as error:
+            message = str(error)
+            return [("stripes", lambda: problem("stripes", message, "see what is said there", prevents_serving=True))]
+        directory = stripes.seats[0].path
+        checks = [("stripes", partial(_stripes, stripes))]
+        for seat in stripes.seats[1:]:
+            if seat.why_missing is None:
+                number = seat.ordinal + 1
+                checks += [
+                    _named(f"state directory {number}", partial(_directory, seat.path)),
+                    _named(f"disk {number}", partial(_disk, seat.path, len(directories))),
+                ]
+        if stripes.seats[0].why_missing is not None:
+            return [*checks, ("I/O", _io)]
     return [
         ("state directory", partial(_directory, directory)),
-        ("disk", partial(_disk, directory)),
+        ("disk", partial(_disk, directory, len(directories))),
+        *checks,
         ("I/O", _io),
         ("O_DIRECT", partial(_direct, directory)),
         ("hole punching", partial(_punching, directory)),
         ("profile", partial(_profile, directory)),
     ]
+
+
+def _named(name: str, check: Check) -> tuple[str, Check]:
+    return name, lambda: replace(check(), name=name)
+
+
+def _stripes(stripes: StripeSet) -> Finding:
+    """Are all directories of a set there, each on a disk of its own?"""
+    missing = [f"{seat.path}: {seat.why_missing}" for seat in stripes.seats if seat.why_missing is not None]
+    if missing or stripes.notes:
+        advice = "mount it, or mend what is said; a server does without it until then, and notices its return"
+        return problem("stripes", "; ".join([*missing, *stripes.notes]), advice)
+    num_devices = len({device_of(_standing(seat.path)) for seat in stripes.seats})
+    reason = f"{len(stripes.seats)} directories on {num_devices} file system{'s' * (num_devices > 1)}"
+    if num_devices < len(stripes.seats):
+        return off("stripes", f"{reason}: some share a disk, which makes nothing faster")
+    return ok("stripes", reason)
 
 
 def _standing(directory: Path) -> Path:
@@ -66,9 +105,9 @@ def _directory(directory: Path) -> Finding:
     return ok(name, f"{directory}, not in use")
 
 
-def _disk(directory: Path) -> Finding:
+def _disk(directory: Path, num_shares: int = 1) -> Finding:
     standing = _standing(directory)
-    kind, usage, capacity = filesystem_of(standing), shutil.disk_usage(standing), HCacheConfig().state_capacity_bytes
+    kind, usage, capacity = filesystem_of(standing), shutil.disk_usage(standing), _share_bytes(num_shares)
     held = sum(path.stat().st_blocks * 512 for path in (directory / "segments").glob("*.seg"))
     reason = f"{kind}, {size(usage.free)} of {size(usage.total)} free, {size(held)} taken by saved state"
     if kind in ("tmpfs", "ramfs"):
@@ -79,6 +118,10 @@ def _disk(directory: Path) -> Finding:
         reason += f"; a server takes up to {size(capacity)}"
         return problem("disk", reason, "take a smaller --state-capacity, or another --state-dir")
     return ok("disk", reason)
+
+
+def _share_bytes(num_shares: int) -> int:
+    return HCacheConfig().state_capacity_bytes // num_shares
 
 
 def _direct(directory: Path) -> Finding:

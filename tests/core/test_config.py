@@ -93,3 +93,10 @@ def test_state_dir_by_environment(monkeypatch):
     assert default_state_dir() == "/fast/cache/mii_hcache/state"
     monkeypatch.setenv("MII_HCACHE_STATE_DIR", "/nvme/state")
     assert default_state_dir() == "/nvme/state"
+    monkeypatch.setenv("MII_HCACHE_STATE_DIR", "/nvme0/state:/nvme1/state")
+    assert HCacheConfig().state_dirs == ("/nvme0/state", "/nvme1/state")
+    assert HCacheConfig(state_dir="/a").state_dirs == ("/a",)
+    assert HCacheConfig(state_dir=["/a", "/b"]).state_dirs == ("/a", "/b")
+    for nothing in ([], [""], [1]):
+        with pytest.raises(ConfigError, match="state_dir"):
+            HCacheConfig(state_dir=nothing)

@@ -132,3 +132,12 @@ def test_a_state_dir_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
         parse_options(["--state-dir", str(tmp_path / "file")])
+
+
+def test_state_may_be_striped_over_disks(monkeypatch):
+    config = parse_options(["--state-dir", "/b", "--io", "threads", "--state-dir", "/c"]).config
+    assert config.state_dirs == ("/b", "/c")
+    assert parse_options(["--state-dir", "/b"]).config.state_dirs == ("/b",)
+    monkeypatch.setenv("MII_HCACHE_STATE_DIR", "/d:/e")
+    assert parse_options([]).config.state_dirs == ("/d", "/e")
+    assert parse_options(["--state-dir", "/b"]).config.state_dirs == ("/b",)

@@ -19,7 +19,7 @@ def layout(request: pytest.FixtureRequest) -> SpanLayout | None:
     return LAYOUTS[request.param]
 
 
-@pytest.fixture(params=["memory", "file", "tiered"])
+@pytest.fixture(params=["memory", "file", "tiered", "striped2", "striped3"])
 def kit(request: pytest.FixtureRequest, tmp_path: Path, layout: SpanLayout | None) -> Iterator[StoreKit]:
     """Every kind of store in turn, with spans of every layout."""
     kit = StoreKit(request.param, tmp_path / "state", layout)

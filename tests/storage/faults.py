@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -98,3 +99,55 @@ class SlowDisk:
 
             return HOLD  # a ring's one thread may not block: that would hold up writes as well
         return None if self.may_read.wait(20) else -errno.ETIMEDOUT
+
+
+class DeadDisk:
+    """The disk of one store, which fails or hangs as told; those of other stores go on. Catalogs are spared."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
+        self.error = 0
+        """What every transfer fails with; 0 for none."""
+        self.write_error = 0
+        """The same, of writes alone."""
+        self.bad_offsets: set[int] = set()
+        """Where reads fail all the same."""
+        self.may_be_cancelled = False
+        self._answers = threading.Event()
+        self._answers.set()
+        self._folder = str(store._state_dir.path) + "/"
+        self._end_s = time.monotonic() + 60
+        if isinstance(store.io, UringIO):
+            monkeypatch.setattr(store.io.device, "fault", self._ask_ring)
+        for name in ("preadv", "pwritev", "fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, self._faulty(name, getattr(os, name)))
+
+    def hang(self) -> None:
+        """Nothing that begins from now on ends before `answer`."""
+        self._answers.clear()
+
+    def answer(self) -> None:
+        """Let go of what hangs."""
+        self._answers.set()
+
+    def _ask_ring(self, is_write: bool, offset: int, num_bytes: int) -> int | None:
+        if not self._answers.is_set() and time.monotonic() < self._end_s:
+            from mii_hcache._io import HOLD, STUCK
+
+            return HOLD if self.may_be_cancelled else STUCK
+        return self._verdict(is_write, offset)
+
+    def _verdict(self, is_write: bool, offset: int) -> int | None:
+        error = errno.EIO if not is_write and offset in self.bad_offsets else self.error
+        error = self.write_error if is_write and self.write_error else error
+        return -error if error else None
+
+    def _faulty(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(fd: int, *arguments: Any) -> Any:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(self._folder):
+                self._answers.wait(60)
+                verdict = self._verdict(name != "preadv", arguments[-1] if arguments else -1)
+                if verdict is not None:
+                    raise OSError(-verdict, os.strerror(-verdict))
+            return call(fd, *arguments)
+
+        return asked

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import slot_sizes
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.tiered import TieredStore
 
 IO = os.environ.get("MII_HCACHE_IO", "auto")
 """Backend of all file stores here, so that the suite can be run with each."""
+PAUSE_S = 0.01
+"""Before a disk that failed is tried again."""
 CHUNK_BYTES = 5000
 NUM_CHUNKS = 3
 SPAN_BYTES = NUM_CHUNKS * CHUNK_BYTES
@@ -111,22 +117,44 @@ def holds(store: ChunkStore, record: SpanRecord, writer: int = 0) -> bool:
     return reason is None
 
 
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Fails the test when it does not come."""
+    stop_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < stop_s, "it did not come"
+        time.sleep(0.002)
+
+
+def wait_until_here(store: FileStore) -> None:
+    """The disk answers again."""
+    wait_until(lambda: store.presence.is_here)
+
+
 class StoreKit:
     """Stores of one kind in a directory, opened and closed as a test likes, and the layout of the spans in them."""
 
     def __init__(self, kind: str, path: Path, layout: SpanLayout | None = None) -> None:
         self.kind, self.path, self.layout = kind, path, layout
+        self.num_paths = int(kind[len("striped") :]) if kind.startswith("striped") else 1
         self._state_dir: StateDir | None = None
         self._store: ChunkStore | None = None
 
-    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES) -> ChunkStore:
-        """A store for `capacity_bytes`; closes the one before."""
+    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings: Any) -> Any:
+        """A store for `capacity_bytes`; closes the one before. `settings` of a store of files."""
         self.close()
         if self.kind == "memory":
             self._store = MemoryStore(capacity_bytes)
             return self._store
+        if self.num_paths > 1:
+            stripes = StripeSet.of([self.path / f"path{idx}" for idx in range(self.num_paths)])
+            self._store = open_striped(
+                stripes, capacity_bytes, segment_bytes=1 << 20, io=IO, first_look_s=PAUSE_S, **settings
+            )
+            return self._store
         self._state_dir = StateDir(self.path)
-        file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO)
+        file = FileStore(
+            self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO, first_pause_s=PAUSE_S, **settings
+        )
         self._store = file if self.kind == "file" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
         return self._store
 
@@ -139,7 +167,8 @@ class StoreKit:
         """What `num_spans` spans take: on disk a segment for each size, in DRAM payload."""
         if self.kind == "memory":
             return num_spans * SPAN_BYTES
-        return num_spans * SPAN_DISK_BYTES + 4096 * len(set(slot_sizes(self.record("any").layout)))
+        share = -(-num_spans // self.num_paths)
+        return self.num_paths * (share * SPAN_DISK_BYTES + 4096 * len(set(slot_sizes(self.record("any").layout))))
 
     def open_for(self, num_spans: int) -> ChunkStore:
         """A store that holds `num_spans` spans and no more."""
@@ -154,8 +183,8 @@ class StoreKit:
 
 
 def disk_bytes(path: Path) -> int:
-    """Bytes that are not holes in the segment files under a state directory."""
-    return sum(_data_bytes(file) for file in (path / "segments").iterdir())
+    """Bytes that are not holes in the segment files under a state directory, or several in one folder."""
+    return sum(_data_bytes(file) for file in path.rglob("segments/*"))
 
 
 def _data_bytes(path: Path) -> int:

@@ -161,7 +161,10 @@ def test_a_span_of_another_layout_may_follow_a_deleted_one(kit):
     assert holds(store, second)
 
 
-def test_the_least_recently_used_go_first(kit):
+@pytest.mark.parametrize("kind", ["memory", "file", "tiered"])
+def test_the_least_recently_used_go_first(kind, layout, tmp_path):
+    """Of one disk; of several, each goes by its own order."""
+    kit = StoreKit(kind, tmp_path, layout)
     store = kit.open_for(5)
     records = [kit.record(name) for name in range(9)]
     for record in records[:5]:
@@ -179,6 +182,7 @@ def test_the_least_recently_used_go_first(kit):
         assert store.why_missing(records[2].span_id) == "evicted"
         assert store.stats().evicted_spans == 3
     assert store.why_missing(records[8].span_id) == "not_saved"
+    kit.close()
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
@@ -242,7 +246,7 @@ def test_pinned_spans_stay_until_unpinned_as_often(kit):
     put(store, kit.record(8))
     assert all(holds(store, record) for record in pinned), "pinned twice, unpinned once"
     store.unpin([*ids, make_id("unknown"), make_id(8)])
-    for idx in range(20, 30):
+    for idx in range(20, 20 + 10 * kit.num_paths):
         put(store, kit.record(idx))
         store.flush()
     assert not any(store.find(span_id) for span_id in ids)

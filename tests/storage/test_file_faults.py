@@ -27,6 +27,7 @@ from tests.storage.storage_kit import (
     make_record,
     put,
     reads_of,
+    wait_until_here,
 )
 
 
@@ -102,7 +103,9 @@ def test_a_write_error_drops_the_span_only(file_kit, monkeypatch):
     FullDisk(monkeypatch, store, 4096 + SPAN_DISK_BYTES + 5000, errno.EIO)
     assert not put(store, make_record("a"))
     assert store.stats().dropped_spans == 1
+    assert store.stats().num_away == 1
     monkeypatch.undo()
+    wait_until_here(store)
     assert put(store, make_record("a"), writer=1)
     assert holds(store, make_record("a"), writer=1)
     assert holds(store, make_record("before"))
@@ -134,7 +137,7 @@ def test_a_write_without_progress_does_not_hang(file_kit, monkeypatch):
     assert store.stats().dropped_spans == 1
 
 
-def test_a_read_error_is_damage(file_kit, monkeypatch):
+def test_a_read_error_of_one_chunk_is_damage_once_the_disk_was_found_well(file_kit, monkeypatch):
     store = file_kit.open()
     records = [make_record(idx) for idx in range(6)]
     for record in records:
@@ -142,8 +145,10 @@ def test_a_read_error_is_damage(file_kit, monkeypatch):
     bad_offset = 4096 + 4 * SPAN_DISK_BYTES
     inject(monkeypatch, store, lambda is_write, offset, num_bytes: -errno.EIO if offset == bad_offset else None)
     outcome = store.get_into([reads_of(record)[0] for record in records])
-    assert outcome == ReadOutcome(num_ok=4, reason="corrupt")
-    assert store.stats().corrupt_chunks == 1
+    assert outcome == ReadOutcome(num_ok=4, reason="unavailable")
+    wait_until_here(store)
+    assert (store.stats().corrupt_chunks, store.stats().unavailable) == (1, 1)
+    assert store.why_missing(records[4].span_id) == "corrupt"
     assert [store.find(record.span_id) is not None for record in records] == [True] * 4 + [False, True]
 
 
@@ -266,6 +271,7 @@ def test_what_cannot_be_synced_is_forgotten(file_kit, monkeypatch):
     monkeypatch.setattr(os, "fdatasync", broken)
     store.flush()
     monkeypatch.undo()
+    wait_until_here(store)
     assert store.find(make_record("a").span_id) is None
     assert store.stats().dropped_spans == 1
     assert holds(store, before)

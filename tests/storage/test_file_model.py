@@ -13,7 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.stripe_set import StripeSet
 from tests.storage.storage_kit import disk_bytes, holds, make_chunks, make_record, put, read_span, reads_of
 
 NAMES = range(6)
@@ -29,6 +31,8 @@ names = st.sampled_from(NAMES)
 class FileStoreMachine(RuleBasedStateMachine):
     """The model: who wrote each span that is there, in which layout; and what is surely durable."""
 
+    num_paths = 1
+
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp())
@@ -43,7 +47,7 @@ class FileStoreMachine(RuleBasedStateMachine):
     @initialize(is_small=st.booleans())
     def start(self, is_small):
         self.is_small = is_small
-        self.capacity_bytes = 90_000 if is_small else 1 << 20
+        self.capacity_bytes = self.num_paths * (90_000 if is_small else 1 << 20)
         self.open(self.root / "state0")
 
     def open(self, path: Path) -> None:
@@ -54,6 +58,11 @@ class FileStoreMachine(RuleBasedStateMachine):
     def close(self) -> None:
         self.store.close()
         self.state_dir.close()
+
+    @property
+    def occupied_bytes(self) -> int:
+        """What the store says that it takes on disk."""
+        return self.store.disk_bytes
 
     def record(self, name: int, layout_idx: int = 0):
         parent = name - 1 if name else None
@@ -174,7 +183,7 @@ class FileStoreMachine(RuleBasedStateMachine):
         assert stats.num_spans == len(self.there)
         assert stats.num_bytes == sum(LAYOUTS[layout_idx].num_bytes for layout_idx, _ in self.there.values())
         assert stats.corrupt_chunks == 0
-        assert disk_bytes(self.path) <= self.store.disk_bytes <= self.capacity_bytes
+        assert disk_bytes(self.path) <= self.occupied_bytes <= self.capacity_bytes
 
     def teardown(self):
         if hasattr(self, "store"):
@@ -182,5 +191,37 @@ class FileStoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
 
+class StripedStoreMachine(FileStoreMachine):
+    """The same over several paths. Each evicts by itself, so what is pinned on one does not make another refuse."""
+
+    num_paths = 2
+
+    def open(self, path: Path) -> None:
+        self.path = path
+        folders = [path / f"path{idx}" for idx in range(self.num_paths)]
+        if self.num_dirs % 2:
+            folders.reverse()  # the order of arguments means nothing
+        self.store = open_striped(
+            StripeSet.of(folders), self.capacity_bytes, flush_interval_s=None, segment_bytes=50_000
+        )
+
+    def close(self) -> None:
+        self.store.close()
+
+    @property
+    def occupied_bytes(self) -> int:
+        return sum(store.disk_bytes for store in self.store.stores)
+
+
+class ThreePathsMachine(StripedStoreMachine):
+    """A third one."""
+
+    num_paths = 3
+
+
 TestFileStore = FileStoreMachine.TestCase
 TestFileStore.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestTwoPaths = StripedStoreMachine.TestCase
+TestTwoPaths.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
+TestThreePaths = ThreePathsMachine.TestCase
+TestThreePaths.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)

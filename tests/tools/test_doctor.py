@@ -19,6 +19,7 @@ from mii_hcache.engine.config_geometry import read_config
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage import open_io
+from mii_hcache.storage.open import open_state
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.tools import machine_checks, software_checks, state_checks
 from mii_hcache.tools.findings import Finding, find_out, ok
@@ -33,7 +34,9 @@ def doctor(tiny_model, tmp_path, capsys) -> Doctor:
     """Run on a tiny model and a directory that does not exist yet; returns the exit status and the findings by name."""
 
     def run(*options: str) -> tuple[int, dict[str, dict[str, Any]]]:
-        defaults = ["--model", str(tiny_model("llama")), "--state-dir", str(tmp_path / "state")]
+        defaults = ["--model", str(tiny_model("llama"))]
+        if "--state-dir" not in options:
+            defaults += ["--state-dir", str(tmp_path / "state")]
         status = main(["doctor", *defaults, *options, "--json"])
         report = json.loads(capsys.readouterr().out)
         assert report["ok"] == (status == 0)
@@ -126,6 +129,26 @@ def test_a_host_that_moved_a_name_prevents(monkeypatch):
     assert one(software_checks.software_checks(None), "host's names").reason == "a step of the installation failed"
 
 
+def test_several_state_directories(doctor, tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    given = ("--state-dir", str(a), "--state-dir", str(b))
+    status, findings = doctor(*given)
+    assert status == 0
+    assert "2 directories on 1 file system" in findings["stripes"]["reason"]
+    assert findings["stripes"]["state"] == "off"
+    open_state([a, b], 1 << 22, 0).close()
+    assert {path.name for path in b.iterdir()} >= {"set.json"}
+    assert "a, not in use" in doctor(*given)[1]["state directory"]["reason"]
+    assert "b, not in use" in doctor(*given)[1]["state directory 2"]["reason"]
+    b.rename(tmp_path / "hidden")
+    b.write_text("")
+    status, findings = doctor(*given)
+    assert status == 0, "a server does without it"
+    assert findings["stripes"]["state"] == "problem" and str(b) in findings["stripes"]["reason"]
+    status, findings = doctor("--state-dir", str(a), "--state-dir", str(a / "inside"))
+    assert status == 1 and "inside" in findings["stripes"]["reason"]
+
+
 def test_state_directories(doctor, tmp_path):
     state_dir = StateDir(tmp_path / "state")
     status, findings = doctor()
@@ -150,11 +173,11 @@ def test_a_directory_that_cannot_be_written(doctor):
 def test_a_small_disk_and_one_that_is_memory(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(state_checks.shutil, "disk_usage", lambda path: usage(100 << 30, 99 << 30, 1 << 30))
-    finding = one(state_checks.state_checks(tmp_path), "disk")
+    finding = one(state_checks.state_checks([tmp_path]), "disk")
     assert (finding.state, finding.prevents_serving) == ("problem", False)
     assert "1.0 GiB of 100.0 GiB free" in finding.reason and "--state-capacity" in finding.advice
     monkeypatch.setattr(state_checks, "filesystem_of", lambda path: "tmpfs")
-    assert "all of it is memory" in one(state_checks.state_checks(tmp_path), "disk").reason
+    assert "all of it is memory" in one(state_checks.state_checks([tmp_path]), "disk").reason
 
 
 def test_graphics_cards_that_torch_does_not_see(monkeypatch, tmp_path):
@@ -215,7 +238,7 @@ def test_filesystems_by_longest_mount_point():
 
 
 def test_the_io_backend_and_why(monkeypatch, tmp_path):
-    finding = dict(state_checks.state_checks(tmp_path))["I/O"]
+    finding = dict(state_checks.state_checks([tmp_path]))["I/O"]
     monkeypatch.setenv("MII_HCACHE_IO", "threads")
     assert finding().reason == "threads: asked for"
     monkeypatch.delenv("MII_HCACHE_IO")

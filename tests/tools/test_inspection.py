@@ -190,6 +190,16 @@ def test_what_is_not_ours_or_of_no_use_is_a_note(state_dir, inspect):
     assert status == 0 and [note.split()[0] for note in report["notes"]] == ["foreign.seg", "catalog.damaged-1.sqlite"]
 
 
+def test_several_directories_are_shown_one_after_another(state_dir, tmp_path, inspect, capsys):
+    open_state([state_dir, tmp_path / "other"], 256 << 20, 0).close()
+    status, report = inspect(state_dir, str(tmp_path / "other"))
+    assert status == 0
+    assert [one["num_spans"] for one in report] == [11, 0]
+    flip(segment_of(state_dir), 4096 + 5)
+    assert main(["inspect", str(tmp_path / "other"), str(state_dir), "--verify"]) == 1
+    assert str(tmp_path / "other") in capsys.readouterr().out
+
+
 def test_a_directory_in_use_is_read_and_not_disturbed(state_dir, opened, inspect):
     mine = str(os.getpid())
     before = fingerprints(state_dir / "segments"), (state_dir / "catalog.sqlite").read_bytes()

@@ -56,8 +56,8 @@ def test_a_directory_in_use_is_not_measured(tiny_model, tmp_path, capsys):
 def test_a_profile_of_something_else_is_measured_anew(tiny_model, tmp_path, other, monkeypatch):
     engine = poisoned_engine(tiny_model("llama"))
     brief = {"io_bytes": 1 << 20, "repeats": 1}
-    first = measured_profile(engine, tmp_path, b"one", **brief)
-    assert measured_profile(engine, tmp_path, b"one", **brief) == first, "measured twice"
+    first = measured_profile(engine, [tmp_path], b"one", **brief)
+    assert measured_profile(engine, [tmp_path], b"one", **brief) == first, "measured twice"
     fingerprint = b"one"
     path = tmp_path / PROFILE_FILE
     if other == "machine":
@@ -68,7 +68,7 @@ def test_a_profile_of_something_else_is_measured_anew(tiny_model, tmp_path, othe
         path.write_text(path.read_text()[:-40])
     else:
         path.write_text(path.read_text().replace('"version": 1', '"version": 99'))
-    again = measured_profile(engine, tmp_path, fingerprint, **brief)
+    again = measured_profile(engine, [tmp_path], fingerprint, **brief)
     assert again.tiers != first.tiers
     assert MeasuredProfile.from_json(path.read_text()) == again
     assert engine.num_free_blocks == engine.num_blocks and engine.num_tracked == 0
@@ -78,11 +78,11 @@ def test_an_emulated_disk_is_profiled_as_such_and_is_not_this_machines(tiny_mode
     engine = poisoned_engine(tiny_model("llama"))
     brief = {"io_bytes": 1 << 18, "repeats": 1}
     rate = 10e6
-    slow = measured_profile(engine, tmp_path, b"one", emulated_read_bytes_per_s=rate, **brief)
+    slow = measured_profile(engine, [tmp_path], b"one", emulated_read_bytes_per_s=rate, **brief)
     row_bytes = engine.geometry.row_bytes(ChunkKind.KV)
     for cost in slow.tiers.values():
         assert row_bytes / rate <= cost.io_kv_s < 2 * row_bytes / rate
-    fast = measured_profile(engine, tmp_path, b"one", **brief)
+    fast = measured_profile(engine, [tmp_path], b"one", **brief)
     assert "emulated at 10 MB/s" in slow.machine and "emulated" not in fast.machine
     assert fast.tiers["memory"].io_kv_s < slow.tiers["memory"].io_kv_s
 
