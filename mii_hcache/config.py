@@ -14,6 +14,7 @@ from mii_hcache.errors import ConfigError
 KEEP_POLICIES = ("none", "lru")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 IO_NAMES = ("auto", "uring", "threads")
+DURABILITY_NAMES = ("relaxed", "strict")
 
 
 def default_state_dir() -> str:
@@ -54,6 +55,9 @@ class HCacheConfig:
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
+    durability: str = "relaxed"
+    """What of the saved state outlives a power cut (`storage.format`): `strict` all that was flushed, `relaxed` what
+    the disk had by then; the rest is a miss. A crash of the server alone costs neither anything."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"
@@ -92,6 +96,8 @@ class HCacheConfig:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
         if self.io not in IO_NAMES:
             raise ConfigError(f"io must be one of {', '.join(IO_NAMES)}, got {self.io!r}")
+        if self.durability not in DURABILITY_NAMES:
+            raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:
             method_named(self.method)
         for name in ("block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):

@@ -108,7 +108,13 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
 def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedService:
     """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
     state_dir = Path(config.state_dir or default_state_dir())
-    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io)
+    state = open_state(
+        state_dir,
+        config.state_capacity_bytes,
+        config.dram_capacity_bytes,
+        io=config.io,
+        durability=config.durability,
+    )
     try:
         loaded = load_engine(config, state_dir, progress)
         notes = [*state.notes, *loaded.notes]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mii_hcache.config import (
     DTYPE_NAMES,
+    DURABILITY_NAMES,
     IO_NAMES,
     KEEP_POLICIES,
     HCacheConfig,
@@ -68,6 +69,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         state_capacity_bytes=values.state_capacity,
         dram_capacity_bytes=values.dram_capacity,
         io=values.io,
+        durability=values.durability,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -187,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.io,
         help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
         "that works here; the files are the same (default: %(default)s)",
+    )
+    state.add_argument(
+        "--durability",
+        choices=DURABILITY_NAMES,
+        default=defaults.durability,
+        help="after a power cut: what was flushed is there (strict), or it is there or a miss (relaxed), which leaves "
+        "the disk its own pace (default: %(default)s)",
     )
     state.add_argument(
         "--method",

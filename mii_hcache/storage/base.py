@@ -158,11 +158,12 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def delete(self, span_ids: Iterable[SpanId]) -> int:
-        """Forget spans; how many were there. Unreadable at once; gone for good, also after a crash, once flushed."""
+        """Forget spans; how many were there. Unreadable at once; once flushed gone for good, after a power cut, too."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Return when everything accepted before the call survives a crash (no-op for stores that never do)."""
+        """Return when everything accepted before the call outlives the process (no-op for stores that never do). What
+        outlives a power cut is a store's own to say; deletions do."""
 
     @abstractmethod
     def stats(self) -> StoreStats:

@@ -43,9 +43,10 @@ _RELIEF_INTERVAL_S = 60.0
 class FileStore(ChunkStore):
     """Bounded, durable store in a state directory. Safe from any thread; locks are never held over I/O on chunks.
 
-    `put` blocks on writes, `get_into` on reads, `flush` and `close` on the disk's cache, `delete` on nothing. A span is
-    readable as soon as `put` returns, and durable after `flush` or at latest about `flush_interval_s` later. Bytes of
-    deleted spans leave the disk with the next commit, where the file system can punch holes.
+    `put` blocks on writes, `get_into` on reads, `flush` and `close` on the catalog, `delete` on nothing. A span is
+    readable as soon as `put` returns. After `flush`, or at latest about `flush_interval_s` later, it outlives the
+    process, and with `durability` "strict" a power cut, too. Bytes of deleted spans leave the disk with the next
+    commit, where the file system can punch holes; a flushed deletion outlives a power cut always.
 
     A full or failing disk never raises: `put` evicts, else drops and counts. While the catalog cannot be written, spans
     stay readable, and are tried again with every flush.
@@ -63,18 +64,20 @@ class FileStore(ChunkStore):
         flush_bytes: int = 64 << 20,
         segment_bytes: int | None = None,
         io: str = "auto",
+        durability: str = "relaxed",
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
         `num_threads` wait for one batch of reads and verify it; None leaves it to the backend. Waiting spans are
         committed after `flush_interval_s` or `flush_bytes`; None leaves it to `flush`. `segment_bytes`: size of new
         segment files, by default a small share of the capacity. `io`: how bytes get to the disk and back, see
-        `open_io`.
+        `open_io`. `durability`: "strict" or "relaxed", see `format`.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
         self._capacity_bytes = capacity_bytes
         self._flush_bytes = flush_bytes
+        self._is_strict = durability == "strict"
         self._commit_lock = threading.Lock()
         self._ticks_due_s = self._relief_due_s = 0.0
         self._write_trouble = Trouble(_log)
@@ -307,7 +310,8 @@ class FileStore(ChunkStore):
         if ticks:
             self._ticks_due_s = now_s + _TICKS_INTERVAL_S
         work = self._index.take_work(publish=publish, ticks=ticks)
-        failed = self._segments.sync({place.segment for span in work.add for place in span.places})
+        written = {place.segment for span in work.add for place in span.places} if self._is_strict else set()
+        failed = self._segments.sync(written)
         for span in work.add:
             if any(place.segment in failed for place in span.places):
                 self._drop(span)
@@ -315,7 +319,8 @@ class FileStore(ChunkStore):
         drop = [(span.record.span_id, span.generation) for span in work.drop]
         try:
             if rows or drop or work.used:
-                self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
+                durable = (publish and self._is_strict) or any(span.erase for span in work.drop)
+                self._catalog.commit(add=rows, drop=drop, used=work.used, durable=durable)
         except sqlite3.Error as error:
             self._index.work_failed(work)
             return error

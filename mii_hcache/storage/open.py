@@ -35,10 +35,16 @@ class OpenedState:
 
 
 def open_state(
-    directory: str | os.PathLike[str] | None, capacity_bytes: int, dram_capacity_bytes: int, *, io: str = "auto"
+    directory: str | os.PathLike[str] | None,
+    capacity_bytes: int,
+    dram_capacity_bytes: int,
+    *,
+    io: str = "auto",
+    durability: str = "relaxed",
 ) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
-    for none). Without a directory all lives in DRAM and ends with the process. `io`: see `storage.open_io`.
+    for none). Without a directory all lives in DRAM and ends with the process. `io`: see `storage.open_io`;
+    `durability`: see `storage.format`.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
@@ -47,7 +53,7 @@ def open_state(
     with ExitStack() as undo:
         state_dir = StateDir(directory)
         undo.callback(state_dir.close)
-        file = FileStore(state_dir, capacity_bytes, io=io)
+        file = FileStore(state_dir, capacity_bytes, io=io, durability=durability)
         undo.callback(file.close)
         transcripts = Transcripts(state_dir.transcripts)
         undo.callback(transcripts.close)

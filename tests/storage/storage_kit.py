@@ -119,14 +119,14 @@ class StoreKit:
         self._state_dir: StateDir | None = None
         self._store: ChunkStore | None = None
 
-    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES) -> ChunkStore:
-        """A store for `capacity_bytes`; closes the one before."""
+    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings: Any) -> ChunkStore:
+        """A store for `capacity_bytes`; closes the one before. `settings` of FileStore, where there are files."""
         self.close()
         if self.kind == "memory":
             self._store = MemoryStore(capacity_bytes)
             return self._store
         self._state_dir = StateDir(self.path)
-        file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO)
+        file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO, **settings)
         self._store = file if self.kind == "file" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
         return self._store
 
