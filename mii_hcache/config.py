@@ -15,6 +15,7 @@ KEEP_POLICIES = ("none", "lru")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 IO_NAMES = ("auto", "uring", "threads")
 DURABILITY_NAMES = ("relaxed", "strict")
+EVICTION_NAMES = ("lru", "cost")
 
 
 def default_state_dir() -> str:
@@ -49,9 +50,12 @@ class HCacheConfig:
     state_dir: str | None = None
     """Where state is kept; None is `default_state_dir()`. One server at a time."""
     state_capacity_bytes: int = 20 << 30
-    """Most that saved state may take on disk; least recently used goes first."""
+    """Most that saved state may take on disk; what goes first is `evict`'s to say."""
     dram_capacity_bytes: int = 2 << 30
     """Most that saved state may take in host memory, in front of the disk."""
+    evict: str = "lru"
+    """Which saved state goes when its room is needed (`storage.eviction`): `lru`, the least recently used, or `cost`,
+    what saves least per byte for how likely it is used again."""
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
@@ -96,6 +100,8 @@ class HCacheConfig:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
         if self.io not in IO_NAMES:
             raise ConfigError(f"io must be one of {', '.join(IO_NAMES)}, got {self.io!r}")
+        if self.evict not in EVICTION_NAMES:
+            raise ConfigError(f"evict must be one of {', '.join(EVICTION_NAMES)}, got {self.evict!r}")
         if self.durability not in DURABILITY_NAMES:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:

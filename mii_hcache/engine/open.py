@@ -114,6 +114,7 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
         config.dram_capacity_bytes,
         io=config.io,
         durability=config.durability,
+        evict=config.evict,
     )
     try:
         loaded = load_engine(config, state_dir, progress)

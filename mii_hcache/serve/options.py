@@ -11,6 +11,7 @@ from pathlib import Path
 from mii_hcache.config import (
     DTYPE_NAMES,
     DURABILITY_NAMES,
+    EVICTION_NAMES,
     IO_NAMES,
     KEEP_POLICIES,
     HCacheConfig,
@@ -70,6 +71,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         dram_capacity_bytes=values.dram_capacity,
         io=values.io,
         durability=values.durability,
+        evict=values.evict,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -173,8 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         type=parse_size,
         default=defaults.state_capacity_bytes,
         metavar="SIZE",
-        help="most of it on disk, least recently used goes first "
-        f"(default: {format_size(defaults.state_capacity_bytes)})",
+        help=f"most of it on disk (default: {format_size(defaults.state_capacity_bytes)})",
     )
     state.add_argument(
         "--dram-capacity",
@@ -182,6 +183,13 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.dram_capacity_bytes,
         metavar="SIZE",
         help=f"most of it in host memory, before the disk (default: {format_size(defaults.dram_capacity_bytes)})",
+    )
+    state.add_argument(
+        "--evict",
+        choices=EVICTION_NAMES,
+        default=defaults.evict,
+        help="what goes when room is needed: the least recently used (lru), or what saves least per byte for how "
+        "likely it is used again (cost) (default: %(default)s)",
     )
     state.add_argument(
         "--io",

@@ -7,7 +7,7 @@ written them when a call returns, and keeps no reference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,7 +94,7 @@ class StoreStats:
 
 
 class ChunkStore(ABC):
-    """Spans under their ids. Bounded; least recently used spans go first, deeper ones before their parents."""
+    """Spans under their ids. Bounded; `storage.eviction` says which spans go first."""
 
     name: str
     """What `restored_from` says: `memory`, `file`, ..."""
@@ -133,6 +133,10 @@ class ChunkStore(ABC):
 
     def take_back(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
         """Undo `lend`; no read into the memory is running. What was not lent is ignored."""
+
+    def weigh(self, loss: Callable[[int], float]) -> None:  # noqa: B027, a hint may be ignored
+        """Tell how many seconds a restore loses when the span at a position of its history is not there but others
+        are: a hint for eviction, to be given where a missing span can be filled in. Any unit: only ratios count."""
 
     @abstractmethod
     def touch(self, span_ids: Iterable[SpanId]) -> None:

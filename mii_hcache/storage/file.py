@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 
 from crc32c import crc32c
@@ -65,13 +65,15 @@ class FileStore(ChunkStore):
         segment_bytes: int | None = None,
         io: str = "auto",
         durability: str = "relaxed",
+        evict: str = "lru",
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
         `num_threads` wait for one batch of reads and verify it; None leaves it to the backend. Waiting spans are
         committed after `flush_interval_s` or `flush_bytes`; None leaves it to `flush`. `segment_bytes`: size of new
         segment files, by default a small share of the capacity. `io`: how bytes get to the disk and back, see
-        `open_io`. `durability`: "strict" or "relaxed", see `format`.
+        `open_io`. `durability`: "strict" or "relaxed", see `format`. `evict`: "lru" or "cost", see
+        `eviction`.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
@@ -96,7 +98,7 @@ class FileStore(ChunkStore):
                 segment_bytes = max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE)
             pool = SlotPool(capacity_bytes, segment_bytes)
             rows, self.notes = recover(self._catalog, self._segments, pool)
-            self._index = FileIndex(pool, self._catalog.first_generation(), rows)
+            self._index = FileIndex(pool, self._catalog.first_generation(), rows, evict=evict)
             self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
             self._room.shrink()
             undo.pop_all()
@@ -151,6 +153,9 @@ class FileStore(ChunkStore):
 
     def take_back(self, buffer: memoryview) -> None:
         self.io.take_back(buffer)
+
+    def weigh(self, loss: Callable[[int], float]) -> None:
+        self._index.weigh(loss)
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)

@@ -41,23 +41,26 @@ def open_state(
     *,
     io: str = "auto",
     durability: str = "relaxed",
+    evict: str = "lru",
 ) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
     for none). Without a directory all lives in DRAM and ends with the process. `io`: see `storage.open_io`;
-    `durability`: see `storage.format`.
+    `durability`: see `storage.format`; `evict`: see `storage.eviction`.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
     if directory is None:
-        return OpenedState(store=MemoryStore(dram_capacity_bytes), transcripts=Transcripts(None), state_dir=None)
+        return OpenedState(
+            store=MemoryStore(dram_capacity_bytes, evict=evict), transcripts=Transcripts(None), state_dir=None
+        )
     with ExitStack() as undo:
         state_dir = StateDir(directory)
         undo.callback(state_dir.close)
-        file = FileStore(state_dir, capacity_bytes, io=io, durability=durability)
+        file = FileStore(state_dir, capacity_bytes, io=io, durability=durability, evict=evict)
         undo.callback(file.close)
         transcripts = Transcripts(state_dir.transcripts)
         undo.callback(transcripts.close)
-        store = TieredStore(MemoryStore(dram_capacity_bytes), file) if dram_capacity_bytes else file
+        store = TieredStore(MemoryStore(dram_capacity_bytes, evict=evict), file) if dram_capacity_bytes else file
         undo.pop_all()
     notes = [*file.notes, *([transcripts.note] if transcripts.note else [])]
     return OpenedState(store=store, transcripts=transcripts, state_dir=state_dir, notes=notes)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
@@ -114,6 +114,9 @@ class TieredStore(ChunkStore):
 
     def take_back(self, buffer: memoryview) -> None:
         self._file.take_back(buffer)
+
+    def weigh(self, loss: Callable[[int], float]) -> None:
+        self._file.weigh(loss)  # what leaves DRAM is not lost
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         span_ids = list(span_ids)

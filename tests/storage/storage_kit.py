@@ -120,10 +120,10 @@ class StoreKit:
         self._store: ChunkStore | None = None
 
     def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings: Any) -> ChunkStore:
-        """A store for `capacity_bytes`; closes the one before. `settings` of FileStore, where there are files."""
+        """A store for `capacity_bytes`; closes the one before. `settings` of its FileStore, or MemoryStore."""
         self.close()
         if self.kind == "memory":
-            self._store = MemoryStore(capacity_bytes)
+            self._store = MemoryStore(capacity_bytes, **settings)
             return self._store
         self._state_dir = StateDir(self.path)
         file = FileStore(self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO, **settings)

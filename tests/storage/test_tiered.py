@@ -92,7 +92,7 @@ def test_racing_writers_leave_no_pin_behind(make, monkeypatch):
         thread.join()
     store.flush()
     monkeypatch.setattr(store, "find", find)
-    assert store._memory._recency._pins == {}
+    assert store._memory._order._pins == {}
     assert store.stats().num_spans == 5
 
 
