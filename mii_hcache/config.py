@@ -56,6 +56,9 @@ class HCacheConfig:
     evict: str = "lru"
     """Which saved state goes when its room is needed (`storage.eviction`): `lru`, the least recently used, or `cost`,
     what saves least per byte for how likely it is used again."""
+    expire_after_s: float | None = None
+    """Saved state that was not used for so long is deleted, also while the server is down; None keeps it until its room
+    is needed."""
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
@@ -102,6 +105,8 @@ class HCacheConfig:
             raise ConfigError(f"io must be one of {', '.join(IO_NAMES)}, got {self.io!r}")
         if self.evict not in EVICTION_NAMES:
             raise ConfigError(f"evict must be one of {', '.join(EVICTION_NAMES)}, got {self.evict!r}")
+        if self.expire_after_s is not None and not 0 < self.expire_after_s < math.inf:
+            raise ConfigError(f"expire_after_s must be > 0, got {self.expire_after_s}")
         if self.durability not in DURABILITY_NAMES:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:

@@ -115,6 +115,7 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
         io=config.io,
         durability=config.durability,
         evict=config.evict,
+        expire_after_s=config.expire_after_s,
     )
     try:
         loaded = load_engine(config, state_dir, progress)

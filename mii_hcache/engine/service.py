@@ -170,6 +170,8 @@ class EngineService:
             "store_put_bytes_total": store.put_bytes,
             "store_read_bytes_total": store.read_bytes,
             "store_evicted_spans_total": store.evicted_spans,
+            "store_evicted_ahead_spans_total": store.evicted_ahead_spans,
+            "store_put_waits_total": store.put_waits,
             "store_dropped_spans_total": store.dropped_spans,
             "store_corrupt_chunks_total": store.corrupt_chunks,
         }

@@ -88,9 +88,14 @@ class StoreStats:
     put_bytes: int
     read_bytes: int
     evicted_spans: int
+    """Includes those of `evicted_ahead_spans`."""
     dropped_spans: int
     """Puts refused for want of room or because of an I/O error."""
     corrupt_chunks: int
+    evicted_ahead_spans: int = 0
+    """Evicted in the background, to have room for puts to come."""
+    put_waits: int = 0
+    """Times that a put had to evict something itself, and waited for it."""
 
 
 class ChunkStore(ABC):
@@ -116,8 +121,8 @@ class ChunkStore(ABC):
         return self.name if self.find(span_id) is not None else None
 
     def why_missing(self, span_id: SpanId) -> str:
-        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, or `not_saved` when never seen (or
-        forgotten: a bounded number of reasons is remembered, for as long as the process lives)."""
+        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, `expired`, or `not_saved` when never
+        seen (or forgotten: a bounded number of reasons is remembered, for as long as the process lives)."""
         return "not_saved"
 
     @abstractmethod
@@ -163,6 +168,11 @@ class ChunkStore(ABC):
     @abstractmethod
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         """Forget spans; how many were there. Unreadable at once; once flushed gone for good, after a power cut, too."""
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        """Delete what was last used before `since_s` (seconds since 1970) and is not pinned. Returns what went; a store
+        that keeps no times deletes nothing."""
+        return []
 
     @abstractmethod
     def flush(self) -> None:

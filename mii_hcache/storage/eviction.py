@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -64,7 +63,7 @@ class CostAware(Recency):
     all bytes are worth the same, and a chain goes from its end.
     """
 
-    def __init__(self, bytes_of: BytesOf, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, bytes_of: BytesOf, clock: Callable[[], float] | None = None) -> None:
         """`bytes_of`: a held key's bytes; asked when a key is added, and when it is weighed anew."""
         super().__init__(clock)
         self._bytes_of = bytes_of

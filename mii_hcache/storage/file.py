@@ -23,7 +23,7 @@ from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.open_io import open_io
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
-from mii_hcache.storage.room import Room
+from mii_hcache.storage.room import Room, Watermarks
 from mii_hcache.storage.segment import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.slots import Places, SlotPool
@@ -66,6 +66,7 @@ class FileStore(ChunkStore):
         io: str = "auto",
         durability: str = "relaxed",
         evict: str = "lru",
+        watermarks: Watermarks | None = None,
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
@@ -73,7 +74,7 @@ class FileStore(ChunkStore):
         committed after `flush_interval_s` or `flush_bytes`; None leaves it to `flush`. `segment_bytes`: size of new
         segment files, by default a small share of the capacity. `io`: how bytes get to the disk and back, see
         `open_io`. `durability`: "strict" or "relaxed", see `format`. `evict`: "lru" or "cost", see
-        `eviction`.
+        `eviction`. `watermarks`: when a put finds room already made, None to make it when it is needed.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
@@ -99,7 +100,7 @@ class FileStore(ChunkStore):
             pool = SlotPool(capacity_bytes, segment_bytes)
             rows, self.notes = recover(self._catalog, self._segments, pool)
             self._index = FileIndex(pool, self._catalog.first_generation(), rows, evict=evict)
-            self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
+            self._room = Room(self._index, self._segments, lambda: self._commit(publish=False), watermarks)
             self._room.shrink()
             undo.pop_all()
         self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
@@ -120,7 +121,7 @@ class FileStore(ChunkStore):
                 self._drop()
                 return False
         if self._pulse is not None:
-            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
+            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes or self._room.is_tight)
         return True
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
@@ -180,6 +181,10 @@ class FileStore(ChunkStore):
         with self._index.operation() as is_open:
             if is_open:
                 self._commit(publish=True)
+                self._room.ease()
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        return self._index.expire(since_s)
 
     def stats(self) -> StoreStats:
         with self._index.lock:
@@ -193,6 +198,8 @@ class FileStore(ChunkStore):
                 evicted_spans=counters.evicted_spans,
                 dropped_spans=counters.dropped_spans,
                 corrupt_chunks=counters.corrupt_chunks,
+                evicted_ahead_spans=counters.evicted_ahead_spans,
+                put_waits=counters.put_waits,
             )
 
     @property

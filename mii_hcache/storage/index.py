@@ -56,6 +56,8 @@ class IndexCounters:
     put_bytes: int = 0
     read_bytes: int = 0
     evicted_spans: int = 0
+    evicted_ahead_spans: int = 0
+    put_waits: int = 0
     dropped_spans: int = 0
     corrupt_chunks: int = 0
     num_bytes: int = 0
@@ -188,12 +190,23 @@ class FileIndex:
         with self.lock:
             return self._spans.get(span.record.span_id) is span and self._remove(span, reason)
 
-    def evict(self, num_bytes: int) -> bool:
+    def expire(self, since_s: float) -> list[SpanId]:
+        """Make unreadable what was last used before `since_s`, and is neither pinned nor being read."""
+        with self.lock:
+            unused = [key for key in self._order.unused_since(since_s) if not self._spans[SpanId(key)].num_readers]
+            for span_id in unused:
+                self._remove(self._spans[span_id], "expired")
+            return unused
+
+    def evict(self, num_bytes: int, *, ahead: bool = False) -> bool:
         """Evict spans of at least `num_bytes` of slots in all, unless that many are not to be had: then evict nothing
-        and return False. Those being removed already count."""
+        and return False. Those being removed already count. `ahead`: nobody waits for it."""
         with self.lock:
             num_bytes -= sum(self.pool.shape(number)[0] for number, _ in self._erasable)
-            return self._evict({_ANY_SIZE: num_bytes}, lambda span: {_ANY_SIZE: span.disk_bytes})
+            before = self.counters.evicted_spans
+            is_done = self._evict({_ANY_SIZE: num_bytes}, lambda span: {_ANY_SIZE: span.disk_bytes})
+            self.counters.evicted_ahead_spans += (self.counters.evicted_spans - before) * ahead
+            return is_done
 
     def evict_slots(self, missing: SlotCounts) -> bool:
         """`evict` of at least so many slots of each size: spans that have none of a size still missing stay."""
@@ -312,7 +325,7 @@ class FileIndex:
         self._reasons.note([span_id], reason)
         self.counters.num_bytes -= span.record.num_bytes
         span.alive = False
-        span.erase = reason == "deleted"
+        span.erase = reason in ("deleted", "expired")
         if span.has_row:
             self._dead.append(span)
         self._free_when_unused(span)

@@ -155,6 +155,15 @@ class MemoryStore(ChunkStore):
             self._spare.shrink(0)  # deleted bytes leave DRAM, too
         return len(gone)
 
+    def expire(self, since_s: float) -> list[SpanId]:
+        with self._lock:
+            gone = [SpanId(key) for key in self._order.unused_since(since_s)]
+            for span_id in gone:
+                self._remove(span_id)
+            self._reasons.note(gone, "expired")
+            self._spare.shrink(0)
+        return gone
+
     @contextmanager
     def held(self, span_id: SpanId) -> Iterator[MemorySpan | None]:
         """The span itself, without a copy and unverified, for the time of a `with` block: for a writer that passes its

@@ -23,9 +23,9 @@ class Recency:
     process, so that what was not used for long is known after a restart, too.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """`clock`: seconds since 1970."""
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        """`clock`: seconds since 1970; None is the machine's."""
+        self._clock = clock or time.time
         self._tick = 0
         """The last one."""
         self._order: OrderedDict[bytes, tuple[bytes | None, int]] = OrderedDict()

@@ -70,6 +70,9 @@ class ThrottledStore(ChunkStore):
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         return self._inner.delete(span_ids)
 
+    def expire(self, since_s: float) -> list[SpanId]:
+        return self._inner.expire(since_s)
+
     def flush(self) -> None:
         self._inner.flush()
 

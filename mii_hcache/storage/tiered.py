@@ -148,6 +148,9 @@ class TieredStore(ChunkStore):
                 self._changed.notify_all()
         return num_known
 
+    def expire(self, since_s: float) -> list[SpanId]:
+        return list({*self._file.expire(since_s), *self._memory.expire(since_s)})
+
     def flush(self) -> None:
         with self._changed:
             accepted = set(self._to_write) | self._claimed
@@ -168,6 +171,8 @@ class TieredStore(ChunkStore):
                 evicted_spans=file.evicted_spans,
                 dropped_spans=self._dropped_spans + file.dropped_spans,
                 corrupt_chunks=memory.corrupt_chunks + file.corrupt_chunks,
+                evicted_ahead_spans=file.evicted_ahead_spans,
+                put_waits=file.put_waits,
             )
 
     def tier_stats(self) -> dict[str, StoreStats]:
