@@ -37,7 +37,7 @@ class SpanRecord:
 
     def check_chunks(self, chunks: Sequence[memoryview]) -> None:
         """Raise ValueError unless `chunks` are what this record describes: for a store's own use in `put`."""
-        if self.span_idx < 0:
+        if self.span_idx < 0 or not self.layout.num_chunks:
             raise ValueError(f"impossible span record: {self}")
         if len(chunks) != self.layout.num_chunks:
             raise ValueError(f"a span of {self.layout.num_chunks} chunks was put with {len(chunks)}")
