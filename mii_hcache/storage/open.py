@@ -10,6 +10,7 @@ from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.expiry import Expiry
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.pins import Pins
 from mii_hcache.storage.room import Watermarks
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
@@ -22,6 +23,7 @@ class OpenedState:
 
     store: ChunkStore
     transcripts: Transcripts
+    pins: Pins
     state_dir: StateDir | None
     """None when nothing outlives the process."""
     expiry: Expiry | None = None
@@ -35,6 +37,7 @@ class OpenedState:
             if self.state_dir is not None:
                 stack.callback(self.state_dir.close)
             stack.callback(self.transcripts.close)
+            stack.callback(self.pins.close)
             stack.callback(self.store.close)
             if self.expiry is not None:
                 stack.callback(self.expiry.close)
@@ -60,8 +63,9 @@ def open_state(
     if directory is None:
         memory = MemoryStore(dram_capacity_bytes, evict=evict)
         transcripts = Transcripts(None)
+        pins = Pins(None, memory, memory.flush)
         expiry = None if expire_after_s is None else Expiry(memory, transcripts, expire_after_s)
-        return OpenedState(store=memory, transcripts=transcripts, state_dir=None, expiry=expiry)
+        return OpenedState(store=memory, transcripts=transcripts, pins=pins, state_dir=None, expiry=expiry)
     with ExitStack() as undo:
         state_dir = StateDir(directory)
         undo.callback(state_dir.close)
@@ -70,7 +74,9 @@ def open_state(
         transcripts = Transcripts(state_dir.transcripts)
         undo.callback(transcripts.close)
         store = TieredStore(MemoryStore(dram_capacity_bytes, evict=evict), file) if dram_capacity_bytes else file
+        pins = Pins(state_dir.pins, file, store.flush)
+        undo.callback(pins.close)
         expiry = None if expire_after_s is None else Expiry(store, transcripts, expire_after_s)
         undo.pop_all()
-    notes = [*file.notes, *([transcripts.note] if transcripts.note else [])]
-    return OpenedState(store=store, transcripts=transcripts, state_dir=state_dir, expiry=expiry, notes=notes)
+    notes = [*file.notes, *(note for note in (transcripts.note, pins.note) if note)]
+    return OpenedState(store=store, transcripts=transcripts, pins=pins, state_dir=state_dir, expiry=expiry, notes=notes)

@@ -16,7 +16,7 @@ from mii_hcache.storage.format import UUID_BYTES
 
 PROFILE_FILE = "profile.json"
 """What the machine measured of itself and a model (`core.cost.MeasuredProfile`)."""
-_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg")
+_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "pins*.sqlite*", "segments/*.seg")
 """What is made private on opening. Other files in the directory are none of our business."""
 
 
@@ -52,6 +52,11 @@ class StateDir:
     def transcripts(self) -> Path:
         """The transcripts' database."""
         return self.path / "transcripts.sqlite"
+
+    @property
+    def pins(self) -> Path:
+        """The database of pinned contexts."""
+        return self.path / "pins.sqlite"
 
     @property
     def segments(self) -> Path:
