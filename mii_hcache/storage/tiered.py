@@ -16,8 +16,8 @@ from mii_hcache.storage.memory import MemoryStore
 
 _log = logging.getLogger(__name__)
 
-_MAX_PROMOTIONS = 4096
-"""Spans that may wait to be copied from files into DRAM."""
+_PROMOTED_SHARE = 0.5
+"""Share of DRAM that may wait to be copied into it from files: more would drive out what was copied a moment ago."""
 
 
 class TieredStore(ChunkStore):
@@ -49,11 +49,15 @@ class TieredStore(ChunkStore):
         self._promote = promote
         self._changed = threading.Condition()
         """Guards what follows; notified when any of it changes."""
-        self._to_write: OrderedDict[SpanId, None] = OrderedDict()
-        self._to_promote: OrderedDict[SpanId, None] = OrderedDict()
+        self._to_write: OrderedDict[SpanId, int] = OrderedDict()
+        self._to_promote: OrderedDict[SpanId, int] = OrderedDict()
+        """With its bytes; in `_to_write`, 0."""
         self._claimed: set[SpanId] = set()
         """Being written, promoted or deleted now, by one thread each."""
         self._closing = False
+        self._most_promoted_bytes = _PROMOTED_SHARE * memory.stats().capacity_bytes
+        self._promoted_bytes = 0
+        """Of `_to_promote`."""
         self._put_bytes = self._read_bytes = self._dropped_spans = 0
         self._writers = [
             threading.Thread(target=self._work, name=f"hcache-write-{idx}", daemon=True) for idx in range(num_writers)
@@ -183,6 +187,7 @@ class TieredStore(ChunkStore):
         with self._changed:
             self._closing = True
             self._to_promote.clear()
+            self._promoted_bytes = 0
             self._changed.notify_all()
         for writer in self._writers:
             writer.join()
@@ -209,7 +214,7 @@ class TieredStore(ChunkStore):
             if span_id in self._to_write or span_id in self._claimed or self._file.find(span_id) is not None:
                 self._memory.unpin([span_id])  # another writer's copy has a pin of its own
             else:
-                self._to_write[span_id] = None
+                self._to_write[span_id] = 0
                 self._changed.notify_all()
         return True
 
@@ -220,8 +225,11 @@ class TieredStore(ChunkStore):
             record = self._file.find(read.span_id)
             if record is not None and read.chunk_of(record) == record.layout.num_chunks - 1:
                 with self._changed:
-                    if len(self._to_promote) < _MAX_PROMOTIONS and not self._closing:
-                        self._to_promote[read.span_id] = None
+                    waiting_bytes = self._promoted_bytes + record.num_bytes
+                    is_room = not self._to_promote or waiting_bytes <= self._most_promoted_bytes
+                    if is_room and read.span_id not in self._to_promote and not self._closing:
+                        self._to_promote[read.span_id] = record.num_bytes
+                        self._promoted_bytes += record.num_bytes
                         self._changed.notify_all()
 
     def _work(self) -> None:
@@ -232,7 +240,7 @@ class TieredStore(ChunkStore):
                 if claim is None:
                     return
                 queue, span_id = claim
-                del queue[span_id]
+                self._promoted_bytes -= queue.pop(span_id)
                 self._claimed.add(span_id)
             try:
                 if queue is self._to_write:
@@ -248,7 +256,7 @@ class TieredStore(ChunkStore):
                     self._claimed.discard(span_id)
                     self._changed.notify_all()
 
-    def _next(self) -> tuple[OrderedDict[SpanId, None], SpanId] | None:
+    def _next(self) -> tuple[OrderedDict[SpanId, int], SpanId] | None:
         """What to do next: writes before promotions, in order, but not what another thread works on. Lock held."""
         for queue in (self._to_write, self._to_promote):
             for span_id in queue:
