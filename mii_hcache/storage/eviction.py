@@ -68,11 +68,11 @@ class CostAware(Recency):
         super().__init__(clock)
         self._bytes_of = bytes_of
         self._loss: Loss | None = None
-        self._losses: list[float] = []
-        """By depth, as far as they were asked for."""
+        self._log_losses: list[float] = []
+        """By depth, as far as they were asked for. Logarithms are to base 2."""
         self._classes: dict[int, OrderedDict[bytes, None]] = {}
         self._class_of: dict[bytes, int] = {}
-        self._bytes: dict[bytes, int] = {}
+        self._log_bytes: dict[bytes, float] = {}
         self._children: dict[bytes, int] = {}
         """How many spans follow one that is held, where there are any."""
         self._branches: dict[bytes, int] = {}
@@ -84,12 +84,12 @@ class CostAware(Recency):
         for _, parent, _, _ in entries:
             self._follow(parent)
         for key in self._order:
-            self._bytes[key] = max(1, self._bytes_of(key))
+            self._log_bytes[key] = math.log2(max(1, self._bytes_of(key)))
             self._classify(key)
 
     def add(self, key: bytes, parent: bytes | None, depth: int) -> None:
         self._order[key] = (parent, depth)
-        self._bytes[key] = max(1, self._bytes_of(key))
+        self._log_bytes[key] = math.log2(max(1, self._bytes_of(key)))
         self._follow(parent)
         self.use([key])
 
@@ -98,7 +98,7 @@ class CostAware(Recency):
         super().remove(key)
         if parent in self._children:
             self._follow(parent, -1)
-        del self._bytes[key]
+        del self._log_bytes[key]
         del self._classes[self._class_of.pop(key)][key]
         self._children.pop(key, None)
         self._branches.pop(key, None)
@@ -123,7 +123,7 @@ class CostAware(Recency):
 
     def weigh(self, loss: Loss) -> None:
         self._loss = loss
-        self._losses.clear()
+        self._log_losses.clear()
         self._classes.clear()
         self._class_of.clear()
         for key in self._order:
@@ -163,21 +163,27 @@ class CostAware(Recency):
 
     def _classify(self, key: bytes) -> None:
         """Put a key in the class of its value, as the one used last there."""
-        branches = min(max(1, self._branches.get(key, 1)), _MAX_BRANCHES)
-        value_class = round(_STEPS * math.log2(branches * self._loss_at(self._order[key][1]) / self._bytes[key]))
+        log_value = self._log_loss_at(self._order[key][1]) - self._log_bytes[key]
+        branches = self._branches.get(key, 1)
+        if branches > 1:
+            log_value += math.log2(min(branches, _MAX_BRANCHES))
+        value_class = round(_STEPS * log_value)
         known = self._class_of.get(key)
+        if known == value_class:
+            self._classes[known].move_to_end(key)
+            return
         if known is not None:
             del self._classes[known][key]
         self._class_of[key] = value_class
         self._classes.setdefault(value_class, OrderedDict())[key] = None
 
-    def _loss_at(self, depth: int) -> float:
+    def _log_loss_at(self, depth: int) -> float:
         if self._loss is None:
-            return 1.0
-        while depth >= len(self._losses):
+            return 0.0
+        while depth >= len(self._log_losses):
             # Something is always lost, and no span is worth infinitely much more than its neighbour.
-            self._losses.append(max(1e-9, self._loss(len(self._losses))))
-        return self._losses[depth]
+            self._log_losses.append(math.log2(max(1e-9, self._loss(len(self._log_losses)))))
+        return self._log_losses[depth]
 
 
 def order_named(name: str, bytes_of: BytesOf) -> EvictionOrder:
