@@ -47,7 +47,7 @@ class SpanRow:
     crcs: Sequence[int]
     """CRC32C of each chunk's payload."""
     last_used: int
-    """Tick of `Recency`."""
+    """Tick of `Recency`: microseconds since 1970."""
 
 
 class Catalog:
