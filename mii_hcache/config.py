@@ -15,6 +15,8 @@ from mii_hcache.errors import ConfigError
 KEEP_POLICIES = ("none", "lru")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 IO_NAMES = ("auto", "uring", "threads")
+DURABILITY_NAMES = ("relaxed", "strict")
+EVICTION_NAMES = ("lru", "cost")
 
 
 def default_state_dirs() -> tuple[str, ...]:
@@ -56,16 +58,25 @@ class HCacheConfig:
     """Where state is kept; None is `default_state_dirs()`. One server at a time. Several directories, each on a disk of
     its own, are striped over."""
     state_capacity_bytes: int = 20 << 30
-    """Most that saved state may take on disk, in all directories together, each having an equal share; least recently
-    used goes first."""
+    """Most that saved state may take on disk, in all directories together, each having an equal share; what goes first
+    is `evict`'s to say."""
     dram_capacity_bytes: int = 2 << 30
     """Most that saved state may take in host memory, in front of the disk."""
+    evict: str = "lru"
+    """Which saved state goes when its room is needed (`storage.eviction`): `lru`, the least recently used, or `cost`,
+    what saves least per byte for how likely it is used again."""
+    expire_after_s: float | None = None
+    """Saved state that was not used for so long is deleted, also while the server is down; None keeps it until its room
+    is needed."""
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
     which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
     disk_deadline_s: float = 10.0
     """A disk that takes longer for one batch of reads or writes hangs: the request is served without what lies there,
     and others do without it until it answers."""
+    durability: str = "relaxed"
+    """What of the saved state outlives a power cut (`storage.format`): `strict` all that was flushed, `relaxed` what
+    the disk had by then; the rest is a miss. A crash of the server alone costs neither anything."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"
@@ -108,6 +119,12 @@ class HCacheConfig:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
         if self.io not in IO_NAMES:
             raise ConfigError(f"io must be one of {', '.join(IO_NAMES)}, got {self.io!r}")
+        if self.evict not in EVICTION_NAMES:
+            raise ConfigError(f"evict must be one of {', '.join(EVICTION_NAMES)}, got {self.evict!r}")
+        if self.expire_after_s is not None and not 0 < self.expire_after_s < math.inf:
+            raise ConfigError(f"expire_after_s must be > 0, got {self.expire_after_s}")
+        if self.durability not in DURABILITY_NAMES:
+            raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:
             method_named(self.method)
         for name in ("block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):

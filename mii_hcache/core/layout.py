@@ -41,7 +41,7 @@ class SpanLayout:
 
     Immutable and pure; safe from any thread. Stores keep millions of records that have few layouts between them, so
     take layouts from `of`, `uniform` or `shared`, which give equal ones as the same object. Raises ValueError for a
-    layout that stores nothing, or chunks of no bytes.
+    layout that stores nothing (but see `nothing`), or chunks of no bytes.
     """
 
     kinds: LayerKinds
@@ -52,7 +52,7 @@ class SpanLayout:
 
     def __post_init__(self) -> None:
         used = {kind for kind in self.kinds if kind is not None}
-        if not used:
+        if not used and (self.hidden_chunk_bytes or self.kv_chunk_bytes or not self.kinds):
             raise ValueError(f"a span must store one layer at least, got {len(self.kinds)} that are not stored")
         for kind in used:
             if self.bytes_of(kind) < 1:
@@ -71,6 +71,11 @@ class SpanLayout:
         """All layers that have a chunk of this kind (`ModelGeometry.saved_layers`)."""
         saved = geometry.saved_layers(kind)
         return cls.of(geometry, (kind if layer_idx in saved else None for layer_idx in range(geometry.num_layers)))
+
+    @classmethod
+    def nothing(cls, num_layers: int) -> SpanLayout:
+        """Of a span that no store has, between spans that one has: all its layers must be computed."""
+        return cls.shared((None,) * num_layers, 0, 0)
 
     @classmethod
     def shared(cls, kinds: LayerKinds, hidden_chunk_bytes: int, kv_chunk_bytes: int) -> SpanLayout:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mii_hcache.core.geometry import SPAN_TOKENS
+from mii_hcache.core.identity import SpanId
 from mii_hcache.engine.job import Job
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.residents import Residents
 from mii_hcache.runtime.generation import RestoreReport
-from mii_hcache.runtime.lookup import Lookup, look_up
+from mii_hcache.runtime.lookup import Lookup, given_up
 from mii_hcache.runtime.policy import RestoreChoice, RestorePolicy
 from mii_hcache.runtime.restore import Restore, RestoreOutcome
 from mii_hcache.runtime.restorer import Restorer
@@ -194,7 +195,7 @@ class Admission:
         elif self._policy.storage is None:
             lookup = Lookup(records=[], next_span=None, why_missing="recompute")
         else:
-            lookup = look_up(self._store, job.spans(), max_tokens=max_reused)
+            lookup = self._policy.find(self._store, job.spans(), max_tokens=max_reused)
         found = self.residents.best(job.seed, job.token_ids, max_reused)
         if found is not None and found[1] < lookup.num_tokens:
             found = None
@@ -293,10 +294,11 @@ class Admission:
         self._counters.add("resident_tokens_total", num_tokens)
         self._enqueue(job, num_tokens)
 
-    def _start(self, job: Job, num_present: int) -> None:
-        """The job's sequence holds its first `num_present` tokens: the rest is an ordinary prefill."""
+    def _start(self, job: Job, num_present: int, left_out: frozenset[SpanId] = frozenset()) -> None:
+        """The job's sequence holds its first `num_present` tokens: the rest is an ordinary prefill. Spans of `left_out`
+        are not saved."""
         assert job.uid is not None
-        self._saver.open(job.uid, seed=job.seed, token_ids=job.token_ids[:num_present])
+        self._saver.open(job.uid, seed=job.seed, token_ids=job.token_ids[:num_present], left_out=left_out)
         self._enqueue(job, num_present)
 
     # --- restoring ----------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ class Admission:
             _log.exception("nothing was learnt from a restore; plans stay as they are")
             self._counters.add("plan_errors_total")
         self._report(restoring, outcome)
-        self._start(restoring.job, outcome.num_tokens)
+        self._start(restoring.job, outcome.num_tokens, given_up(self._store, restoring.records))
         return True
 
     def _report(self, restoring: Restoring, outcome: RestoreOutcome) -> None:

@@ -114,6 +114,9 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
         config.dram_capacity_bytes,
         io=config.io,
         deadline_s=config.disk_deadline_s,
+        durability=config.durability,
+        evict=config.evict,
+        expire_after_s=config.expire_after_s,
     )
     try:
         if not state.directories:

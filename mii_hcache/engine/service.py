@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import LayerCost
-from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.core.geometry import SPAN_TOKENS, ModelGeometry
 from mii_hcache.core.identity import chain_seed
 from mii_hcache.core.methods import Method
 from mii_hcache.engine.job import Job
@@ -61,6 +61,9 @@ class EngineService:
             counters=self._counters,
             max_fill_tokens=engine.max_fill_tokens,
         )
+        losses_s = self.policy.losses_s(list(costs or ("",))[-1], 1 + self._max_context_tokens // SPAN_TOKENS)
+        if losses_s:
+            store.weigh(lambda span_idx: losses_s[min(span_idx, len(losses_s) - 1)])
         trace = None if config.trace is None else TraceFile(Path(config.trace))  # before there are threads to end
         sightings = Sightings(save_after=config.save_after)
         self._saver = Saver(
@@ -177,6 +180,8 @@ class EngineService:
             "store_put_bytes_total": store.put_bytes,
             "store_read_bytes_total": store.read_bytes,
             "store_evicted_spans_total": store.evicted_spans,
+            "store_evicted_ahead_spans_total": store.evicted_ahead_spans,
+            "store_put_waits_total": store.put_waits,
             "store_dropped_spans_total": store.dropped_spans,
             "store_corrupt_chunks_total": store.corrupt_chunks,
             "store_unavailable_total": store.unavailable,

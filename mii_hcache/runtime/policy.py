@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.estimate import CostEstimate, Part
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
+from mii_hcache.core.identity import SpanId
 from mii_hcache.core.methods import Method, plan_storage
 from mii_hcache.core.planner import lengths_up_to, plan_restore_bucketed
 from mii_hcache.core.plans import RestorePlan, StoragePlan, runs_of
 from mii_hcache.errors import ConfigError
+from mii_hcache.runtime.lookup import Lookup, look_up
 from mii_hcache.runtime.restore import ALONE_FILL_TOKENS, Restore
 from mii_hcache.runtime.restorer import MAX_TILE_SPANS
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.timeline import Activity, Event
-from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.base import ChunkStore, SpanRecord
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +71,53 @@ class RestorePolicy:
         self._counters = counters
         self._tile_tokens = tile_tokens
         self._chunk_tokens = chunk_tokens
+
+    @property
+    def fill_layers(self) -> int:
+        """Layers of the model where spans that are missing before others can be filled in; 0 where they cannot."""
+        return self._geometry.num_layers if self.method.is_free and self.estimate is not None else 0
+
+    def find(self, store: ChunkStore, spans: Sequence[tuple[SpanId, bytes]], *, max_tokens: int) -> Lookup:
+        """What of a prompt is worth bringing back: up to its first missing span, or up to the last one that is there,
+        whichever has all these tokens sooner."""
+        lookup = look_up(store, spans, max_tokens=max_tokens, fill_layers=self.fill_layers)
+        unbroken = lookup.unbroken()
+        if unbroken.num_tokens == lookup.num_tokens:
+            return lookup
+        try:
+            return lookup if self._is_worth_filling(store, lookup, unbroken) else unbroken
+        except Exception:
+            _log.exception("whether to fill gaps could not be planned; what lies behind them is prefilled")
+            self._counters.add("plan_errors_total")
+            return unbroken
+
+    def _is_worth_filling(self, store: ChunkStore, lookup: Lookup, unbroken: Lookup) -> bool:
+        assert self.estimate is not None
+        tiers = [store.tier_of(record.span_id) or store.name for record in lookup.records]
+        now_s = time.monotonic()
+        filled_s = self._plan(lookup.records, tiers, now_s).timeline.makespan_s
+        cost = self.estimate.cost(tiers, now_s)
+        unbroken_s = self._prefill_s(cost, lookup.num_tokens)
+        if unbroken.records:
+            unbroken_s -= self._prefill_s(cost, unbroken.num_tokens)
+            unbroken_s += self._plan(unbroken.records, tiers[: len(unbroken.records)], now_s).timeline.makespan_s
+        return filled_s < unbroken_s
+
+    def losses_s(self, tier: str, num_spans: int) -> list[float]:
+        """For each position of a history: seconds that a restore loses when it has to fill in the span there, not to
+        read it from `tier`. Empty when nothing can be filled in."""
+        if not self.fill_layers or self.storage is None or self.estimate is None:
+            return []
+        cost = self.estimate.cost((tier,), time.monotonic())
+        losses_s = []
+        for span_idx in range(num_spans):
+            kinds = self.storage.kinds_of(span_idx)
+            num_hidden, num_kv = kinds.count(ChunkKind.HIDDEN), kinds.count(ChunkKind.KV)
+            io_s = SPAN_TOKENS * (num_hidden * cost.io_hidden_s + num_kv * cost.io_kv_s)
+            compute_s = SPAN_TOKENS * (num_hidden * cost.c_hidden_s + num_kv * cost.c_kv_s)
+            fill_s = self.fill_layers * cost.forward_s(span_idx * SPAN_TOKENS, SPAN_TOKENS)
+            losses_s.append(fill_s - max(io_s, compute_s))
+        return losses_s
 
     def choose(
         self,

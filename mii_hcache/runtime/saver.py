@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -122,10 +122,10 @@ class Saver:
 
     # --- sequences ----------------------------------------------------------------------------------------------
 
-    def open(self, uid: int, *, seed: bytes, token_ids: Sequence[int]) -> None:
-        """A sequence starts with `token_ids` in its blocks."""
+    def open(self, uid: int, *, seed: bytes, token_ids: Sequence[int], left_out: Set[SpanId] = frozenset()) -> None:
+        """A sequence starts with `token_ids` in its blocks. Spans of `left_out` are never saved from it."""
         if self._plan is not None:
-            self._tracks[uid] = SequenceTrack(uid=uid, seed=seed, token_ids=token_ids)
+            self._tracks[uid] = SequenceTrack(uid=uid, seed=seed, token_ids=token_ids, left_out=frozenset(left_out))
 
     def truncate(self, uid: int, num_tokens: int) -> None:
         """The sequence goes back to its first `num_tokens` tokens."""
@@ -137,8 +137,7 @@ class Saver:
         """Save whole spans that the store lacks (dropped, evicted, damaged), read from the blocks as `kv`. Call before
         the blocks are freed.
 
-        True when nothing is left to do. False when some span found no buffer within `wait_s` (of the whole call): try
-        again, or count them with `give_up`.
+        True when nothing is left to do. False when some span found no buffer within `wait_s`: try again, or `give_up`.
         """
         track = self._tracks.get(uid)
         if track is None:
@@ -319,8 +318,8 @@ class Saver:
         hidden: torch.Tensor | None = None,
         release: Callable[[], None] | None = None,
     ) -> SpanPut | None:
-        """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
-        from its blocks now. None, with `release` not called, when there is no room for those."""
+        """A span to be put: `hidden` (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read from its blocks
+        now. None, with `release` not called, when there is no room for those."""
         layout = self._layout_of(span_idx)
         kv_layers = [chunk.layer_idx for chunk in layout.chunks if chunk.kind is ChunkKind.KV]
         kv = None
@@ -359,10 +358,11 @@ class Saver:
         return SpanLayout.of(self._adapter.geometry, self._plan.kinds_of(span_idx))
 
     def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
-        """Whether a whole span needs no saving: it is saved, about to be, or not worth it."""
+        """Whether a whole span needs no saving: it is saved, about to be, or not worth it, or it was given up."""
         span_id = track.span_ids[span_idx]
         return (
-            not self._is_worth_saving(span_id)
+            span_id in track.left_out
+            or not self._is_worth_saving(span_id)
             or self._store.find(span_id) is not None
             or self._flusher.is_pending((span_id,))
         )

@@ -28,12 +28,16 @@ class OpenSpan:
 class SequenceTrack:
     """Tokens and span ids of one live sequence. Engine thread only."""
 
-    def __init__(self, *, uid: int, seed: bytes, token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, *, uid: int, seed: bytes, token_ids: Sequence[int], left_out: frozenset[SpanId] = frozenset()
+    ) -> None:
         self.uid = uid
         """The engine's name of the sequence."""
         self._seed = seed
         self.token_ids: list[int] = list(token_ids)
         """Tokens whose K and V are in the blocks (the last generated token is not, until it is fed back)."""
+        self.left_out = left_out
+        """Spans that are not to be saved: the store gave them up, and saved anew they would be the next to go."""
         self.span_ids: list[SpanId] = []
         self._packed: list[bytes] = []
         self.open_span: OpenSpan | None = None

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from mii_hcache.config import (
     DTYPE_NAMES,
+    DURABILITY_NAMES,
+    EVICTION_NAMES,
     IO_NAMES,
     KEEP_POLICIES,
     HCacheConfig,
@@ -23,6 +25,8 @@ from mii_hcache.serve.access import ANY, Access, host_name
 from mii_hcache.serve.keys import collect_keys
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw]?)")
+_UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DESCRIPTION = """\
 An OpenAI-compatible server whose conversations come back fast. It keeps the state of every conversation on disk and
 restores it at the next turn, also after a restart. Clients need nothing special: the conversation that they send again
@@ -72,6 +76,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         dram_capacity_bytes=values.dram_capacity,
         io=values.io,
         disk_deadline_s=values.disk_deadline,
+        durability=values.durability,
+        evict=values.evict,
+        expire_after_s=values.expire_after,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
         kv_blocks=values.kv_blocks,
@@ -118,6 +125,14 @@ def parse_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 20GiB, 512MiB or a number of bytes")
     number, prefix, _ = match.groups()
     return int(float(number) * 2 ** (10 * " kmgt".index(prefix.lower() or " ")))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `45s`, `90m`, `12h`, `30d`, `2w` or a number of seconds."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 12h, 30d or a number of seconds")
+    return float(match[1]) * _UNIT_S[match[2]]
 
 
 def format_size(num_bytes: int) -> str:
@@ -183,8 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         type=parse_size,
         default=defaults.state_capacity_bytes,
         metavar="SIZE",
-        help="most of it on disk, in all directories together; least recently used goes first "
-        f"(default: {format_size(defaults.state_capacity_bytes)})",
+        help=f"most of it on disk, in all directories together (default: {format_size(defaults.state_capacity_bytes)})",
     )
     state.add_argument(
         "--dram-capacity",
@@ -192,6 +206,19 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.dram_capacity_bytes,
         metavar="SIZE",
         help=f"most of it in host memory, before the disk (default: {format_size(defaults.dram_capacity_bytes)})",
+    )
+    state.add_argument(
+        "--evict",
+        choices=EVICTION_NAMES,
+        default=defaults.evict,
+        help="what goes when room is needed: the least recently used (lru), or what saves least per byte for how "
+        "likely it is used again (cost) (default: %(default)s)",
+    )
+    state.add_argument(
+        "--expire-after",
+        type=parse_duration,
+        metavar="TIME",
+        help="delete what was not used for so long, as 12h or 30d, also while the server is down (default: never)",
     )
     state.add_argument(
         "--io",
@@ -207,6 +234,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="a disk that takes longer for one batch of reads or writes is done without until it answers "
         "(default: %(default)g)",
+    )
+    state.add_argument(
+        "--durability",
+        choices=DURABILITY_NAMES,
+        default=defaults.durability,
+        help="after a power cut: what was flushed is there (strict), or it is there or a miss (relaxed), which leaves "
+        "the disk its own pace (default: %(default)s)",
     )
     state.add_argument(
         "--method",

@@ -7,7 +7,7 @@ written them when a call returns, and keeps no reference.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class SpanRecord:
 
     def check_chunks(self, chunks: Sequence[memoryview]) -> None:
         """Raise ValueError unless `chunks` are what this record describes: for a store's own use in `put`."""
-        if self.span_idx < 0:
+        if self.span_idx < 0 or not self.layout.num_chunks:
             raise ValueError(f"impossible span record: {self}")
         if len(chunks) != self.layout.num_chunks:
             raise ValueError(f"a span of {self.layout.num_chunks} chunks was put with {len(chunks)}")
@@ -89,6 +89,7 @@ class StoreStats:
     put_bytes: int
     read_bytes: int
     evicted_spans: int
+    """Includes those of `evicted_ahead_spans`."""
     dropped_spans: int
     """Puts refused for want of room or because of an I/O error."""
     corrupt_chunks: int
@@ -96,10 +97,14 @@ class StoreStats:
     """Batches of reads and puts that failed because a device did, or was away."""
     num_away: int = 0
     """Devices that are missing or away now."""
+    evicted_ahead_spans: int = 0
+    """Evicted in the background, to have room for puts to come."""
+    put_waits: int = 0
+    """Times that a put had to evict something itself, and waited for it."""
 
 
 class ChunkStore(ABC):
-    """Spans under their ids. Bounded; least recently used spans go first, deeper ones before their parents."""
+    """Spans under their ids. Bounded; `storage.eviction` says which spans go first."""
 
     name: str
     """What `restored_from` says: `memory`, `file`, ..."""
@@ -121,9 +126,9 @@ class ChunkStore(ABC):
         return self.name if self.find(span_id) is not None else None
 
     def why_missing(self, span_id: SpanId) -> str:
-        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, `unavailable` while its device is
-        away, or `not_saved` when never seen (or forgotten: a bounded number of reasons is remembered, for as long as
-        the process lives)."""
+        """Best known reason why `find` is None: `evicted`, `corrupt`, `deleted`, `expired`, `unavailable` while its
+        device is away, or `not_saved` when never seen (or forgotten: a bounded number of reasons is remembered, for as
+        long as the process lives)."""
         return "not_saved"
 
     @abstractmethod
@@ -140,6 +145,10 @@ class ChunkStore(ABC):
 
     def take_back(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
         """Undo `lend`; no read into the memory is running. What was not lent is ignored."""
+
+    def weigh(self, loss: Callable[[int], float]) -> None:  # noqa: B027, a hint may be ignored
+        """Tell how many seconds a restore loses when the span at a position of its history is not there but others
+        are: a hint for eviction, to be given where a missing span can be filled in. Any unit: only ratios count."""
 
     @abstractmethod
     def touch(self, span_ids: Iterable[SpanId]) -> None:
@@ -165,11 +174,17 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def delete(self, span_ids: Iterable[SpanId]) -> int:
-        """Forget spans; how many were there. Unreadable at once; gone for good, also after a crash, once flushed."""
+        """Forget spans; how many were there. Unreadable at once; once flushed gone for good, after a power cut, too."""
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        """Delete what was last used before `since_s` (seconds since 1970) and is not pinned. Returns what went; a store
+        that keeps no times deletes nothing."""
+        return []
 
     @abstractmethod
     def flush(self) -> None:
-        """Return when everything accepted before the call survives a crash (no-op for stores that never do)."""
+        """Return when everything accepted before the call outlives the process (no-op for stores that never do). What
+        outlives a power cut is a store's own to say; deletions do."""
 
     @abstractmethod
     def stats(self) -> StoreStats:

@@ -47,7 +47,7 @@ class SpanRow:
     crcs: Sequence[int]
     """CRC32C of each chunk's payload."""
     last_used: int
-    """Tick of `Recency`."""
+    """Tick of `Recency`: microseconds since 1970."""
 
 
 class Catalog:
@@ -160,7 +160,7 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
         triples = list(_CHUNK.iter_unpack(chunks))
     except (TypeError, ValueError, struct.error) as error:
         raise CorruptChunkError(f"a row is malformed ({error})") from error
-    if len(span_id) != ID_BYTES or len(triples) != record.layout.num_chunks:
+    if len(span_id) != ID_BYTES or not triples or len(triples) != record.layout.num_chunks:
         raise CorruptChunkError("a row has impossible sizes")
     return SpanRow(
         record=record,

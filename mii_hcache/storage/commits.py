@@ -10,7 +10,7 @@ import time
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.index import FileIndex
 from mii_hcache.storage.presence import AWAY_ERRNOS, Presence
-from mii_hcache.storage.room import Room
+from mii_hcache.storage.room import Room, Watermarks
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.trouble import Trouble
 
@@ -25,13 +25,24 @@ _RELIEF_INTERVAL_S = 60.0
 class Commits:
     """Commits what the index has gathered, one transaction at a time. Any thread; blocks on I/O."""
 
-    def __init__(self, index: FileIndex, segments: Segments, catalog: Catalog, presence: Presence) -> None:
-        """`presence` is told of a device that fails."""
+    def __init__(
+        self,
+        index: FileIndex,
+        segments: Segments,
+        catalog: Catalog,
+        presence: Presence,
+        *,
+        is_strict: bool = False,
+        watermarks: Watermarks | None = None,
+    ) -> None:
+        """`presence` is told of a device that fails. `is_strict`: payloads and rows outlive a power cut, see `format`.
+        `watermarks`: of the room."""
         self._index = index
         self._segments = segments
         self._catalog = catalog
         self._presence = presence
-        self.room = Room(index, segments, lambda: self.run(publish=False))
+        self._is_strict = is_strict
+        self.room = Room(index, segments, lambda: self.run(publish=False), watermarks)
         self._lock = threading.Lock()
         self._ticks_due_s = self._relief_due_s = 0.0
         self._trouble = Trouble(_log)
@@ -67,7 +78,8 @@ class Commits:
         if ticks:
             self._ticks_due_s = now_s + _TICKS_INTERVAL_S
         work = self._index.take_work(publish=publish, ticks=ticks)
-        failed = self._segments.sync({place.segment for span in work.add for place in span.places})
+        written = {place.segment for span in work.add for place in span.places} if self._is_strict else set()
+        failed = self._segments.sync(written)
         for span in work.add:
             if any(place.segment in failed for place in span.places):
                 self._index.remove_exactly(span, "evicted")
@@ -79,7 +91,8 @@ class Commits:
         drop = [(span.record.span_id, span.generation) for span in work.drop]
         try:
             if rows or drop or work.used:
-                self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
+                durable = (publish and self._is_strict) or any(span.erase for span in work.drop)
+                self._catalog.commit(add=rows, drop=drop, used=work.used, durable=durable)
         except sqlite3.Error as error:
             self._index.work_failed(work)
             return error

@@ -52,7 +52,8 @@ class Database:
 
     def transact(self, change: Callable[[sqlite3.Connection], None], *, durable: bool = True) -> None:
         """Run `change` in one transaction. Blocks until it is durable; without `durable` it survives the process but
-        perhaps not a power cut. Raises sqlite3.Error, having changed nothing."""
+        perhaps not a power cut, until one that is durable follows, or SQLite's log is checkpointed. Raises
+        sqlite3.Error, having changed nothing."""
         self.connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         self.connection.execute("BEGIN IMMEDIATE")
         try:

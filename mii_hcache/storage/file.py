@@ -25,6 +25,7 @@ from mii_hcache.storage.presence import AWAY_ERRNOS, DEADLINE_S, FIRST_PAUSE_S, 
 from mii_hcache.storage.probe import try_to_write
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
+from mii_hcache.storage.room import Watermarks
 from mii_hcache.storage.segment import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.slots import Places, SlotPool
@@ -49,9 +50,10 @@ _SLACK = 1.05
 class FileStore(ChunkStore):
     """Bounded, durable store in a state directory. Safe from any thread; locks are never held over I/O on chunks.
 
-    `put` blocks on writes, `get_into` on reads, `flush` and `close` on the disk's cache, `delete` on nothing. A span is
-    readable as soon as `put` returns, and durable after `flush` or at latest about `flush_interval_s` later. Bytes of
-    deleted spans leave the disk with the next commit, where the file system can punch holes.
+    `put` blocks on writes, `get_into` on reads, `flush` and `close` on the catalog, `delete` on nothing. A span is
+    readable as soon as `put` returns. After `flush`, or at latest about `flush_interval_s` later, it outlives the
+    process, and with `durability` "strict" a power cut, too. Bytes of deleted spans leave the disk with the next
+    commit, where the file system can punch holes; a flushed deletion outlives a power cut always.
 
     A full or failing disk never raises: `put` evicts, else drops and counts. While the catalog cannot be written, spans
     stay readable, and are tried again with every flush. A disk that fails or hangs is away until a probe succeeds (see
@@ -73,13 +75,18 @@ class FileStore(ChunkStore):
         io: str = "auto",
         deadline_s: float = DEADLINE_S,
         first_pause_s: float = FIRST_PAUSE_S,
+        durability: str = "relaxed",
+        evict: str = "lru",
+        watermarks: Watermarks | None = None,
     ) -> None:
         """Opens what the directory holds, evicts down to `capacity_bytes` (of segment files on disk). Blocks on I/O.
 
         `num_threads` wait for one batch of reads and verify it; None leaves it to the backend. Waiting spans are
         committed after `flush_interval_s` or `flush_bytes`; None leaves it to `flush`. `segment_bytes`: size of new
         segment files, by default a small share of the capacity. `io`: how bytes get to the disk and back, see
-        `open_io`. `deadline_s`, `first_pause_s`: see `Presence`.
+        `open_io`. `durability`: "strict" or "relaxed", see `format`. `evict`: "lru" or "cost", see `eviction`.
+        `watermarks`: when a put finds room already made, None to make it when it is needed. `deadline_s`,
+        `first_pause_s`: see `Presence`.
         """
         if capacity_bytes <= 0:
             raise ConfigError(f"capacity_bytes must be > 0, got {capacity_bytes}")
@@ -111,8 +118,15 @@ class FileStore(ChunkStore):
                 segment_bytes = max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE)
             pool = SlotPool(capacity_bytes, segment_bytes)
             rows, self.notes = recover(self._catalog, self._segments, pool)
-            self._index = FileIndex(pool, self._catalog.first_generation(), rows)
-            self._commits = Commits(self._index, self._segments, self._catalog, self.presence)
+            self._index = FileIndex(pool, self._catalog.first_generation(), rows, evict=evict)
+            self._commits = Commits(
+                self._index,
+                self._segments,
+                self._catalog,
+                self.presence,
+                is_strict=durability == "strict",
+                watermarks=watermarks,
+            )
             self._room = self._commits.room
             self._room.shrink()
             undo.pop_all()
@@ -145,7 +159,7 @@ class FileStore(ChunkStore):
             if not is_kept:
                 self._index.count_drop(is_unavailable=not self.presence.is_here)
         if is_kept and self._pulse is not None:
-            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
+            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes or self._room.is_tight)
         return is_kept
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
@@ -180,6 +194,9 @@ class FileStore(ChunkStore):
     def take_back(self, buffer: memoryview) -> None:
         self._call(lambda: self.io.take_back(buffer), 1)
 
+    def weigh(self, loss: Callable[[int], float]) -> None:
+        self._index.weigh(loss)
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)
 
@@ -210,6 +227,10 @@ class FileStore(ChunkStore):
             if is_open:
                 with self.presence.operation():
                     self._commits.run(publish=True)
+                    self._room.ease()
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        return self._index.expire(since_s)
 
     def stats(self) -> StoreStats:
         with self._index.lock:
@@ -225,6 +246,8 @@ class FileStore(ChunkStore):
                 corrupt_chunks=counters.corrupt_chunks,
                 unavailable=counters.unavailable,
                 num_away=int(not self.presence.is_here),
+                evicted_ahead_spans=counters.evicted_ahead_spans,
+                put_waits=counters.put_waits,
             )
 
     @property

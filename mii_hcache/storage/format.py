@@ -25,8 +25,20 @@ header of something else means that the slot was reused: a miss.
 Order of writing (each step is done before the next one starts):
 
     put      slots that no committed row names → header and payload → the span is readable in this process
-    flush    fdatasync of the segments → one catalog transaction with the rows of all waiting spans
+    flush    strict: fdatasync of the segments → one catalog transaction with the rows of all waiting spans
     forget   delete the row, commit → wait for readers → the slots may be written again, or given back to the disk
+
+Two modes of durability differ in what `flush` waits for, and so in what a power cut may cost. A crash of the process
+alone costs neither mode anything that was flushed: the kernel has it all.
+
+    strict    payloads are synced before the transaction, and the transaction is (SQLite's synchronous=FULL): what was
+              flushed is there after a power cut
+    relaxed   payloads are not synced, the transaction is synced when SQLite's log is checkpointed (NORMAL): what was
+              flushed lately may be a miss after a power cut. A row may then name a slot whose bytes never arrived, or
+              one that was reused under it; header and CRC tell, so never are wrong bytes served
+
+In both modes a segment's header and name are synced before anything is written into it, and a transaction that deletes
+what somebody asked to be deleted (or what expired) is synced: no power cut brings it back.
 
 Forbidden, and why:
 

@@ -11,9 +11,9 @@ from itertools import islice
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, SpanRecord
 from mii_hcache.storage.catalog import SpanRow
+from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.format import SlotCounts, slot_counts
 from mii_hcache.storage.reasons import Reasons
-from mii_hcache.storage.recency import Recency
 from mii_hcache.storage.slots import Place, Places, SlotPool
 
 _ANY_SIZE = 0
@@ -57,6 +57,8 @@ class IndexCounters:
     put_bytes: int = 0
     read_bytes: int = 0
     evicted_spans: int = 0
+    evicted_ahead_spans: int = 0
+    put_waits: int = 0
     dropped_spans: int = 0
     corrupt_chunks: int = 0
     unavailable: int = 0
@@ -72,14 +74,16 @@ class FileIndex:
     are free. A span that never had a row skips the wait for the commit.
     """
 
-    def __init__(self, pool: SlotPool, first_generation: int, rows: Sequence[SpanRow] = ()) -> None:
+    def __init__(
+        self, pool: SlotPool, first_generation: int, rows: Sequence[SpanRow] = (), *, evict: str = "lru"
+    ) -> None:
         """`rows` of the catalog; `pool` knows their slots as taken."""
         self.pool = pool
         self.lock = threading.Lock()
         """Covers `pool`, `counters` and all that follows."""
         self.counters = IndexCounters()
         self._spans: dict[SpanId, HeldSpan] = {}
-        self._recency = Recency()
+        self._order = order_named(evict, lambda span_id: self._spans[span_id].disk_bytes)
         self._reasons = Reasons()
         self._generation = first_generation
         self._waiting: dict[SpanId, HeldSpan] = {}
@@ -96,9 +100,7 @@ class FileIndex:
             )
             self._spans[row.record.span_id] = span
             self.counters.num_bytes += row.record.num_bytes
-        self._recency.load(
-            (row.record.span_id, row.record.parent_id, row.record.span_idx, row.last_used) for row in rows
-        )
+        self._order.load((row.record.span_id, row.record.parent_id, row.record.span_idx, row.last_used) for row in rows)
 
     @contextmanager
     def operation(self) -> Iterator[bool]:
@@ -153,7 +155,7 @@ class FileIndex:
             if record.span_id in self._spans:
                 return False
             self._spans[record.span_id] = self._waiting[record.span_id] = span
-            self._recency.add(record.span_id, record.parent_id, record.span_idx)
+            self._order.add(record.span_id, record.parent_id, record.span_idx)
             self._reasons.clear(record.span_id)
             self.counters.put_bytes += record.num_bytes
             self.counters.num_bytes += record.num_bytes
@@ -175,7 +177,7 @@ class FileIndex:
                     break
                 span.num_readers += 1
                 found.append((span, chunk_idx))
-            self._recency.use({span.record.span_id for span, _ in found})
+            self._order.use({span.record.span_id for span, _ in found})
         return found
 
     def end_reads(self, found: Iterable[tuple[HeldSpan, int]]) -> None:
@@ -195,12 +197,23 @@ class FileIndex:
         with self.lock:
             return self._spans.get(span.record.span_id) is span and self._remove(span, reason)
 
-    def evict(self, num_bytes: int) -> bool:
+    def expire(self, since_s: float) -> list[SpanId]:
+        """Make unreadable what was last used before `since_s`, and is neither pinned nor being read."""
+        with self.lock:
+            unused = [key for key in self._order.unused_since(since_s) if not self._spans[SpanId(key)].num_readers]
+            for span_id in unused:
+                self._remove(self._spans[span_id], "expired")
+            return unused
+
+    def evict(self, num_bytes: int, *, ahead: bool = False) -> bool:
         """Evict spans of at least `num_bytes` of slots in all, unless that many are not to be had: then evict nothing
-        and return False. Those being removed already count."""
+        and return False. Those being removed already count. `ahead`: nobody waits for it."""
         with self.lock:
             num_bytes -= sum(self.pool.shape(number)[0] for number, _ in self._erasable)
-            return self._evict({_ANY_SIZE: num_bytes}, lambda span: {_ANY_SIZE: span.disk_bytes})
+            before = self.counters.evicted_spans
+            is_done = self._evict({_ANY_SIZE: num_bytes}, lambda span: {_ANY_SIZE: span.disk_bytes})
+            self.counters.evicted_ahead_spans += (self.counters.evicted_spans - before) * ahead
+            return is_done
 
     def evict_slots(self, missing: SlotCounts) -> bool:
         """`evict` of at least so many slots of each size: spans that have none of a size still missing stay."""
@@ -221,7 +234,7 @@ class FileIndex:
             for span in add:
                 span.has_row = True
                 del self._waiting[span.record.span_id]
-            return CatalogWork(add=add, drop=drop, used=self._recency.take_moved() if ticks else [])
+            return CatalogWork(add=add, drop=drop, used=self._order.take_moved() if ticks else [])
 
     def rows_of(self, work: CatalogWork) -> list[SpanRow]:
         """The rows to insert."""
@@ -232,7 +245,7 @@ class FileIndex:
                     generation=span.generation,
                     places=span.places,
                     crcs=span.crcs,
-                    last_used=self._recency.tick_of(span.record.span_id),
+                    last_used=self._order.tick_of(span.record.span_id),
                 )
                 for span in work.add
                 if span.alive
@@ -273,17 +286,22 @@ class FileIndex:
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         """Count as use."""
         with self.lock:
-            self._recency.use(span_ids)
+            self._order.use(span_ids)
+
+    def weigh(self, loss: Loss) -> None:
+        """See `ChunkStore.weigh`."""
+        with self.lock:
+            self._order.weigh(loss)
 
     def pin(self, span_ids: Iterable[SpanId], *, always: bool) -> None:
         """Keep from eviction; only spans that are here unless `always`."""
         with self.lock:
-            self._recency.pin(span_id for span_id in span_ids if always or span_id in self._spans)
+            self._order.pin(span_id for span_id in span_ids if always or span_id in self._spans)
 
     def unpin(self, span_ids: Iterable[SpanId]) -> None:
         """Undo one `pin` of each."""
         with self.lock:
-            self._recency.unpin(span_ids)
+            self._order.unpin(span_ids)
 
     def why_missing(self, span_id: SpanId) -> str:
         """See `ChunkStore.why_missing`."""
@@ -302,7 +320,7 @@ class FileIndex:
             if not span.num_readers:
                 give(span)
         victims: list[HeldSpan] = []
-        for span_id in self._recency.victims():
+        for span_id in self._order.victims():
             if all(num <= 0 for num in missing.values()):
                 break
             span = self._spans[span_id]
@@ -321,11 +339,11 @@ class FileIndex:
         span_id = span.record.span_id
         del self._spans[span_id]
         self._waiting.pop(span_id, None)
-        self._recency.remove(span_id)
+        self._order.remove(span_id)
         self._reasons.note([span_id], reason)
         self.counters.num_bytes -= span.record.num_bytes
         span.alive = False
-        span.erase = reason == "deleted"
+        span.erase = reason in ("deleted", "expired")
         if span.has_row:
             self._dead.append(span)
         self._free_when_unused(span)

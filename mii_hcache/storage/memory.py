@@ -14,9 +14,9 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.copying import copy_bytes
 from mii_hcache.storage.dram import SpareBuffers, new_buffer
+from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.reasons import Reasons
-from mii_hcache.storage.recency import Recency
 
 _log = logging.getLogger(__name__)
 
@@ -47,12 +47,13 @@ class MemoryStore(ChunkStore):
 
     name = "memory"
 
-    def __init__(self, capacity_bytes: int, *, num_threads: int = 4) -> None:
-        """`capacity_bytes`: payload. `num_threads` copy one batch of reads."""
+    def __init__(self, capacity_bytes: int, *, num_threads: int = 4, evict: str = "lru") -> None:
+        """`capacity_bytes`: payload. `num_threads` copy one batch of reads. `evict`: "lru" or "cost", see
+        `eviction`."""
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._spans: dict[SpanId, MemorySpan] = {}
-        self._recency = Recency()
+        self._order = order_named(evict, lambda span_id: self._spans[span_id].record.num_bytes)
         self._reasons = Reasons()
         self._spare = SpareBuffers()
         self._lanes = Lanes(num_threads, "hcache-memory")
@@ -66,7 +67,7 @@ class MemoryStore(ChunkStore):
         record.check_chunks(chunks)
         with self._lock:
             if record.span_id in self._spans:
-                self._recency.use([record.span_id])
+                self._order.use([record.span_id])
                 return True
             if self._closed or not self._make_room(record.num_bytes):
                 self._dropped_spans += 1
@@ -103,7 +104,7 @@ class MemoryStore(ChunkStore):
                     break
                 span.num_holders += 1
                 found.append((span, chunk_idx))
-            self._recency.use({span.record.span_id for span, _ in found})
+            self._order.use({span.record.span_id for span, _ in found})
 
         def copy_out(idx: int) -> str | None:
             span, chunk_idx = found[idx]
@@ -128,20 +129,24 @@ class MemoryStore(ChunkStore):
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         with self._lock:
-            self._recency.use(span_ids)
+            self._order.use(span_ids)
 
     def pin(self, span_ids: Iterable[SpanId]) -> None:
         with self._lock:
-            self._recency.pin(span_id for span_id in span_ids if span_id in self._spans)
+            self._order.pin(span_id for span_id in span_ids if span_id in self._spans)
 
     def unpin(self, span_ids: Iterable[SpanId]) -> None:
         with self._lock:
-            self._recency.unpin(span_ids)
+            self._order.unpin(span_ids)
+
+    def weigh(self, loss: Loss) -> None:
+        with self._lock:
+            self._order.weigh(loss)
 
     def pin_always(self, span_ids: Iterable[SpanId]) -> None:
         """`pin` that also counts for spans that are not here yet: for a store that holds spans in several tiers."""
         with self._lock:
-            self._recency.pin(span_ids)
+            self._order.pin(span_ids)
 
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         with self._lock:
@@ -149,6 +154,15 @@ class MemoryStore(ChunkStore):
             self._reasons.note(gone, "deleted")
             self._spare.shrink(0)  # deleted bytes leave DRAM, too
         return len(gone)
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        with self._lock:
+            gone = [SpanId(key) for key in self._order.unused_since(since_s)]
+            for span_id in gone:
+                self._remove(span_id)
+            self._reasons.note(gone, "expired")
+            self._spare.shrink(0)
+        return gone
 
     @contextmanager
     def held(self, span_id: SpanId) -> Iterator[MemorySpan | None]:
@@ -198,7 +212,7 @@ class MemoryStore(ChunkStore):
         """Evict until `num_bytes` fit; evicts nothing when that cannot be reached. Lock held."""
         excess = self._used_bytes + self._reserved_bytes + num_bytes - self._capacity_bytes
         victims: list[SpanId] = []
-        for span_id in self._recency.victims():
+        for span_id in self._order.victims():
             if excess <= 0:
                 break
             victims.append(span_id)
@@ -221,7 +235,7 @@ class MemoryStore(ChunkStore):
             self._spare.give(span.buffer)
         else:
             self._spans[record.span_id] = span
-            self._recency.add(record.span_id, record.parent_id, record.span_idx)
+            self._order.add(record.span_id, record.parent_id, record.span_idx)
             self._reasons.clear(record.span_id)
             self._used_bytes += record.num_bytes
             self._put_bytes += record.num_bytes
@@ -232,7 +246,7 @@ class MemoryStore(ChunkStore):
         span = self._spans.pop(span_id, None)
         if span is None:
             return False
-        self._recency.remove(span_id)
+        self._order.remove(span_id)
         self._used_bytes -= span.record.num_bytes
         span.alive = False
         span.num_holders += 1

@@ -7,10 +7,10 @@ import threading
 import time
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.file import FileStore
-from mii_hcache.storage.presence import DEADLINE_S
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.stripe_path import FIRST_LOOK_S, StripePath
 from mii_hcache.storage.stripe_set import Seat, StripeSet
@@ -24,17 +24,14 @@ def open_striped(
     stripes: StripeSet,
     capacity_bytes: int,
     *,
-    io: str = "auto",
-    deadline_s: float = DEADLINE_S,
-    segment_bytes: int | None = None,
-    flush_interval_s: float | None = 0.2,
     opening_s: float = OPENING_S,
     first_look_s: float = FIRST_LOOK_S,
+    **settings: Any,
 ) -> StripedStore:
     """A store over the directories of `stripes`, in equal shares of `capacity_bytes`. Those that cannot be opened now
     are missing until they can be: only a new one that cannot be made, or one that another server has, raises
     ConfigError or StateDirBusyError. Blocks on I/O, for at most about `opening_s`. `first_look_s`: before a directory
-    that is missing or away is looked at again, for the first time."""
+    that is missing or away is looked at again, for the first time. `settings`: of each `FileStore`."""
     share_bytes = capacity_bytes // len(stripes.seats)
     present: list[Seat] = []
     recording = threading.Lock()
@@ -47,15 +44,7 @@ def open_striped(
         with ExitStack() as undo:
             state_dir = StateDir(seat.path)
             undo.callback(state_dir.close)
-            store = FileStore(
-                state_dir,
-                share_bytes,
-                io=io,
-                segment_bytes=segment_bytes,
-                flush_interval_s=flush_interval_s,
-                deadline_s=deadline_s,
-                first_pause_s=first_look_s,
-            )
+            store = FileStore(state_dir, share_bytes, first_pause_s=first_look_s, **settings)
             undo.callback(store.close)
             with recording:
                 stripes.record([*present, seat])

@@ -19,7 +19,7 @@ class Reasons:
         self._by_span: OrderedDict[SpanId, str] = OrderedDict()
 
     def note(self, span_ids: Iterable[SpanId], reason: str) -> None:
-        """Remember `evicted`, `corrupt` or `deleted` for spans."""
+        """Remember `evicted`, `corrupt`, `deleted` or `expired` for spans."""
         for span_id in span_ids:
             self._by_span[span_id] = reason
             self._by_span.move_to_end(span_id)

@@ -1,9 +1,16 @@
-"""In which order spans go when room is needed."""
+"""Order of use: least recently used goes first."""
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+TICKS_PER_S = 1_000_000
+_JUST_NOW = TICKS_PER_S
+"""Uses of what was used last, this soon after one another, are one."""
+FIRST_CLOCK_TICK = 1_000_000_000 * TICKS_PER_S
+"""September 2001. Smaller ticks are counts of uses, from before ticks were times."""
 
 
 class Recency:
@@ -11,11 +18,16 @@ class Recency:
 
     Use of a key is use of every key before it on its chain: a span without its ancestors restores nothing. So among
     equally recent keys the deeper ones come first, and a chain goes from its end.
+
+    A tick is when a key was used: microseconds since 1970, at least one more than the tick before. Ticks outlive the
+    process, so that what was not used for long is known after a restart, too.
     """
 
-    def __init__(self, first_tick: int = 1) -> None:
-        """`first_tick`: above every tick that is added later with one."""
-        self._tick = first_tick
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        """`clock`: seconds since 1970; None is the machine's."""
+        self._clock = clock or time.time
+        self._tick = 0
+        """The last one."""
         self._order: OrderedDict[bytes, tuple[bytes | None, int]] = OrderedDict()
         self._ticks: dict[bytes, int] = {}
         self._pins: dict[bytes, int] = {}
@@ -28,11 +40,16 @@ class Recency:
         return len(self._order)
 
     def load(self, entries: Iterable[tuple[bytes, bytes | None, int, int]]) -> None:
-        """Add `(key, parent, depth, tick)` as they were when saved."""
-        for key, parent, depth, tick in sorted(entries, key=lambda entry: (entry[3], -entry[2])):
+        """Add `(key, parent, depth, tick)` as they were when saved. Mere counts become times: just before now."""
+        loaded = sorted(entries, key=lambda entry: (entry[3], -entry[2]))
+        first_tick = self._now() - len(loaded)
+        for idx, (key, parent, depth, tick) in enumerate(loaded):
+            if tick < FIRST_CLOCK_TICK:
+                tick = first_tick + idx
+                self._moved.add(key)
             self._order[key] = (parent, depth)
             self._ticks[key] = tick
-            self._tick = max(self._tick, tick + 1)
+            self._tick = max(self._tick, tick)
 
     def add(self, key: bytes, parent: bytes | None, depth: int) -> None:
         """Add a key as just used."""
@@ -41,17 +58,22 @@ class Recency:
 
     def use(self, keys: Iterable[bytes]) -> None:
         """Mark keys and their ancestors as just used, all equally; unknown keys are ignored."""
+        now = self._now()
+        known = [key for key in keys if key in self._order]
+        if now < self._tick + _JUST_NOW and all(self._ticks.get(key) == self._tick for key in known):
+            return  # nothing was used since these were, and with them all before them
         path: set[bytes] = set()
-        for key in keys:
+        for key in known:
             step: bytes | None = key
             while step is not None and step not in path and step in self._order:
                 path.add(step)
                 step = self._order[step][0]
+        self._tick = max(self._tick + 1, now)
         for key in sorted(path, key=lambda key: -self._order[key][1]):
             self._order.move_to_end(key)
             self._ticks[key] = self._tick
+            self._was_used(key)
         self._moved |= path
-        self._tick += 1
 
     def remove(self, key: bytes) -> None:
         """Forget a key; its pins stay until they are undone."""
@@ -70,7 +92,7 @@ class Recency:
         return moved
 
     def pin(self, keys: Iterable[bytes]) -> None:
-        """Keep keys out of `victims`; counted."""
+        """Keep keys out of `victims` and `unused_since`; counted."""
         for key in keys:
             self._pins[key] = self._pins.get(key, 0) + 1
 
@@ -86,3 +108,19 @@ class Recency:
     def victims(self) -> Iterator[bytes]:
         """Keys that may go, in the order in which they should. Do not change the order while iterating."""
         return (key for key in self._order if key not in self._pins)
+
+    def unused_since(self, since_s: float) -> list[bytes]:
+        """Keys that may go and were last used before `since_s`, seconds since 1970: a walk over these, not over all."""
+        unused = []
+        for key in self._order:
+            if self._ticks[key] >= since_s * TICKS_PER_S:
+                break
+            if key not in self._pins:
+                unused.append(key)
+        return unused
+
+    def _was_used(self, key: bytes) -> None:
+        """For orders that know more than this one."""
+
+    def _now(self) -> int:
+        return int(self._clock() * TICKS_PER_S)

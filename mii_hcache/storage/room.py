@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from mii_hcache.core.layout import SpanLayout
+from mii_hcache.errors import ConfigError
 from mii_hcache.storage.format import slot_counts, slot_sizes
 from mii_hcache.storage.index import FileIndex
 from mii_hcache.storage.segments import Segments
@@ -18,19 +20,44 @@ _RELIEF_BYTES = 4 << 20
 """What is evicted when the catalog finds no room on the disk: as much as SQLite's log may take."""
 
 
+_EASE_PAUSE_S = 1.0
+"""After nothing could be evicted in the background, it is not tried for so long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watermarks:
+    """Shares of the capacity: above `high`, spans are evicted in the background until no more than `low` is used."""
+
+    high: float = 0.95
+    low: float = 0.90
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high <= 1:
+            raise ConfigError(f"watermarks must be 0 < low <= high <= 1, got {self.low} and {self.high}")
+
+
 class Room:
     """Finds slots: free ones first, then growth of the files, then holes in place of other sizes, then eviction.
 
     Any thread. Methods block on I/O where they punch holes or wait for the catalog.
     """
 
-    def __init__(self, index: FileIndex, segments: Segments, commit_deletions: Callable[[], bool]) -> None:
-        """`commit_deletions` deletes removed spans' rows, so that their slots become free; False when it cannot."""
+    def __init__(
+        self,
+        index: FileIndex,
+        segments: Segments,
+        commit_deletions: Callable[[], bool],
+        watermarks: Watermarks | None = None,
+    ) -> None:
+        """`commit_deletions` deletes removed spans' rows, so that their slots become free; False when it cannot.
+        `watermarks` None: `ease` does nothing."""
         self._index = index
         self._segments = segments
         self._commit_deletions = commit_deletions
         self._can_punch = True
         self._full_until_s = 0.0
+        self._watermarks = watermarks
+        self._ease_due_s = 0.0
 
     def reserve(self, layout: SpanLayout) -> list[Place] | None:
         """Take a slot for each chunk of a span, evicting as needed. None when no room can be made; then nothing was
@@ -57,9 +84,30 @@ class Room:
             if spare:
                 self.erase(spare)
                 continue
+            with self._index.lock:
+                self._index.counters.put_waits += 1
             is_evicted = self._evict(missing_bytes) if may_grow else self._index.evict_slots(missing_slots)
             if not is_evicted or not self._commit_deletions():
                 return None
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether `ease` has something to do."""
+        if self._watermarks is None or time.monotonic() < self._ease_due_s:
+            return False
+        with self._index.lock:
+            return self._index.pool.used_bytes > self._watermarks.high * self._index.pool.capacity_bytes
+
+    def ease(self) -> None:
+        """Evict from the high watermark down to the low one, for puts to come: for a thread that nobody waits for."""
+        if not self.is_tight:
+            return
+        assert self._watermarks is not None
+        with self._index.lock:
+            pool = self._index.pool
+            excess_bytes = pool.used_bytes - int(self._watermarks.low * pool.capacity_bytes)
+        if not self._index.evict(excess_bytes, ahead=True) or not self._commit_deletions():
+            self._ease_due_s = time.monotonic() + _EASE_PAUSE_S
 
     def erase(self, places: list[Place]) -> None:
         """Give taken places back: their bytes to the disk where it can, else as free slots."""

@@ -149,6 +149,11 @@ class SlotPool:
         """Bytes that the segment files occupy, at most."""
         return self._leaving_bytes + sum(shelf.disk_bytes for shelf in self._shelves.values())
 
+    @property
+    def used_bytes(self) -> int:
+        """Of `disk_bytes`, those that are not free to be overwritten."""
+        return self.disk_bytes - sum(len(shelf.free) * shelf.slot_bytes for shelf in self._shelves.values())
+
     def reserve_number(self, number: int) -> None:
         """Never use this segment number, or a smaller one, for a new segment."""
         self._next_number = max(self._next_number, number + 1)

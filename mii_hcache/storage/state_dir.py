@@ -16,9 +16,13 @@ from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.format import UUID_BYTES
 
 TRANSCRIPTS_FILE = "transcripts.sqlite"
+PINS_FILE = "pins.sqlite"
 PROFILE_FILE = "profile.json"
 """What the machine measured of itself and a model (`core.cost.MeasuredProfile`)."""
-_OUR_FILES = ("lock", "store.id", "catalog*.sqlite*", "transcripts*.sqlite*", "segments/*.seg", "set.json")
+_OUR_FILES = (
+    *("lock", "store.id", "set.json", "segments/*.seg"),
+    *("catalog*.sqlite*", "transcripts*.sqlite*", "pins*.sqlite*"),
+)
 """What is made private on opening. Other files in the directory are none of our business."""
 
 
@@ -61,6 +65,11 @@ class StateDir:
     def transcripts(self) -> Path:
         """The transcripts' database."""
         return self.path / TRANSCRIPTS_FILE
+
+    @property
+    def pins(self) -> Path:
+        """The database of pinned contexts."""
+        return self.path / PINS_FILE
 
     @property
     def segments(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from mii_hcache.core.identity import SpanId
@@ -52,6 +52,7 @@ class StripedStore(ChunkStore):
         self._num_dropped = 0
         """Puts for which there was no path at all."""
         self._deleted: OrderedDict[SpanId, None] = OrderedDict()
+        self._loss: Callable[[int], float] | None = None
 
     @property
     def stores(self) -> list[FileStore]:
@@ -70,10 +71,12 @@ class StripedStore(ChunkStore):
         return [*missing, *(note for store in self.stores for note in store.notes)]
 
     def path_opens(self, store: FileStore) -> None:
-        """A path's store is about to be there, long after the others: forget there what was deleted meanwhile."""
+        """A path's store is about to be there, long after the others: tell it what it missed."""
         with self._placed:
-            deleted = list(self._deleted)
+            deleted, loss = list(self._deleted), self._loss
         store.delete(deleted)
+        if loss is not None:
+            store.weigh(loss)
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
         record.check_chunks(chunks)
@@ -138,6 +141,15 @@ class StripedStore(ChunkStore):
         for store in self.stores:
             store.take_back(buffer)
 
+    def weigh(self, loss: Callable[[int], float]) -> None:
+        with self._placed:
+            self._loss = loss
+        for store in self.stores:
+            store.weigh(loss)
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        return [span_id for store in self.stores for span_id in store.expire(since_s)]
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         span_ids = list(span_ids)
         for store in self.stores:
@@ -189,6 +201,8 @@ class StripedStore(ChunkStore):
             evicted_spans=total("evicted_spans"),
             dropped_spans=total("dropped_spans") + self._num_dropped - self._num_refusals,
             corrupt_chunks=total("corrupt_chunks"),
+            evicted_ahead_spans=total("evicted_ahead_spans"),
+            put_waits=total("put_waits"),
             unavailable=total("unavailable"),
             num_away=total("num_away") + sum(path.store is None for path in self.paths),
         )

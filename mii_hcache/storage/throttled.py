@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError
@@ -55,6 +55,9 @@ class ThrottledStore(ChunkStore):
     def take_back(self, buffer: memoryview) -> None:
         self._inner.take_back(buffer)
 
+    def weigh(self, loss: Callable[[int], float]) -> None:
+        self._inner.weigh(loss)
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._inner.touch(span_ids)
 
@@ -66,6 +69,9 @@ class ThrottledStore(ChunkStore):
 
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         return self._inner.delete(span_ids)
+
+    def expire(self, since_s: float) -> list[SpanId]:
+        return self._inner.expire(since_s)
 
     def flush(self) -> None:
         self._inner.flush()

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from mii_hcache.core.identity import SpanId
@@ -20,8 +20,8 @@ from mii_hcache.storage.workers import StalledError, Workers
 
 _log = logging.getLogger(__name__)
 
-_MAX_PROMOTIONS = 4096
-"""Spans that may wait to be copied from files into DRAM."""
+_PROMOTED_SHARE = 0.5
+"""Share of DRAM that may wait to be copied into it from files: more would drive out what was copied a moment ago."""
 
 
 class TieredStore(ChunkStore):
@@ -57,11 +57,15 @@ class TieredStore(ChunkStore):
         self._promoters = Workers(num_writers, "hcache-promote")
         self._changed = threading.Condition()
         """Guards what follows; notified when any of it changes."""
-        self._to_write: OrderedDict[SpanId, None] = OrderedDict()
-        self._to_promote: OrderedDict[SpanId, None] = OrderedDict()
+        self._to_write: OrderedDict[SpanId, int] = OrderedDict()
+        self._to_promote: OrderedDict[SpanId, int] = OrderedDict()
+        """With its bytes; in `_to_write`, 0."""
         self._claimed: set[SpanId] = set()
         """Being written, promoted or deleted now, by one thread each."""
         self._closing = False
+        self._most_promoted_bytes = _PROMOTED_SHARE * memory.stats().capacity_bytes
+        self._promoted_bytes = 0
+        """Of `_to_promote`."""
         self._put_bytes = self._read_bytes = self._dropped_spans = 0
         self._writers = [
             threading.Thread(target=self._work, name=f"hcache-write-{idx}", daemon=True) for idx in range(num_writers)
@@ -123,6 +127,9 @@ class TieredStore(ChunkStore):
     def take_back(self, buffer: memoryview) -> None:
         self._file.take_back(buffer)
 
+    def weigh(self, loss: Callable[[int], float]) -> None:
+        self._file.weigh(loss)  # what leaves DRAM is not lost
+
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         span_ids = list(span_ids)
         self._memory.touch(span_ids)
@@ -153,6 +160,9 @@ class TieredStore(ChunkStore):
                 self._changed.notify_all()
         return num_known
 
+    def expire(self, since_s: float) -> list[SpanId]:
+        return list({*self._file.expire(since_s), *self._memory.expire(since_s)})
+
     def flush(self) -> None:
         with self._changed:
             accepted = set(self._to_write) | self._claimed
@@ -175,6 +185,8 @@ class TieredStore(ChunkStore):
                 corrupt_chunks=memory.corrupt_chunks + file.corrupt_chunks,
                 unavailable=file.unavailable,
                 num_away=file.num_away,
+                evicted_ahead_spans=file.evicted_ahead_spans,
+                put_waits=file.put_waits,
             )
 
     def tier_stats(self) -> dict[str, StoreStats]:
@@ -185,6 +197,7 @@ class TieredStore(ChunkStore):
         with self._changed:
             self._closing = True
             self._to_promote.clear()
+            self._promoted_bytes = 0
             self._changed.notify_all()
         for writer in self._writers:
             writer.join()
@@ -212,7 +225,7 @@ class TieredStore(ChunkStore):
             if span_id in self._to_write or span_id in self._claimed or self._file.find(span_id) is not None:
                 self._memory.unpin([span_id])  # another writer's copy has a pin of its own
             else:
-                self._to_write[span_id] = None
+                self._to_write[span_id] = 0
                 self._changed.notify_all()
         return True
 
@@ -223,8 +236,11 @@ class TieredStore(ChunkStore):
             record = self._file.find(read.span_id)
             if record is not None and read.chunk_of(record) == record.layout.num_chunks - 1:
                 with self._changed:
-                    if len(self._to_promote) < _MAX_PROMOTIONS and not self._closing:
-                        self._to_promote[read.span_id] = None
+                    waiting_bytes = self._promoted_bytes + record.num_bytes
+                    is_room = not self._to_promote or waiting_bytes <= self._most_promoted_bytes
+                    if is_room and read.span_id not in self._to_promote and not self._closing:
+                        self._to_promote[read.span_id] = record.num_bytes
+                        self._promoted_bytes += record.num_bytes
                         self._changed.notify_all()
 
     def _work(self) -> None:
@@ -235,7 +251,7 @@ class TieredStore(ChunkStore):
                 if claim is None:
                     return
                 queue, span_id = claim
-                del queue[span_id]
+                self._promoted_bytes -= queue.pop(span_id)
                 self._claimed.add(span_id)
             try:
                 if queue is self._to_write:
@@ -253,7 +269,7 @@ class TieredStore(ChunkStore):
                     self._claimed.discard(span_id)
                     self._changed.notify_all()
 
-    def _next(self) -> tuple[OrderedDict[SpanId, None], SpanId] | None:
+    def _next(self) -> tuple[OrderedDict[SpanId, int], SpanId] | None:
         """What to do next: writes before promotions, in order, but not what another thread works on. Lock held."""
         for queue in (self._to_write, self._to_promote):
             for span_id in queue:

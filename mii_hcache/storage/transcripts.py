@@ -164,6 +164,11 @@ class Transcripts:
             self._pulse.poke()
         return num_forgotten
 
+    def expire(self, since_s: float) -> int:
+        """Forget texts that were last used before `since_s` (seconds since 1970). Returns how many."""
+        with self._lock:
+            return sum(self._remove(self._rows[key]) for key in self._recency.unused_since(since_s))
+
     def flush(self) -> None:
         """Return when everything remembered before the call is durable. Blocks on I/O. A database that cannot be
         written is warned about and tried again with the next flush."""

@@ -60,7 +60,10 @@ def test_counts_of_kinds_add_up(layout):
 
 @given(kinds=some_kinds, sizes=st.tuples(st.integers(0, 9), st.integers(0, 9)))
 def test_only_layouts_that_can_be_are_made(kinds, sizes):
-    can_be = any(kinds) and all(size > 0 or kind not in kinds for kind, size in zip((HIDDEN, KV), sizes, strict=True))
+    stores_nothing = not any(kinds) and sizes == (0, 0)
+    can_be = stores_nothing or (
+        any(kinds) and all(size > 0 or kind not in kinds for kind, size in zip((HIDDEN, KV), sizes, strict=True))
+    )
     try:
         SpanLayout(kinds=kinds, hidden_chunk_bytes=sizes[0], kv_chunk_bytes=sizes[1])
     except ValueError as error:
@@ -72,6 +75,10 @@ def test_only_layouts_that_can_be_are_made(kinds, sizes):
 def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="one layer at least, got 2"):
         SpanLayout.shared((None, None), 1, 1)
+    assert SpanLayout.nothing(2).num_chunks == SpanLayout.nothing(2).num_bytes == 0
+    assert SpanLayout.nothing(2).first_stored == 2
+    with pytest.raises(ValueError, match="one layer at least, got 0"):
+        SpanLayout.nothing(0)
     with pytest.raises(ValueError, match="kv_chunk_bytes must be > 0, got 0"):
         SpanLayout.shared((HIDDEN, KV), 1, 0)
     with pytest.raises(ValueError, match="39 kinds for 40 layers"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import pack_tokens, spans_of
+from mii_hcache.core.layout import SpanLayout
 from mii_hcache.runtime.lookup import look_up
 from tests.runtime.kit import SEED, FakeStore, geometry_of, path, span_record
 
@@ -40,6 +41,30 @@ def test_the_prefix_ends_at_the_first_span_that_is_not_there(present, max_tokens
         assert (lookup.next_span, lookup.why_missing) == (SPANS[first_gap][0], "not_saved")
     else:
         assert (lookup.next_span, lookup.why_missing) == (None, None)
+
+
+@given(present=st.sets(st.integers(0, NUM_SPANS - 1)), max_tokens=st.integers(0, len(TOKENS) + SPAN_TOKENS))
+def test_where_gaps_can_be_filled_it_ends_at_the_last_span_that_is_there(present, max_tokens):
+    allowed = min(max_tokens // SPAN_TOKENS, NUM_SPANS)
+    stop = max((idx + 1 for idx in present if idx < allowed), default=0)
+    lookup = look_up(_store_of(present), SPANS, max_tokens=max_tokens, fill_layers=GEOMETRY.num_layers)
+    assert [record.span_id for record in lookup.records] == [span_id for span_id, _ in SPANS[:stop]]
+    for idx, record in enumerate(lookup.records):
+        if idx in present:
+            assert record == RECORDS[idx]
+        else:
+            assert record == dataclasses.replace(RECORDS[idx], layout=SpanLayout.nothing(GEOMETRY.num_layers))
+    assert lookup.num_tokens == stop * SPAN_TOKENS <= max_tokens
+    assert lookup.unbroken().records == look_up(_store_of(present), SPANS, max_tokens=max_tokens).records
+    first_gap = next(idx for idx in range(NUM_SPANS + 1) if idx not in present)
+    assert lookup.next_span == (SPANS[first_gap][0] if first_gap < allowed else None)
+
+
+def test_nothing_behind_other_tokens_is_this_prompts():
+    store = _store_of(set(range(NUM_SPANS)))
+    store.spans[SPANS[2][0]] = dataclasses.replace(RECORDS[2], span_idx=1), []
+    lookup = look_up(store, SPANS, max_tokens=len(TOKENS), fill_layers=GEOMETRY.num_layers)
+    assert lookup.records == RECORDS[:2] and lookup.why_missing == "mismatch"
 
 
 def test_the_store_says_why():

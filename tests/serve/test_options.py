@@ -49,7 +49,8 @@ def test_every_setting_arrives(tmp_path):
     options = parse_options(
         "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
         "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 "
-        "--save-after 2 --restore-slice 2.5 --emulate-read-speed 100MiB "
+        "--durability strict --evict cost --expire-after 1.5h --save-after 2 --restore-slice 2.5 "
+        "--emulate-read-speed 100MiB "
         "--max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
         "--allowed-host llm.example --allowed-host *:8 --allowed-origin https://a.example "
         f"--state-dir {tmp_path / 'new'}".split()
@@ -61,6 +62,9 @@ def test_every_setting_arrives(tmp_path):
         state_dir=str(tmp_path / "new"),
         state_capacity_bytes=3 << 30,
         dram_capacity_bytes=1 << 30,
+        durability="strict",
+        evict="cost",
+        expire_after_s=5400.0,
         method="kv",
         keep="none",
         kv_blocks=7,
@@ -91,6 +95,7 @@ def test_home_directories_are_found(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--expire-after soon", "'soon' is no time; write 12h"),
         ("--state-capacity lots", "'lots' is no size; write 20GiB"),
         ("--state-capacity -5GiB", "expected one argument"),
         ("--port 70000", "'70000' is no port"),

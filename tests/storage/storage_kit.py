@@ -140,10 +140,10 @@ class StoreKit:
         self._store: ChunkStore | None = None
 
     def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES, **settings: Any) -> Any:
-        """A store for `capacity_bytes`; closes the one before. `settings` of a store of files."""
+        """A store for `capacity_bytes`; closes the one before. `settings` of its FileStore, or MemoryStore."""
         self.close()
         if self.kind == "memory":
-            self._store = MemoryStore(capacity_bytes)
+            self._store = MemoryStore(capacity_bytes, **settings)
             return self._store
         if self.num_paths > 1:
             stripes = StripeSet.of([self.path / f"path{idx}" for idx in range(self.num_paths)])

@@ -258,7 +258,7 @@ def test_an_interrupted_write_leaves_nothing_taken(file_kit, monkeypatch):
 
 def test_what_cannot_be_synced_is_forgotten(file_kit, monkeypatch):
     """After a failed sync the kernel may have thrown the new bytes away: they cannot be promised, nor trusted."""
-    store = file_kit.open()
+    store = file_kit.open(durability="strict")
     store._pulse.stop()
     before = make_record("before")
     put(store, before)

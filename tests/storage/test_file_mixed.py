@@ -298,7 +298,7 @@ def test_a_write_that_fails_in_the_second_segment_gives_back_the_slots_of_the_fi
 
 @pytest.mark.parametrize("bad_number", [1, 2])
 def test_a_span_is_durable_only_when_both_segments_are(file_kit, monkeypatch, bad_number):
-    store = file_kit.open()
+    store = file_kit.open(durability="strict")
     store._pulse.stop()
     sync = SegmentFile.sync
 

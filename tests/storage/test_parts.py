@@ -88,6 +88,7 @@ def test_recency_does_not_hang_on_a_ring_of_parents():
 def test_recency_says_what_moved():
     recency = Recency()
     keys = chain_in(recency, "a", 3)
+    recency.add(b"b", None, 0)
     recency.take_moved()
     recency.use([keys[1]])
     recency.remove(keys[0])

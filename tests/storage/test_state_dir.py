@@ -45,6 +45,7 @@ def test_everything_is_private_whatever_the_umask(tmp_path, umask):
         "segments/00000001.seg",
         "catalog.sqlite-wal",
         "transcripts.sqlite-wal",
+        "pins.sqlite-wal",
     }
     for name, mode in found.items():
         assert mode == (0o700 if name in (".", "segments") else 0o600), name

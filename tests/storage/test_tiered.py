@@ -92,7 +92,7 @@ def test_racing_writers_leave_no_pin_behind(make, monkeypatch):
         thread.join()
     store.flush()
     monkeypatch.setattr(store, "find", find)
-    assert store._memory._recency._pins == {}
+    assert store._memory._order._pins == {}
     assert store.stats().num_spans == 5
 
 
@@ -162,6 +162,26 @@ def test_served_by_files_after_dram_moved_on_and_promoted_after_the_last_chunk(m
     assert store.tier_of(records[0].span_id) == "file", "not read whole yet"
     assert store.get_into(reads[2:]) == ReadOutcome(num_ok=1)
     wait_until(lambda: store.tier_of(records[0].span_id) == "memory")
+    assert all(holds(store, record) for record in records)
+
+
+def test_a_context_larger_than_dram_does_not_pass_through_it_whole(make, monkeypatch):
+    """What is copied last would drive out what was copied first, and all that was there before."""
+    is_open = threading.Event()
+    copy_up = TieredStore._copy_up
+    monkeypatch.setattr(TieredStore, "_copy_up", lambda store, span_id: is_open.wait(20) and copy_up(store, span_id))
+    store = make(8, num_writers=1)
+    records = [make_record(idx) for idx in range(40)]
+    for record in records:
+        put(store, record)
+        store.flush()
+    assert store.tier_of(records[31].span_id) == "file"
+    assert all(holds(store, record) for record in records[:30])
+    is_open.set()
+    wait_until(lambda: not store._to_promote and not store._claimed)
+    assert 4 <= sum(store.tier_of(record.span_id) == "memory" for record in records[:30]) <= 5
+    assert any(store.tier_of(record.span_id) == "memory" for record in records[32:]), "others stayed"
+    assert store._promoted_bytes == 0
     assert all(holds(store, record) for record in records)
 
 
