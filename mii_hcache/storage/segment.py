@@ -17,7 +17,7 @@ from mii_hcache.storage.state_dir import open_private, sync_dir
 UNFINISHED_SUFFIX = ".new"
 """Of segment files that are not yet what their name will say."""
 
-_GROWTH_BYTES = 64 << 20
+_GROWTH_BYTES = 8 << 20
 """By how much a file's size runs ahead of its slots. A write that moves the end of a file waits for all others and, on
 a ring, goes to a thread of the kernel's: several times the CPU time of one into a hole."""
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2

@@ -89,7 +89,7 @@ def _flip_bits(state_dir: Path, chance: random.Random) -> None:
 
 def _truncate(state_dir: Path, chance: random.Random) -> None:
     for path in _segments(state_dir):
-        os.truncate(path, chance.randrange(path.stat().st_size))
+        os.truncate(path, chance.randrange(512 * path.stat().st_blocks))  # what is behind was never written
 
 
 def _delete_segments(state_dir: Path, chance: random.Random) -> None:
