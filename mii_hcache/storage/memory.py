@@ -12,7 +12,7 @@ from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
-from mii_hcache.storage.copying import copy_bytes
+from mii_hcache.storage.copying import shared_copying
 from mii_hcache.storage.dram import SpareBuffers, new_buffer
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.reasons import Reasons
@@ -48,7 +48,8 @@ class MemoryStore(ChunkStore):
     name = "memory"
 
     def __init__(self, capacity_bytes: int, *, num_threads: int = 4) -> None:
-        """`capacity_bytes`: payload. `num_threads` copy one batch of reads."""
+        """`capacity_bytes`: payload. `num_threads` verify one batch of reads; copies have threads of their own, which
+        all stores share (`storage.copying`)."""
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._spans: dict[SpanId, MemorySpan] = {}
@@ -105,14 +106,15 @@ class MemoryStore(ChunkStore):
                 found.append((span, chunk_idx))
             self._recency.use({span.record.span_id for span, _ in found})
 
-        def copy_out(idx: int) -> str | None:
+        def verify(idx: int) -> str | None:
             span, chunk_idx = found[idx]
-            out = reads[idx].out
-            copy_bytes(out, span.chunk(chunk_idx))
-            return None if crc32c(out) == span.crcs[chunk_idx] else "corrupt"
+            return None if crc32c(reads[idx].out) == span.crcs[chunk_idx] else "corrupt"
 
         try:
-            num_ok, reason = self._lanes.run(len(found), copy_out)
+            shared_copying().copy(
+                (read.out, span.chunk(chunk_idx)) for read, (span, chunk_idx) in zip(reads, found, strict=False)
+            )
+            num_ok, reason = self._lanes.run(len(found), verify)
         finally:
             with self._lock:
                 for span, _ in found:
@@ -255,10 +257,7 @@ class MemoryStore(ChunkStore):
 
 
 def _copy_in(record: SpanRecord, chunks: Sequence[memoryview], buffer: memoryview) -> MemorySpan:
-    crcs: list[int] = []
-    span = MemorySpan(record=record, buffer=buffer, crcs=crcs)
-    for chunk_idx, chunk in enumerate(chunks):
-        source = chunk.cast("B")
-        crcs.append(crc32c(source))
-        copy_bytes(span.chunk(chunk_idx), source)
+    sources = [chunk.cast("B") for chunk in chunks]
+    span = MemorySpan(record=record, buffer=buffer, crcs=[crc32c(source) for source in sources])
+    shared_copying().copy((span.chunk(chunk_idx), source) for chunk_idx, source in enumerate(sources))
     return span
