@@ -31,13 +31,13 @@ class StateDir:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         try:
-            _make_private_dir(self.path)
+            make_private_dir(self.path)
             self._lock_fd = _lock(self.path)
         except OSError as error:
             raise ConfigError(f"state_dir {self.path} cannot be used ({error}); choose a directory you own") from error
         _owned.add(self)
         try:
-            _make_private_dir(self.segments)
+            make_private_dir(self.segments)
             self._tighten()
         except BaseException:
             self.close()
@@ -134,7 +134,8 @@ def sync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def _make_private_dir(path: Path) -> None:
+def make_private_dir(path: Path) -> None:
+    """Make a directory that only its owner may enter, or tighten one that is there. Raises OSError."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
 
