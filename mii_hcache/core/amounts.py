@@ -6,8 +6,8 @@ import argparse
 import re
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
-_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw]?)")
+_UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def parse_size(text: str) -> int:
@@ -28,8 +28,8 @@ def format_size(num_bytes: int) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of `30d`, `12h`, `90m`, `45s`, `2w`."""
-    match = _DURATION.fullmatch(text.strip())
+    """Seconds of `45s`, `90m`, `12h`, `30d`, `2w` or a number of seconds."""
+    match = _DURATION.fullmatch(text.strip().lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 30d, 12h, 90m or 45s")
-    return float(match.group(1)) * _UNIT_S[match.group(2)]
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 12h, 30d or a number of seconds")
+    return float(match[1]) * _UNIT_S[match[2]]

@@ -60,11 +60,7 @@ class StateDir:
 
     def read_store_uuid(self) -> bytes | None:
         """The identity of the store here, None when there is none or it cannot be read."""
-        try:
-            raw = bytes.fromhex((self.path / "store.id").read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            return None
-        return raw if len(raw) == UUID_BYTES else None
+        return store_uuid_in(self.path)
 
     def write_store_uuid(self, store_uuid: bytes) -> None:
         """Give the store here its identity; replaces the file atomically."""
@@ -106,6 +102,16 @@ def _disown_all() -> None:
 
 
 os.register_at_fork(after_in_child=_disown_all)  # or a forked child would keep the lock of a parent that died
+
+
+def store_uuid_in(path: Path) -> bytes | None:
+    """The identity of the store in a state directory that this process need not own, None when there is none or it
+    cannot be read."""
+    try:
+        raw = bytes.fromhex((path / "store.id").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return raw if len(raw) == UUID_BYTES else None
 
 
 def new_store_uuid() -> bytes:

@@ -20,14 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from mii_hcache.errors import ConfigError, CorruptChunkError
+from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
-from mii_hcache.storage.disk_io import ThreadsIO
-from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, UUID_BYTES, SegmentHeader
-from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.format import FORMAT_VERSION
+from mii_hcache.storage.state_dir import store_uuid_in
+from mii_hcache.storage.survey import DAMAGED, FOREIGN, OLD, UNFINISHED, FoundFile, survey
 from mii_hcache.storage.transcripts import Transcripts
 
 _OURS = ("catalog*.sqlite*", "transcripts*.sqlite*", "segments", "store.id", "lock")
+_WHO_CARES = {
+    FOREIGN: "a server leaves it alone",
+    OLD: "`gc` removes it",
+    UNFINISHED: "a server, or `gc`, removes it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,11 @@ class StateView:
     """The one that was read; a store of another version is a problem, not a view."""
     rows: list[SpanRow] = field(default_factory=list)
     segments: list[SegmentView] = field(default_factory=list)
+    files: list[FoundFile] = field(default_factory=list)
+    """Everything that lies beside the segments, they themselves included."""
     num_transcripts: int = 0
+    database_bytes: int = 0
+    """What the databases and their logs take, set-aside ones included. A server's capacity does not count them."""
     notes: list[str] = field(default_factory=list)
     """What people should know, and is no damage."""
     problems: list[str] = field(default_factory=list)
@@ -73,17 +82,23 @@ def look_at(directory: Path) -> StateView:
     try:
         if any(directory.iterdir()) and not any(path for pattern in _OURS for path in directory.glob(pattern)):
             raise ConfigError(f"{directory} is no state directory: it has files, and none of a server's")
-        view = StateView(path=directory, owner=owner_of(directory), store_uuid=_read_store_uuid(directory))
+        view = StateView(path=directory, owner=owner_of(directory), store_uuid=store_uuid_in(directory))
         view.rows = read_rows(view)
         _look_at_transcripts(view)
         _look_at_segments(view)
+        view.database_bytes = sum(512 * path.stat().st_blocks for path in databases_in(directory))
     except OSError as error:
         raise ConfigError(f"{directory} cannot be read ({error}); be the user that the server runs as") from error
     view.notes += [
-        f"{path.name} was set aside as damaged by a server; nobody needs it any more"
+        f"{path.name} was set aside as damaged by a server; nobody needs it any more, and `gc` removes it"
         for path in sorted(directory.glob("*.damaged-*.sqlite"))
     ]
     return view
+
+
+def databases_in(directory: Path) -> list[Path]:
+    """The databases of a state directory with their logs, set-aside ones included."""
+    return sorted(path for pattern in _OURS[:2] for path in directory.glob(pattern))
 
 
 def owner_of(directory: Path) -> str | None:
@@ -123,17 +138,6 @@ def read_rows(view: StateView) -> list[SpanRow]:
             catalog.close()
 
 
-def open_segment(path: Path) -> SegmentFile:
-    """A segment for reading only. Raises CorruptChunkError, OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        io = ThreadsIO()
-        return SegmentFile(path, SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0)), io, io.open(fd))
-    except BaseException:
-        os.close(fd)
-        raise
-
-
 def _look_at_transcripts(view: StateView) -> None:
     with _frozen(view, "transcripts.sqlite") as copy:
         if copy is None:
@@ -152,30 +156,26 @@ def _look_at_segments(view: StateView) -> None:
     for row in view.rows:
         for number, slot in row.places:
             used.setdefault(number, set()).add(slot)
-    for path in sorted((view.path / "segments").glob("*.seg")):
-        try:
-            with closing(open_segment(path)) as file:
-                header, num_written, num_blocks = file.header, file.num_written, path.stat().st_blocks
-        except (CorruptChunkError, FileNotFoundError) as error:
-            if path.exists() and view.owner is None:  # a server may be making or deleting it just now
-                view.problems.append(f"{path.name} is no segment file: {error}")
-            continue
-        if header.store_uuid != view.store_uuid or not path.stem.isdecimal():
-            view.notes.append(f"{path.name} belongs to another store; a server leaves it alone")
-            continue
-        number = int(path.stem)
-        num_used = len(used.get(number, ()))
-        view.segments.append(
-            SegmentView(
-                name=path.name,
-                number=number,
-                slot_bytes=header.slot_bytes,
-                num_slots=header.num_slots,
-                num_used=num_used,
-                num_free=max(0, num_written - num_used),
-                disk_bytes=512 * num_blocks,
+    view.files = survey(view.path / "segments", view.store_uuid)
+    for file in view.files:
+        if file.state == DAMAGED:
+            if view.owner is None:  # a server may be making it just now
+                view.problems.append(f"{file.path.name} is no segment file: {file.why}")
+        elif file.header is None:
+            view.notes.append(f"{file.path.name} lies beside the segments: {file.why}; {_WHO_CARES[file.state]}")
+        else:
+            num_used = len(used.get(file.number, ()))
+            view.segments.append(
+                SegmentView(
+                    name=file.path.name,
+                    number=file.number,
+                    slot_bytes=file.header.slot_bytes,
+                    num_slots=file.header.num_slots,
+                    num_used=num_used,
+                    num_free=max(0, file.num_written - num_used),
+                    disk_bytes=file.disk_bytes,
+                )
             )
-        )
     lost = set(used) - {segment.number for segment in view.segments}
     num_lost = sum(any(place.segment in lost for place in row.places) for row in view.rows)
     if num_lost and view.owner is None:
@@ -232,11 +232,3 @@ def _reason(note: str) -> str:
     """Why storage set a database aside, out of its sentence about the copy."""
     found = re.search(r"cannot be used \((.*)\); it was set aside", note)
     return found.group(1) if found else note
-
-
-def _read_store_uuid(directory: Path) -> bytes | None:
-    try:
-        raw = bytes.fromhex((directory / "store.id").read_text(encoding="ascii"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return raw if len(raw) == UUID_BYTES else None

@@ -14,7 +14,7 @@ from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.slots import Place
-from mii_hcache.tools.state_view import StateView, open_segment, owner_of, read_rows
+from mii_hcache.tools.state_view import StateView, owner_of, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Damage:
     layer_idx: int
     place: Place
     reason: str
+    is_unread: bool = False
+    """The disk did not give the bytes, which may be sound: whatever ails it may pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
     num_bytes = 0
     with _Files(view) as files:
         for done, (place, row, chunk_idx) in enumerate(places, start=1):
-            reason = files.check(place, row, chunk_idx)
+            reason, is_unread = files.check(place, row, chunk_idx)
             chunk = row.record.layout.chunks[chunk_idx]
             num_bytes += chunk.num_bytes
             if reason is not None:
@@ -62,6 +64,7 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
                         layer_idx=chunk.layer_idx,
                         place=place,
                         reason=reason,
+                        is_unread=is_unread,
                     )
                 )
             count(done, len(places))
@@ -93,8 +96,8 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def check(self, place: Place, row: SpanRow, chunk_idx: int) -> str | None:
-        """What is wrong with a chunk, None when nothing is."""
+    def check(self, place: Place, row: SpanRow, chunk_idx: int) -> tuple[str | None, bool]:
+        """What is wrong with a chunk, None when nothing is; and whether it is only that it could not be read."""
         chunk = row.record.layout.chunks[chunk_idx]
         header = SlotHeader(
             store_uuid=self._store_uuid,
@@ -109,12 +112,14 @@ class _Files:
             self._out = memoryview(bytearray(chunk.num_bytes))
         try:
             self._file(place.segment).read_into(place.slot, header, self._out)
-        except (CorruptChunkError, OSError) as error:
-            return str(error)
-        return None if crc32c(self._out) == header.crc else "wrong checksum"
+        except CorruptChunkError as error:
+            return str(error), False
+        except OSError as error:
+            return str(error), not isinstance(error, FileNotFoundError)
+        return (None if crc32c(self._out) == header.crc else "wrong checksum"), False
 
     def _file(self, number: int) -> SegmentFile:
         if number not in self._open:
-            self._open[number] = open_segment(self._directory / f"{number:08d}.seg")
+            self._open[number] = SegmentFile.open_to_read(self._directory / f"{number:08d}.seg")
             self._stack.callback(self._open[number].close)
         return self._open[number]
