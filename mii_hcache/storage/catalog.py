@@ -102,6 +102,10 @@ class Catalog:
 
         self._database.transact(change, durable=durable)
 
+    def vacuum(self) -> None:
+        """See `Database.vacuum`."""
+        self._database.vacuum()
+
     def close(self) -> None:
         """Close the file. Idempotent."""
         self._database.close()

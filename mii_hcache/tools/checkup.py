@@ -90,7 +90,7 @@ class Checkup:
 def check(directory: Path, count: Callable[[int, int], None]) -> Checkup:
     """Read everything; change nothing. `count(done, all)` of chunks is called often. Raises StateDirBusyError when a
     server has the directory, before or meanwhile, ConfigError when it is no state directory or cannot be read."""
-    _refuse_if_owned(directory)
+    refuse_if_owned(directory)
     view = look_at(directory)
     view.notes += [
         f"{segment.name} holds nothing that the catalog names; a server, or `gc`, gives its {size(segment.disk_bytes)} "
@@ -101,7 +101,7 @@ def check(directory: Path, count: Callable[[int, int], None]) -> Checkup:
     if store_uuid_in(directory) is None and view.segments:
         view.notes.append("store.id is missing or unreadable; the catalog knows the store's identity, too")
     checkup = Checkup(view=view, found=verify(view, count))
-    _refuse_if_owned(directory)
+    refuse_if_owned(directory)
     return checkup
 
 
@@ -135,7 +135,8 @@ def repair(checkup: Checkup) -> None:
                     checkup.repairs.append(transcripts.note)
 
 
-def _refuse_if_owned(directory: Path) -> None:
+def refuse_if_owned(directory: Path) -> None:
+    """Raise StateDirBusyError when a server has the directory."""
     owner = owner_of(directory) if directory.is_dir() else None
     if owner is not None:
         raise StateDirBusyError(

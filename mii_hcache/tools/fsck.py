@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mii_hcache.config import default_state_dir
@@ -44,12 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for directory in [Path(text).expanduser() for text in options.state_dir or [default_state_dir()]]:
         progress = Progress()
         try:
-            checkup = check(directory, lambda done, all_, progress=progress: progress.count("chunks", done, all_))
+            checkups.append(check(directory, partial(progress.count, "chunks")))
             if options.repair:
-                repair(checkup)
+                repair(checkups[-1])
         finally:
             progress.clear()
-        checkups.append(checkup)
     is_clean = all(checkup.is_clean for checkup in checkups)
     if options.json:
         print(json.dumps({"ok": is_clean, "state_dirs": [checkup.to_dict() for checkup in checkups]}, indent=2))

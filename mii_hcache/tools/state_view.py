@@ -70,6 +70,10 @@ class StateView:
     """What the databases and their logs take, set-aside ones included. A server's capacity does not count them."""
     notes: list[str] = field(default_factory=list)
     """What people should know, and is no damage."""
+    num_lost_spans: int = 0
+    """Of `rows`: those that lie in segment files that are gone or unreadable."""
+    broken: set[str] = field(default_factory=set)
+    """Names of databases that cannot be used, or are missing though they should be there."""
     problems: list[str] = field(default_factory=list)
     """What is damaged or lost, one sentence each."""
 
@@ -123,11 +127,13 @@ def read_rows(view: StateView) -> list[SpanRow]:
     with _frozen(view, "catalog.sqlite") as copy:
         if copy is None:
             if any((view.path / "segments").glob("*.seg")):
+                view.broken.add("catalog.sqlite")
                 view.problems.append("the catalog is missing, and without it nobody knows what the segments hold")
             return []
         catalog = Catalog(copy, view.store_uuid)
         try:
             if catalog.note is not None:
+                view.broken.add("catalog.sqlite")
                 view.problems.append(
                     f"the catalog cannot be used ({_reason(catalog.note)}); a server would start empty"
                 )
@@ -145,6 +151,7 @@ def _look_at_transcripts(view: StateView) -> None:
         transcripts = Transcripts(copy, flush_interval_s=None)
         view.num_transcripts = len(transcripts)
         if transcripts.note is not None:
+            view.broken.add("transcripts.sqlite")
             view.problems.append(
                 f"the transcripts cannot be used ({_reason(transcripts.note)}); they would be forgotten"
             )
@@ -177,9 +184,9 @@ def _look_at_segments(view: StateView) -> None:
                 )
             )
     lost = set(used) - {segment.number for segment in view.segments}
-    num_lost = sum(any(place.segment in lost for place in row.places) for row in view.rows)
-    if num_lost and view.owner is None:
-        view.problems.append(f"{num_lost} spans lie in segment files that are gone or unreadable")
+    view.num_lost_spans = sum(any(place.segment in lost for place in row.places) for row in view.rows)
+    if view.num_lost_spans and view.owner is None:
+        view.problems.append(f"{view.num_lost_spans} spans lie in segment files that are gone or unreadable")
 
 
 @contextmanager
