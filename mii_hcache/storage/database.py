@@ -42,6 +42,8 @@ class Database:
         self._schema, self._application_id, self._version = schema, application_id, version
         self.note: str | None = None
         """A sentence for people when a damaged file was set aside."""
+        self.aside: Path | None = None
+        """Where it is now."""
         self._load = load
         try:
             self.connection = self._open_checked()
@@ -141,6 +143,7 @@ class Database:
             if file.exists():
                 file.rename(target)
         sync_dir(path.parent)
+        self.aside = aside
         self.note = (
             f"{path.name} cannot be used ({error}); it was set aside as {aside.name} and a new one started empty"
         )

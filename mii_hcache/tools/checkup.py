@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mii_hcache.errors import StateDirBusyError
-from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.catalog import Catalog, salvage
 from mii_hcache.storage.state_dir import StateDir, store_uuid_in
 from mii_hcache.storage.survey import OURS
 from mii_hcache.storage.transcripts import Transcripts
 from mii_hcache.tools.state_view import StateView, look_at, owner_of
 from mii_hcache.tools.table import size
-from mii_hcache.tools.verification import Verification, verify
+from mii_hcache.tools.verification import Verification, compare, verify
 
 
 @dataclass(kw_only=True)
@@ -34,8 +34,8 @@ class Checkup:
 
     @property
     def unreferenced_bytes(self) -> int:
-        """At most what slots take that no row of the catalog names: free ones, and what a crash left."""
-        return sum(min(segment.num_free * segment.slot_bytes, segment.disk_bytes) for segment in self.view.segments)
+        """What segment files hold that no row of the catalog names: free slots, and what a crash left."""
+        return sum(segment.unused_bytes for segment in self.view.segments)
 
     @property
     def segment_bytes(self) -> int:
@@ -73,8 +73,8 @@ class Checkup:
         return [
             f"{self.view.path}: {len(self.view.rows):,} spans, {self.found.num_chunks:,} chunks, "
             f"{size(self.found.num_bytes)} read; {self.view.num_transcripts:,} transcripts",
-            f"on disk: {size(self.segment_bytes)} of segments, of which at most {size(self.unreferenced_bytes)} hold "
-            f"nothing that the catalog names; {size(self.view.database_bytes)} of databases",
+            f"on disk: {size(self.segment_bytes)} of segments, of which {size(self.unreferenced_bytes)} hold nothing "
+            f"that the catalog names; {size(self.view.database_bytes)} of databases",
             *(f"note      {note}" for note in self.view.notes),
             *(f"PROBLEM   {problem}" for problem in self.view.problems),
             *(
@@ -106,8 +106,9 @@ def check(directory: Path, count: Callable[[int, int], None]) -> Checkup:
 
 
 def repair(checkup: Checkup) -> None:
-    """Forget what is damaged, and never more: spans with a chunk that is not what was written; a database that cannot
-    be believed is set aside, as a server would do. What the disk did not give is left alone, for it may yet.
+    """Forget what is damaged, and never more: spans with a chunk that is not what was written. A database that cannot
+    be believed is set aside, as a server would do, but what is provably right in a catalog is taken over. What the disk
+    did not give is left alone, for it may yet.
 
     Raises StateDirBusyError, ConfigError.
     """
@@ -125,6 +126,7 @@ def repair(checkup: Checkup) -> None:
                     checkup.repairs.append(f"{len(doomed)} spans with damaged or lost chunks were forgotten")
                 if catalog.note is not None:
                     checkup.repairs.append(catalog.note)
+                    _bring_back(checkup, catalog)
                 if catalog.is_new:
                     checkup.repairs.append("a new catalog was made; what was saved is forgotten")
                 if store_uuid is None:
@@ -133,6 +135,19 @@ def repair(checkup: Checkup) -> None:
             with closing(Transcripts(state_dir.transcripts, flush_interval_s=None)) as transcripts:
                 if transcripts.note is not None:
                     checkup.repairs.append(transcripts.note)
+
+
+def _bring_back(checkup: Checkup, catalog: Catalog) -> None:
+    """Of a catalog that was set aside, take over the rows that are sound and whose every chunk is what they say: the
+    header of each slot carries store, span and generation, so that no row can claim what was deleted or written over
+    since."""
+    rows = [] if catalog.aside is None else salvage(catalog.aside)
+    view = replace(checkup.view, store_uuid=catalog.store_uuid)
+    doubtful = {damage.span_id for damage in compare(view, rows, lambda done, all_: None).damages}
+    sound = [row for row in rows if row.record.span_id not in doubtful]
+    if sound:
+        catalog.commit(add=sound)
+        checkup.repairs.append(f"{len(sound)} spans of the old catalog are sound and were taken over")
 
 
 def refuse_if_owned(directory: Path) -> None:

@@ -51,8 +51,8 @@ class Collection:
 
     @property
     def free_slot_bytes(self) -> int:
-        """What free slots take, at most, before any span goes."""
-        return sum(min(one.num_free * one.slot_bytes, one.disk_bytes) for one in self.view.segments)
+        """What free slots take before any span goes."""
+        return sum(segment.unused_bytes for segment in self.view.segments)
 
     @property
     def gain_bytes(self) -> int:
@@ -85,7 +85,7 @@ class Collection:
         if self.evicted:
             lines.append(f"  {len(self.evicted):,} spans {would}evicted: least recently used, beyond the capacity")
         if self.free_slot_bytes:
-            lines.append(f"  up to {size(self.free_slot_bytes)} of free slots {would}given back to the disk")
+            lines.append(f"  {size(self.free_slot_bytes)} of free slots {would}given back to the disk")
         lines += [f"  {path.relative_to(self.view.path)} {would}removed: {why}" for path, why in self.files]
         lines += [f"  note  {note}" for note in self.notes]
         if self.after_bytes is None:

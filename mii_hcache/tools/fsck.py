@@ -19,7 +19,8 @@ lies there: files of other stores or older formats, files that were never finish
 
 Changes nothing without --repair. With it, what is damaged is forgotten, and never more: a conversation is then computed
 again from where it was damaged on. A damaged database is set aside (FILE.damaged-N.sqlite), as a server would do when
-it starts. A chunk that the disk does not give (an I/O error) is reported and kept: the disk may do better tomorrow.
+it starts; but of a catalog, what is provably right is taken over, which a server does not take the time for. A chunk
+that the disk does not give (an I/O error) is reported and kept: the disk may do better tomorrow.
 
 A server does not need this: it checks every chunk that it reads. It is for after a crash of the machine, for a disk
 that is doubted, for a copy of a state directory.

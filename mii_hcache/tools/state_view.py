@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
-from mii_hcache.storage.format import FORMAT_VERSION
+from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, SegmentHeader
 from mii_hcache.storage.state_dir import store_uuid_in
 from mii_hcache.storage.survey import DAMAGED, FOREIGN, OLD, UNFINISHED, FoundFile, survey
 from mii_hcache.storage.transcripts import Transcripts
@@ -46,9 +46,11 @@ class SegmentView:
     num_used: int
     """Slots that hold chunks of spans in the catalog."""
     num_free: int
-    """Other slots that were written once."""
+    """Other slots that take room on the disk."""
     disk_bytes: int
     """What the file takes on disk, holes left out."""
+    unused_bytes: int
+    """What it takes beside its header and the slots that are used."""
 
 
 @dataclass(kw_only=True)
@@ -171,22 +173,26 @@ def _look_at_segments(view: StateView) -> None:
         elif file.header is None:
             view.notes.append(f"{file.path.name} lies beside the segments: {file.why}; {_WHO_CARES[file.state]}")
         else:
-            num_used = len(used.get(file.number, ()))
-            view.segments.append(
-                SegmentView(
-                    name=file.path.name,
-                    number=file.number,
-                    slot_bytes=file.header.slot_bytes,
-                    num_slots=file.header.num_slots,
-                    num_used=num_used,
-                    num_free=max(0, file.num_written - num_used),
-                    disk_bytes=file.disk_bytes,
-                )
-            )
+            view.segments.append(_segment_view(file, file.header, len(used.get(file.number, ()))))
     lost = set(used) - {segment.number for segment in view.segments}
     view.num_lost_spans = sum(any(place.segment in lost for place in row.places) for row in view.rows)
     if view.num_lost_spans and view.owner is None:
         view.problems.append(f"{view.num_lost_spans} spans lie in segment files that are gone or unreadable")
+
+
+def _segment_view(file: FoundFile, header: SegmentHeader, num_used: int) -> SegmentView:
+    """A file's end runs ahead of its slots, and holes are where slots were given back: blocks tell what is there."""
+    unused_bytes = max(0, file.disk_bytes - BLOCK_BYTES - num_used * header.slot_bytes)
+    return SegmentView(
+        name=file.path.name,
+        number=file.number,
+        slot_bytes=header.slot_bytes,
+        num_slots=header.num_slots,
+        num_used=num_used,
+        num_free=min(max(0, file.num_written - num_used), -(-unused_bytes // header.slot_bytes)),
+        disk_bytes=file.disk_bytes,
+        unused_bytes=unused_bytes,
+    )
 
 
 @contextmanager

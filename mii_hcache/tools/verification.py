@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -45,8 +45,14 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
     A running server is not in the way: no slot that a committed row names is ever written, so what does not fit is
     damaged if its row is still there afterwards, and was deleted meanwhile if not. `count(done, all)` is called often.
     """
+    found = compare(view, view.rows, count)
+    return replace(found, damages=_confirmed(view, found.damages))
+
+
+def compare(view: StateView, rows: Sequence[SpanRow], count: Callable[[int, int], None]) -> Verification:
+    """`verify` of rows that nobody changes meanwhile, be they in the catalog or not."""
     places = sorted(
-        ((place, row, chunk_idx) for row in view.rows for chunk_idx, place in enumerate(row.places)),
+        ((place, row, chunk_idx) for row in rows for chunk_idx, place in enumerate(row.places)),
         key=lambda item: item[0],
     )
     suspects: list[Damage] = []
@@ -68,7 +74,7 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
                     )
                 )
             count(done, len(places))
-    return Verification(num_chunks=len(places), num_bytes=num_bytes, damages=_confirmed(view, suspects))
+    return Verification(num_chunks=len(places), num_bytes=num_bytes, damages=suspects)
 
 
 def _confirmed(view: StateView, suspects: list[Damage]) -> list[Damage]:

@@ -162,25 +162,47 @@ def test_a_garbage_catalog_is_set_aside(saved, fsck, garbage):
     assert survivors(saved) == []
 
 
+ALL = list(range(10))
+
+
 @pytest.mark.parametrize(
-    ("sql", "why"),
+    ("sql", "why", "kept"),
     [
-        ("DROP TABLE span", "tables"),
-        ("CREATE TRIGGER t AFTER INSERT ON span BEGIN DELETE FROM span; END", "tables"),
-        ("PRAGMA user_version = 3", "format version 3"),
-        ("DELETE FROM store", "rows but no identity"),
-        ("UPDATE store SET uuid = randomblob(16)", "another store"),
-        ("UPDATE span SET token_ids = zeroblob(256) WHERE rowid = 3", "checksum"),
-        ("UPDATE span SET places = x'00' WHERE rowid = 3", "checksum"),
-        ("UPDATE span SET kinds = 3 WHERE rowid = 3", "malformed"),
-        ("UPDATE span SET last_used = 'never' WHERE rowid = 3", "checksum"),
+        ("DROP TABLE span", "tables", []),
+        ("CREATE TRIGGER t AFTER INSERT ON span BEGIN DELETE FROM span; END", "tables", ALL),
+        ("ALTER TABLE span ADD COLUMN more", "tables", ALL),
+        ("PRAGMA user_version = 3", "format version 3", []),
+        ("DELETE FROM store", "rows but no identity", ALL),
+        ("UPDATE store SET uuid = randomblob(16)", "another store", ALL),
+        ("UPDATE span SET token_ids = zeroblob(256) WHERE rowid = 3", "checksum", [0, 1, *ALL[3:]]),
+        ("UPDATE span SET places = x'00' WHERE rowid = 3", "checksum", [0, 1, *ALL[3:]]),
+        ("UPDATE span SET kinds = 3 WHERE rowid = 3", "malformed", [0, 1, *ALL[3:]]),
+        ("UPDATE span SET last_used = 'never' WHERE rowid = 3", "checksum", [0, 1, *ALL[3:]]),
     ],
 )
-def test_a_catalog_that_makes_no_sense_is_told(saved, fsck, sql, why):
+def test_of_a_catalog_that_makes_no_sense_the_sound_rows_are_kept(saved, fsck, sql, why, kept):
     alter(saved / "catalog.sqlite", sql)
     status, found = fsck(saved)
     assert status == 1 and why in found["problems"][0]
-    assert fsck(saved, "--repair")[0] == 1 and fsck(saved)[0] == 0
+    assert fsck(saved, "--repair")[0] == 1
+    status, found = fsck(saved)
+    assert (status, found["num_spans"]) == (0, len(kept))
+    assert survivors(saved) == kept
+
+
+def test_no_old_row_brings_deleted_bytes_back(saved, fsck):
+    """A catalog from before a deletion: its rows are sound, and what they name is gone or somebody else's."""
+    old = (saved / "catalog.sqlite").read_bytes()
+    state = open_state(saved, CAPACITY_BYTES, 0)
+    state.store.delete([RECORDS[2].span_id, RECORDS[5].span_id])
+    state.store.flush()
+    assert put(state.store, RECORDS[2], 7)
+    state.close()
+    (saved / "catalog.sqlite").write_bytes(old)
+    alter(saved / "catalog.sqlite", "UPDATE store SET uuid = x'00'")
+    status, found = fsck(saved, "--repair")
+    assert status == 1 and found["repairs"][1] == "8 spans of the old catalog are sound and were taken over"
+    assert fsck(saved)[0] == 0 and survivors(saved) == [idx for idx in ALL if idx not in (2, 5)]
 
 
 def test_a_lost_catalog_and_a_lost_identity(saved, fsck, tmp_path):
