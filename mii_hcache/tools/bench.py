@@ -90,6 +90,12 @@ def _storage(options: argparse.Namespace) -> int:
             report["state_dirs"].append(bench.directory(directory, seconds))
     finally:
         progress.clear()
+    notes += [
+        f"the file system of {found['state_dir']} has no direct I/O: numbers of uring are the page cache's, and fio "
+        "was left out"
+        for found in report["state_dirs"]
+        if not found["direct"]
+    ]
     if options.json:
         for found in report["state_dirs"]:
             found["rows"] = [row.to_dict() for row in found["rows"]]

@@ -77,6 +77,19 @@ def drop_pages(paths: Iterable[Path]) -> None:
             os.close(fd)
 
 
+def takes_direct(path: Path) -> bool:
+    """Whether a file's file system has direct I/O. Some say so when it is opened, others at the first transfer."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            os.preadv(fd, [aligned(4096)], 0)
+        finally:
+            os.close(fd)
+    except OSError:
+        return False
+    return True
+
+
 def may_register() -> bool:
     """Whether this user may have as much memory registered with a ring as `uring` wants (`ulimit -l`)."""
     device = new_device(1)

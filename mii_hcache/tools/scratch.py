@@ -25,14 +25,14 @@ _SPARE_BYTES = 64 << 20
 
 @contextmanager
 def scratch(directory: Path, num_bytes: int) -> Iterator[Path]:
-    """A new folder (0700) in `directory`, which is made if it is not there. Both are as before after the block: also
+    """A new folder (0700) in `directory`, which is made if it is not there. All is as before after the block: also
     after an exception, Ctrl-C or SIGTERM. What a killed process left is removed at the next time.
 
     Raises ConfigError when the directory cannot be used or has no room for `num_bytes`.
     """
-    is_new = not directory.exists()
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        if is_new:
+        if made:
             check_room(directory, num_bytes)
             make_private_dir(directory)
         sweep(directory)
@@ -48,9 +48,9 @@ def scratch(directory: Path, num_bytes: int) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
-        if is_new:
-            with contextlib.suppress(OSError):
-                directory.rmdir()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def check_room(directory: Path, num_bytes: int) -> None:

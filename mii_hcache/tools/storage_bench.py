@@ -117,9 +117,10 @@ class Bench:
             paths = [folder / "a", folder / "b"]  # as many files as a store fills side by side
             make_files(paths, wanted.num_bytes // len(paths))
             files = Files(paths=paths, file_bytes=wanted.num_bytes // len(paths), chunk_bytes=wanted.main_chunk_bytes)
-            self._run(self._file_passes(files, folder), seconds)
+            is_direct = device_passes.takes_direct(paths[0])
+            self._run(self._file_passes(files, folder, with_fio=wanted.with_fio and is_direct), seconds)
             kind = filesystem_of(directory)
-        return {"state_dir": str(directory), "filesystem": kind, "rows": self._rows()}
+        return {"state_dir": str(directory), "filesystem": kind, "direct": is_direct, "rows": self._rows()}
 
     def memory(self, seconds: float) -> list[Row]:
         """Measure the DRAM tier and the checksum."""
@@ -142,14 +143,14 @@ class Bench:
     def _rows(self) -> list[Row]:
         return [Row(point=point, median=Median.of(costs)) for point, costs in self._costs.items()]
 
-    def _file_passes(self, files: Files, folder: Path) -> list[Pass]:
+    def _file_passes(self, files: Files, folder: Path, *, with_fio: bool) -> list[Pass]:
         wanted, passes = self.wanted, list[Pass]()
         lent = "uring" in wanted.backends and device_passes.may_register()
         for side in ("read", "write"):
             for chunk_bytes, depth in wanted.shapes():
                 point = Point(what="device", backend="", side=side, chunk_bytes=chunk_bytes, queue_depth=depth)
                 cut = replace(files, chunk_bytes=chunk_bytes)
-                if wanted.with_fio:
+                if with_fio:
                     passes.append(_fio_pass(replace(point, backend="fio"), cut))
                 for backend in wanted.backends:
                     own = replace(point, backend=backend)

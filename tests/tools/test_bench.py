@@ -14,6 +14,7 @@ import pytest
 
 from mii_hcache.__main__ import main
 from mii_hcache.errors import ConfigError
+from mii_hcache.storage import copying
 from mii_hcache.storage.native import why_no_uring
 from mii_hcache.storage.open import open_state
 from mii_hcache.tools import device_passes
@@ -38,11 +39,9 @@ def test_the_numbers_are_sane_and_saved_state_is_untouched(tmp_path, capsys):
     assert put(state.store, record)
     state.close()
     before = {path.name: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()}
-    directories = [tmp_path / "state", tmp_path / "new"]
-    status, report = bench(capsys, *(option for path in directories for option in ("--state-dir", str(path))))
-    assert status == 0 and [found["state_dir"] for found in report["state_dirs"]] == list(map(str, directories))
+    status, report = bench(capsys, "--state-dir", str(tmp_path / "state"), "--repeats", "1")
+    assert status == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "state").rglob("*") if path.is_file()} == before
-    assert not (tmp_path / "new").exists() and [path.name for path in tmp_path.iterdir()] == ["state"]
     backends = {"threads", *(["uring"] if why_no_uring() is None else []), *(["fio"] if report["fio"] else [])}
     for found in report["state_dirs"]:
         rows = [row for row in found["rows"] if row["what"] == "device"]
@@ -69,11 +68,49 @@ def test_the_numbers_are_sane_and_saved_state_is_untouched(tmp_path, capsys):
     reopened.close()
 
 
+def test_several_directories_one_after_the_other(tmp_path, capsys):
+    directories = [str(tmp_path), str(tmp_path / "not" / "yet")]
+    options = ["--no-fio", "--io", "threads", "--queue-depth", "1", "--chunk-bytes", "64K", "--repeats", "1"]
+    status, report = bench(capsys, *(word for path in directories for word in ("--state-dir", path)), *options)
+    assert status == 0 and [found["state_dir"] for found in report["state_dirs"]] == directories
+    first, second = ([(row["what"], row["side"]) for row in found["rows"]] for found in report["state_dirs"])
+    assert first == second and len(first) == 6
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_text_names_every_way(tmp_path, capsys):
     status = main(["bench", "storage", "--state-dir", str(tmp_path), *TINY[:4], "--chunk-bytes", "64K", "--no-fio"])
     out = capsys.readouterr().out
     assert status == 0 and "threads + checksums" in out and "memcpy" in out and "without fio" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_native_engine(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mii_hcache.tools.bench.why_no_uring", lambda: "no compiler")
+    monkeypatch.setattr(copying, "new_copier", lambda num_threads: None)
+    monkeypatch.setattr(copying, "_shared", [])
+    status, report = bench(capsys, "--state-dir", str(tmp_path), "--no-fio")
+    assert status == 0 and report["notes"] == [
+        "uring was not measured: no compiler",
+        "copies in DRAM are Python's, one at a time: the native engine was not built",
+    ]
+    assert {row["backend"] for row in report["state_dirs"][0]["rows"]} == {"threads"}
+    assert main(["bench", "storage", "--state-dir", str(tmp_path), "--io", "uring"]) == 2
+    assert "--io uring cannot be had: no compiler" in capsys.readouterr().err
+
+
+def test_where_memory_may_not_be_locked_and_files_not_be_read_directly(tmp_path, capsys, monkeypatch):
+    if (why := why_no_uring()) is not None:
+        pytest.skip(why)
+    monkeypatch.setattr(device_passes, "may_register", lambda: False)
+    monkeypatch.setattr("mii_hcache.tools.bench.may_register", lambda: False)
+    monkeypatch.setattr(device_passes, "takes_direct", lambda path: False)
+    status, report = bench(capsys, "--state-dir", str(tmp_path), "--io", "uring")
+    assert status == 0 and [note.split(":")[0] for note in report["notes"] if "fio is" not in note] == [
+        "memory could not be registered with the ring (`ulimit -l`)",
+        f"the file system of {tmp_path} has no direct I/O",
+    ]
+    assert {row["backend"] for row in report["state_dirs"][0]["rows"]} == {"uring"}
 
 
 @pytest.mark.parametrize(
