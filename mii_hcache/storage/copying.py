@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from mii_hcache.storage.native import new_copier
+from mii_hcache.storage.native import new_copier, why_not_built
 
 if TYPE_CHECKING:
     from mii_hcache import _io
@@ -74,7 +74,7 @@ class Copying:
         if not self._is_known:
             with self._lock:
                 if not self._is_known:
-                    self._copier = new_copier(self.num_threads)
+                    self._copier = new_copier(self.num_threads) if why_not_built() is None else None
                     self._is_known = True
         return self._copier
 

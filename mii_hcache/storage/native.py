@@ -41,10 +41,8 @@ def new_device(depth: int) -> _io.Device:
     return _io.Device(depth)
 
 
-def new_copier(num_threads: int) -> _io.Copier | None:
-    """Threads that copy; None where the engine was not built."""
-    if why_not_built() is not None:
-        return None
+def new_copier(num_threads: int) -> _io.Copier:
+    """Threads that copy. Only where `why_not_built` is None."""
     from mii_hcache import _io
 
     return _io.Copier(num_threads)

@@ -22,7 +22,7 @@ SIZES = (0, 1, 4095, 32 << 10, (32 << 10) + 1, 300_000, 2_000_003)
 @pytest.fixture(params=["native", "python"])
 def copies(request, monkeypatch) -> Copying:
     if request.param == "python":
-        monkeypatch.setattr(copying, "new_copier", lambda num_threads: None)
+        monkeypatch.setattr(copying, "why_not_built", lambda: "no compiler")
     elif (why := why_not_built()) is not None:
         pytest.skip(why)
     made = Copying(3)
@@ -90,7 +90,7 @@ def test_a_forked_child_copies_too():
 
 
 def test_a_store_in_memory_works_without_the_native_engine(monkeypatch):
-    monkeypatch.setattr(copying, "new_copier", lambda num_threads: None)
+    monkeypatch.setattr(copying, "why_not_built", lambda: "no compiler")
     monkeypatch.setattr(copying, "_shared", [Copying(2)])
     store = MemoryStore(1 << 24)
     records = [make_record(idx, chunk_bytes=100_000) for idx in range(4)]

@@ -87,7 +87,7 @@ def test_the_text_names_every_way(tmp_path, capsys):
 
 def test_without_the_native_engine(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mii_hcache.tools.bench.why_no_uring", lambda: "no compiler")
-    monkeypatch.setattr(copying, "new_copier", lambda num_threads: None)
+    monkeypatch.setattr(copying, "why_not_built", lambda: "no compiler")
     monkeypatch.setattr(copying, "_shared", [])
     status, report = bench(capsys, "--state-dir", str(tmp_path), "--no-fio")
     assert status == 0 and report["notes"] == [
