@@ -15,7 +15,10 @@ COMMANDS = {
     "doctor": ("mii_hcache.tools.doctor", "what is on, what is off, why, and what to do about it"),
     "plan": ("mii_hcache.tools.plan", "what would be stored for a model, and how fast histories would come back"),
     "profile": ("mii_hcache.tools.profile", "measure this machine for a model: what plans are made of"),
+    "bench": ("mii_hcache.tools.bench", "how fast this disk and this memory are, and what reading them costs"),
     "inspect": ("mii_hcache.tools.inspection", "what a state directory holds; --verify reads every byte of it"),
+    "fsck": ("mii_hcache.tools.fsck", "is all of a state directory as it was saved? --repair forgets what is not"),
+    "gc": ("mii_hcache.tools.gc", "give back to the disk what a state directory holds and nobody needs"),
 }
 """Name to module with `main(arguments) -> exit status`, and what it is for."""
 

@@ -43,8 +43,8 @@ def test_options_exist():
     if not (ROOT / "mii_hcache" / "serve" / "__main__.py").exists():
         pytest.skip("mii_hcache.serve has no command yet")
     known: set[str] = set()
-    for command in ("serve", "plan", "profile"):
-        asked = [sys.executable, "-m", "mii_hcache", command, "--help"]
+    for command in ("serve", "plan", "profile", "bench storage", "fsck", "gc"):
+        asked = [sys.executable, "-m", "mii_hcache", *command.split(), "--help"]
         done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         known |= options(done.stdout)

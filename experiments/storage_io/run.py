@@ -4,7 +4,8 @@
 
 Rows are JSON, one a pass, medians last. A disk that is rate-limited, as on rented machines, makes all equally fast:
 there CPU seconds per GB are the result. Verification is in the rows of stores and not in those of the engine;
-`checksum` says what it costs alone.
+`checksum` says what it costs alone. What a pass is lies in `mii_hcache/tools/*_passes.py`, which `python -m mii_hcache
+bench storage` runs, too: that is the tool, and this the record.
 """
 
 from __future__ import annotations
@@ -22,47 +23,41 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.machine import machine
-from experiments.storage_io import passes
+from mii_hcache.runtime.machine import filesystem_of
+from mii_hcache.tools import device_passes, dram_passes, store_passes
+from mii_hcache.tools.device_passes import Files, make_files
 
+QUEUE_DEPTH = 32
 Row = dict[str, Any]
 
 
-def passes_of_a_round(
-    folder: Path, files: list[Path], file_bytes: int, chunk_bytes: int, *, with_stores: bool, num_paths: int
-) -> Iterator[tuple[str, Any]]:
+def passes_of_a_round(folder: Path, files: Files, *, with_stores: bool, num_paths: int) -> Iterator[tuple[str, Any]]:
     """Name and cost of each pass; a yardstick stands next to what it measures."""
-    num_bytes = len(files) * file_bytes
+    num_bytes, chunk_bytes = files.num_bytes, files.chunk_bytes
+    with_fio = device_passes.fio_version() is not None
     for side in ("read", "write"):
         is_write = side == "write"
         for _ in range(3):  # in turn: a minute later the disk may be another
-            yield f"{side} fio, registered", passes.fio(files, file_bytes, chunk_bytes, is_write=is_write)
-            cost = passes.engine(files, file_bytes, chunk_bytes, is_write=is_write, lent=True)
+            if with_fio:
+                cost = device_passes.fio(files, is_write=is_write, queue_depth=QUEUE_DEPTH)
+                yield f"{side} fio, registered", cost
+            cost = device_passes.uring(files, is_write=is_write, queue_depth=QUEUE_DEPTH)
             yield f"{side} engine, registered memory", cost
-        cost = passes.engine(files, file_bytes, chunk_bytes, is_write=is_write, lent=False)
+        cost = device_passes.uring(files, is_write=is_write, queue_depth=QUEUE_DEPTH, lent=False)
         yield f"{side} engine, unregistered memory", cost
     if with_stores:
         for io in ("uring", "threads"):
             for count in sorted({1, num_paths}):
                 folders = [folder / f"state{idx}" for idx in range(count)]
                 name = f"store, {io}, checksums included" + f", striped over {count}" * (count > 1)
-                written, read = passes.store(folders, num_bytes, chunk_bytes, io)
+                written, read = store_passes.file_store(folders, num_bytes, chunk_bytes, io)
                 yield f"write {name}", written
                 yield f"read {name}", read
-    yield "checksum", passes.checksum(num_bytes, chunk_bytes)
+    yield "checksum", store_passes.checksum(num_bytes, chunk_bytes)
     num_threads = os.cpu_count() or 1
     for count in sorted({1, num_threads}):
-        yield f"memcpy, {count} threads", passes.memcpy(4 * num_bytes, count)
-        yield f"dram engine, {count} threads", passes.dram(4 * num_bytes, chunk_bytes, count)
-
-
-def filesystem_of(folder: Path) -> str:
-    """Type of the file system, by the longest mount point that `folder` is under."""
-    best = ("", "unknown")
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, point, kind, *_ = line.split()
-        if folder.resolve().is_relative_to(point) and len(point) >= len(best[0]):
-            best = (point, kind)
-    return best[1]
+        yield f"memcpy, {count} threads", dram_passes.memcpy(4 * num_bytes, count)
+        yield f"dram engine, {count} threads", dram_passes.copies(4 * num_bytes, chunk_bytes, count)
 
 
 def main() -> None:
@@ -87,7 +82,7 @@ def main() -> None:
         "kernel": platform.release(),
         "file_system": filesystem_of(values.dir),
         "chunk_bytes": chunk_bytes,
-        "queue_depth": passes.QUEUE_DEPTH,
+        "queue_depth": QUEUE_DEPTH,
         "kind": "measured",
     }
     print(json.dumps(about), flush=True)
@@ -95,19 +90,12 @@ def main() -> None:
     costs: dict[str, list[Row]] = defaultdict(list)
     folder = Path(tempfile.mkdtemp(prefix="storage-io-", dir=values.dir))
     try:
-        files = [folder / "a", folder / "b"]
-        block = os.urandom(1 << 20)
-        for path in files:
-            with path.open("wb") as file:
-                for _ in range(-(-file_bytes // len(block))):
-                    file.write(block)
-                os.fsync(file.fileno())
+        files = Files(paths=[folder / "a", folder / "b"], file_bytes=file_bytes, chunk_bytes=chunk_bytes)
+        make_files(files.paths, file_bytes)
         for round_idx in range(values.rounds):
             for name, cost in passes_of_a_round(
-                folder, files, file_bytes, chunk_bytes, with_stores=not values.without_stores, num_paths=values.paths
+                folder, files, with_stores=not values.without_stores, num_paths=values.paths
             ):
-                if cost is None:
-                    continue
                 costs[name].append(cost.row())
                 row = {"pass": name, "round": round_idx, **costs[name][-1]}
                 print(json.dumps(row), flush=True)

@@ -7,6 +7,7 @@ import struct
 import time
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,10 @@ CREATE TABLE span (
     generation INTEGER NOT NULL, places BLOB NOT NULL, crc INTEGER NOT NULL, last_used INTEGER NOT NULL
 )
 """
+_COLUMNS = (
+    "span_id, parent_id, span_idx, token_ids, kinds, hidden_chunk_bytes, kv_chunk_bytes, generation, places, crc, "
+    "last_used"
+)
 _INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _CHUNK = struct.Struct("<III")
 _FIXED = struct.Struct("<10q")
@@ -70,6 +75,8 @@ class Catalog:
         )
         self.note = self._database.note
         """A sentence for people when a damaged catalog was set aside."""
+        self.aside = self._database.aside
+        """Where it is now."""
 
     def first_generation(self) -> int:
         """A generation above all that this store ever used. The clock vouches for those that no row remembers (lost
@@ -102,6 +109,10 @@ class Catalog:
 
         self._database.transact(change, durable=durable)
 
+    def vacuum(self) -> None:
+        """See `Database.vacuum`."""
+        self._database.vacuum()
+
     def close(self) -> None:
         """Close the file. Idempotent."""
         self._database.close()
@@ -124,6 +135,23 @@ class Catalog:
         self.store_uuid = store_uuid
         self.rows = rows
         self._last_generation = max([generation, *(row.generation for row in rows)])
+
+
+def salvage(path: Path) -> list[SpanRow]:
+    """Those rows of a catalog that was set aside which are sound, each by its own checksum, as far as SQLite can read
+    them. What they say was true once; whether it still is, the slots' headers tell. Blocks on I/O; does not raise."""
+    rows: dict[SpanId, SpanRow] = {}
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as connection:
+        connection.text_factory = bytes
+        if connection.execute("PRAGMA user_version").fetchone()[0] != FORMAT_VERSION:
+            return []
+        for values in connection.execute(f"SELECT {_COLUMNS} FROM span"):
+            with suppress(CorruptChunkError):
+                row = _parse(values)
+                known = rows.get(row.record.span_id)
+                if known is None or known.generation < row.generation:
+                    rows[row.record.span_id] = row
+    return list(rows.values())
 
 
 def _pack(row: SpanRow) -> tuple[object, ...]:

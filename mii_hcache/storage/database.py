@@ -42,6 +42,8 @@ class Database:
         self._schema, self._application_id, self._version = schema, application_id, version
         self.note: str | None = None
         """A sentence for people when a damaged file was set aside."""
+        self.aside: Path | None = None
+        """Where it is now."""
         self._load = load
         try:
             self.connection = self._open_checked()
@@ -63,6 +65,12 @@ class Database:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             raise
+
+    def vacuum(self) -> None:
+        """Give back to the disk what deleted rows took. Blocks on I/O, and takes as much of the disk again meanwhile.
+        Raises sqlite3.Error, having lost nothing."""
+        self.connection.execute("VACUUM")
+        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -136,6 +144,7 @@ class Database:
             if file.exists():
                 file.rename(target)
         sync_dir(path.parent)
+        self.aside = aside
         self.note = (
             f"{path.name} cannot be used ({error}); it was set aside as {aside.name} and a new one started empty"
         )

@@ -146,6 +146,18 @@ class SegmentHeader:
         return SegmentHeader(store_uuid=store_uuid, slot_bytes=slot_size, num_slots=num_slots)
 
 
+def older_segment_version(block: bytes | bytearray | memoryview, store_uuid: bytes | None) -> int | None:
+    """Version of a sound segment header of this store that an older program wrote, None for anything else. All versions
+    begin alike and are sealed alike."""
+    view = memoryview(block)
+    if len(view) != BLOCK_BYTES or view[: len(_SEGMENT_MAGIC)] != _SEGMENT_MAGIC:
+        return None
+    if crc32c(view[:_CRC_OFFSET]) != _CRC.unpack_from(view, _CRC_OFFSET)[0]:
+        return None
+    _, version, found_uuid, _, _ = _SEGMENT.unpack_from(view)
+    return version if version < FORMAT_VERSION and found_uuid == store_uuid else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SlotHeader:
     """First block of a slot: whose bytes follow."""

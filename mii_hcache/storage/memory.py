@@ -12,7 +12,7 @@ from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
-from mii_hcache.storage.copying import copy_bytes
+from mii_hcache.storage.copying import copy_bytes, shared_copying
 from mii_hcache.storage.dram import SpareBuffers, new_buffer
 from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.lanes import Lanes
@@ -48,8 +48,8 @@ class MemoryStore(ChunkStore):
     name = "memory"
 
     def __init__(self, capacity_bytes: int, *, num_threads: int = 4, evict: str = "lru") -> None:
-        """`capacity_bytes`: payload. `num_threads` copy one batch of reads. `evict`: "lru" or "cost", see
-        `eviction`."""
+        """`capacity_bytes`: payload. `num_threads` copy and verify one batch of reads; writes are copied by threads of
+        their own, which all stores share (`storage.copying`). `evict`: "lru" or "cost", see `eviction`."""
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._spans: dict[SpanId, MemorySpan] = {}
@@ -109,7 +109,7 @@ class MemoryStore(ChunkStore):
         def copy_out(idx: int) -> str | None:
             span, chunk_idx = found[idx]
             out = reads[idx].out
-            copy_bytes(out, span.chunk(chunk_idx))
+            copy_bytes(out, span.chunk(chunk_idx))  # and verified while it is in the CPU's cache
             return None if crc32c(out) == span.crcs[chunk_idx] else "corrupt"
 
         try:
@@ -269,10 +269,7 @@ class MemoryStore(ChunkStore):
 
 
 def _copy_in(record: SpanRecord, chunks: Sequence[memoryview], buffer: memoryview) -> MemorySpan:
-    crcs: list[int] = []
-    span = MemorySpan(record=record, buffer=buffer, crcs=crcs)
-    for chunk_idx, chunk in enumerate(chunks):
-        source = chunk.cast("B")
-        crcs.append(crc32c(source))
-        copy_bytes(span.chunk(chunk_idx), source)
+    sources = [chunk.cast("B") for chunk in chunks]
+    span = MemorySpan(record=record, buffer=buffer, crcs=[crc32c(source) for source in sources])
+    shared_copying().copy((span.chunk(chunk_idx), source) for chunk_idx, source in enumerate(sources))
     return span

@@ -39,3 +39,10 @@ def new_device(depth: int) -> _io.Device:
     from mii_hcache import _io
 
     return _io.Device(depth)
+
+
+def new_copier(num_threads: int) -> _io.Copier:
+    """Threads that copy. Only where `why_not_built` is None."""
+    from mii_hcache import _io
+
+    return _io.Copier(num_threads)

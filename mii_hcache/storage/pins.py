@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from mii_hcache.core.identity import ID_BYTES, SpanId
@@ -102,7 +105,23 @@ class Pins:
             self._database.transact(change)
 
     def _load(self, connection: sqlite3.Connection) -> None:
-        tips = [tip for (tip,) in connection.execute("SELECT tip FROM pin")]
-        if any(not isinstance(tip, bytes) or len(tip) != ID_BYTES for tip in tips):
-            raise CorruptChunkError("a pin is malformed")
-        self._tips = tips
+        self._tips = _tips_in(connection)
+
+
+def read_tips(path: Path) -> list[SpanId]:
+    """Tips of the pinned contexts in a database that nobody has open; none when there is no such file. Changes nothing:
+    what a crash left in SQLite's log is read from a copy. Raises OSError, sqlite3.Error, CorruptChunkError."""
+    if not path.exists():
+        return []
+    with tempfile.TemporaryDirectory(prefix="hcache-pins-") as folder:
+        for file in path.parent.glob(path.name + "*"):
+            shutil.copyfile(file, Path(folder) / file.name)
+        with closing(sqlite3.connect(Path(folder) / path.name)) as connection:
+            return _tips_in(connection)
+
+
+def _tips_in(connection: sqlite3.Connection) -> list[SpanId]:
+    tips = [tip for (tip,) in connection.execute("SELECT tip FROM pin")]
+    if any(not isinstance(tip, bytes) or len(tip) != ID_BYTES for tip in tips):
+        raise CorruptChunkError("a pin is malformed")
+    return tips

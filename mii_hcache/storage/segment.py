@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.disk_io import DiskFile, DiskIO, SlotRead, SlotWrite, write_all
+from mii_hcache.storage.disk_io import DiskFile, DiskIO, SlotRead, SlotWrite, ThreadsIO, write_all
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
@@ -52,6 +52,18 @@ class SegmentFile:
         try:
             header = SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0))
             return SegmentFile(path, header, io, io.open(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @staticmethod
+    def open_to_read(path: Path) -> SegmentFile:
+        """Open an existing file and never write it. Raises CorruptChunkError when its header is not one of this
+        format, OSError."""
+        fd = open_private(path, os.O_RDONLY)
+        try:
+            io = ThreadsIO()
+            return SegmentFile(path, SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0)), io, io.open(fd))
         except BaseException:
             os.close(fd)
             raise

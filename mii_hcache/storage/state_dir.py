@@ -37,14 +37,14 @@ class StateDir:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         try:
-            _make_private_dir(self.path)
+            make_private_dir(self.path)
             self._lock_fd = _lock(self.path)
         except OSError as error:
             raise ConfigError(f"state_dir {self.path} cannot be used ({error}); choose a directory you own") from error
         _owned.add(self)
         try:
             self._identity = _identity_of(self.path)
-            _make_private_dir(self.segments)
+            make_private_dir(self.segments)
             self._tighten()
         except BaseException:
             self.close()
@@ -78,11 +78,7 @@ class StateDir:
 
     def read_store_uuid(self) -> bytes | None:
         """The identity of the store here, None when there is none or it cannot be read."""
-        try:
-            raw = bytes.fromhex((self.path / "store.id").read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            return None
-        return raw if len(raw) == UUID_BYTES else None
+        return store_uuid_in(self.path)
 
     def write_store_uuid(self, store_uuid: bytes) -> None:
         """Give the store here its identity; replaces the file atomically."""
@@ -126,6 +122,16 @@ def _disown_all() -> None:
 os.register_at_fork(after_in_child=_disown_all)  # or a forked child would keep the lock of a parent that died
 
 
+def store_uuid_in(path: Path) -> bytes | None:
+    """The identity of the store in a state directory that this process need not own, None when there is none or it
+    cannot be read."""
+    try:
+        raw = bytes.fromhex((path / "store.id").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return raw if len(raw) == UUID_BYTES else None
+
+
 def new_store_uuid() -> bytes:
     """An identity that no other store has."""
     return uuid.uuid4().bytes
@@ -152,7 +158,8 @@ def sync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def _make_private_dir(path: Path) -> None:
+def make_private_dir(path: Path) -> None:
+    """Make a directory that only its owner may enter, or tighten one that is there. Raises OSError."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
 

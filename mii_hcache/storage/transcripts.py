@@ -200,6 +200,12 @@ class Transcripts:
             if moved:
                 self._ticks_due_s = now_s + _TICKS_INTERVAL_S
 
+    def vacuum(self) -> None:
+        """See `Database.vacuum`."""
+        with self._commit_lock:
+            if self._database is not None:
+                self._database.vacuum()
+
     def close(self) -> None:
         """Flush, then release the file. Idempotent; after it, what is remembered is not saved."""
         if self._pulse is not None:

@@ -85,6 +85,7 @@ def _to_dict(view: StateView, found: Verification | None, with_spans: bool) -> d
         "contexts": [_context_dict(context) for context in contexts_of(view.rows)],
         "segments": [asdict(segment) for segment in view.segments],
         "num_transcripts": view.num_transcripts,
+        "database_bytes": view.database_bytes,
         "notes": view.notes,
         "problems": view.problems,
     }
@@ -141,6 +142,8 @@ def _lines(view: StateView, found: Verification | None, with_spans: bool) -> lis
         )
         lines.append(f"{len(view.rows)} spans of {SPAN_TOKENS} tokens, {size(num_bytes)}{': ' if kinds else ''}{kinds}")
     lines.append(f"{view.num_transcripts} transcripts (answers whose token ids are known)")
+    if view.database_bytes:
+        lines.append(f"{size(view.database_bytes)} of databases, which a server's capacity does not count")
     contexts = contexts_of(view.rows)
     if contexts:
         lines += ["", f"{len(contexts)} contexts, the one used last first", _context_table(contexts[:_MOST_CONTEXTS])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.open import open_state
+from mii_hcache.tools.device_passes import drop_pages
 
 _log = logging.getLogger(__name__)
 
@@ -123,12 +123,7 @@ class SavedState:
 
     def drop_page_cache(self) -> None:
         """Ask the kernel to forget the files' pages, so that the next read comes from the disk. No promise."""
-        for path in (self._directory / "segments").glob("*.seg"):
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
+        drop_pages((self._directory / "segments").glob("*.seg"))
 
     def close(self) -> None:
         """Make everything durable and end all threads. Idempotent."""

@@ -20,14 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from mii_hcache.errors import ConfigError, CorruptChunkError
+from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
-from mii_hcache.storage.disk_io import ThreadsIO
-from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, UUID_BYTES, SegmentHeader
-from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, SegmentHeader
+from mii_hcache.storage.state_dir import store_uuid_in
+from mii_hcache.storage.survey import DAMAGED, FOREIGN, OLD, UNFINISHED, FoundFile, survey
 from mii_hcache.storage.transcripts import Transcripts
 
 _OURS = ("catalog*.sqlite*", "transcripts*.sqlite*", "segments", "store.id", "lock")
+_WHO_CARES = {
+    FOREIGN: "a server leaves it alone",
+    OLD: "`gc` removes it",
+    UNFINISHED: "a server, or `gc`, removes it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +46,11 @@ class SegmentView:
     num_used: int
     """Slots that hold chunks of spans in the catalog."""
     num_free: int
-    """Other slots that were written once."""
+    """Other slots that take room on the disk."""
     disk_bytes: int
     """What the file takes on disk, holes left out."""
+    unused_bytes: int
+    """What it takes beside its header and the slots that are used."""
 
 
 @dataclass(kw_only=True)
@@ -58,9 +65,17 @@ class StateView:
     """The one that was read; a store of another version is a problem, not a view."""
     rows: list[SpanRow] = field(default_factory=list)
     segments: list[SegmentView] = field(default_factory=list)
+    files: list[FoundFile] = field(default_factory=list)
+    """Everything that lies beside the segments, they themselves included."""
     num_transcripts: int = 0
+    database_bytes: int = 0
+    """What the databases and their logs take, set-aside ones included. A server's capacity does not count them."""
     notes: list[str] = field(default_factory=list)
     """What people should know, and is no damage."""
+    num_lost_spans: int = 0
+    """Of `rows`: those that lie in segment files that are gone or unreadable."""
+    broken: set[str] = field(default_factory=set)
+    """Names of databases that cannot be used, or are missing though they should be there."""
     problems: list[str] = field(default_factory=list)
     """What is damaged or lost, one sentence each."""
 
@@ -73,17 +88,23 @@ def look_at(directory: Path) -> StateView:
     try:
         if any(directory.iterdir()) and not any(path for pattern in _OURS for path in directory.glob(pattern)):
             raise ConfigError(f"{directory} is no state directory: it has files, and none of a server's")
-        view = StateView(path=directory, owner=owner_of(directory), store_uuid=_read_store_uuid(directory))
+        view = StateView(path=directory, owner=owner_of(directory), store_uuid=store_uuid_in(directory))
         view.rows = read_rows(view)
         _look_at_transcripts(view)
         _look_at_segments(view)
+        view.database_bytes = sum(512 * path.stat().st_blocks for path in databases_in(directory))
     except OSError as error:
         raise ConfigError(f"{directory} cannot be read ({error}); be the user that the server runs as") from error
     view.notes += [
-        f"{path.name} was set aside as damaged by a server; nobody needs it any more"
+        f"{path.name} was set aside as damaged by a server; nobody needs it any more, and `gc` removes it"
         for path in sorted(directory.glob("*.damaged-*.sqlite"))
     ]
     return view
+
+
+def databases_in(directory: Path) -> list[Path]:
+    """The databases of a state directory with their logs, set-aside ones included."""
+    return sorted(path for pattern in _OURS[:2] for path in directory.glob(pattern))
 
 
 def owner_of(directory: Path) -> str | None:
@@ -108,11 +129,13 @@ def read_rows(view: StateView) -> list[SpanRow]:
     with _frozen(view, "catalog.sqlite") as copy:
         if copy is None:
             if any((view.path / "segments").glob("*.seg")):
+                view.broken.add("catalog.sqlite")
                 view.problems.append("the catalog is missing, and without it nobody knows what the segments hold")
             return []
         catalog = Catalog(copy, view.store_uuid)
         try:
             if catalog.note is not None:
+                view.broken.add("catalog.sqlite")
                 view.problems.append(
                     f"the catalog cannot be used ({_reason(catalog.note)}); a server would start empty"
                 )
@@ -123,17 +146,6 @@ def read_rows(view: StateView) -> list[SpanRow]:
             catalog.close()
 
 
-def open_segment(path: Path) -> SegmentFile:
-    """A segment for reading only. Raises CorruptChunkError, OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        io = ThreadsIO()
-        return SegmentFile(path, SegmentHeader.parse(os.pread(fd, BLOCK_BYTES, 0)), io, io.open(fd))
-    except BaseException:
-        os.close(fd)
-        raise
-
-
 def _look_at_transcripts(view: StateView) -> None:
     with _frozen(view, "transcripts.sqlite") as copy:
         if copy is None:
@@ -141,6 +153,7 @@ def _look_at_transcripts(view: StateView) -> None:
         transcripts = Transcripts(copy, flush_interval_s=None)
         view.num_transcripts = len(transcripts)
         if transcripts.note is not None:
+            view.broken.add("transcripts.sqlite")
             view.problems.append(
                 f"the transcripts cannot be used ({_reason(transcripts.note)}); they would be forgotten"
             )
@@ -152,34 +165,34 @@ def _look_at_segments(view: StateView) -> None:
     for row in view.rows:
         for number, slot in row.places:
             used.setdefault(number, set()).add(slot)
-    for path in sorted((view.path / "segments").glob("*.seg")):
-        try:
-            with closing(open_segment(path)) as file:
-                header, num_written, num_blocks = file.header, file.num_written, path.stat().st_blocks
-        except (CorruptChunkError, FileNotFoundError) as error:
-            if path.exists() and view.owner is None:  # a server may be making or deleting it just now
-                view.problems.append(f"{path.name} is no segment file: {error}")
-            continue
-        if header.store_uuid != view.store_uuid or not path.stem.isdecimal():
-            view.notes.append(f"{path.name} belongs to another store; a server leaves it alone")
-            continue
-        number = int(path.stem)
-        num_used = len(used.get(number, ()))
-        view.segments.append(
-            SegmentView(
-                name=path.name,
-                number=number,
-                slot_bytes=header.slot_bytes,
-                num_slots=header.num_slots,
-                num_used=num_used,
-                num_free=max(0, num_written - num_used),
-                disk_bytes=512 * num_blocks,
-            )
-        )
+    view.files = survey(view.path / "segments", view.store_uuid)
+    for file in view.files:
+        if file.state == DAMAGED:
+            if view.owner is None:  # a server may be making it just now
+                view.problems.append(f"{file.path.name} is no segment file: {file.why}")
+        elif file.header is None:
+            view.notes.append(f"{file.path.name} lies beside the segments: {file.why}; {_WHO_CARES[file.state]}")
+        else:
+            view.segments.append(_segment_view(file, file.header, len(used.get(file.number, ()))))
     lost = set(used) - {segment.number for segment in view.segments}
-    num_lost = sum(any(place.segment in lost for place in row.places) for row in view.rows)
-    if num_lost and view.owner is None:
-        view.problems.append(f"{num_lost} spans lie in segment files that are gone or unreadable")
+    view.num_lost_spans = sum(any(place.segment in lost for place in row.places) for row in view.rows)
+    if view.num_lost_spans and view.owner is None:
+        view.problems.append(f"{view.num_lost_spans} spans lie in segment files that are gone or unreadable")
+
+
+def _segment_view(file: FoundFile, header: SegmentHeader, num_used: int) -> SegmentView:
+    """A file's end runs ahead of its slots, and holes are where slots were given back: blocks tell what is there."""
+    unused_bytes = max(0, file.disk_bytes - BLOCK_BYTES - num_used * header.slot_bytes)
+    return SegmentView(
+        name=file.path.name,
+        number=file.number,
+        slot_bytes=header.slot_bytes,
+        num_slots=header.num_slots,
+        num_used=num_used,
+        num_free=min(max(0, file.num_written - num_used), -(-unused_bytes // header.slot_bytes)),
+        disk_bytes=file.disk_bytes,
+        unused_bytes=unused_bytes,
+    )
 
 
 @contextmanager
@@ -232,11 +245,3 @@ def _reason(note: str) -> str:
     """Why storage set a database aside, out of its sentence about the copy."""
     found = re.search(r"cannot be used \((.*)\); it was set aside", note)
     return found.group(1) if found else note
-
-
-def _read_store_uuid(directory: Path) -> bytes | None:
-    try:
-        raw = bytes.fromhex((directory / "store.id").read_text(encoding="ascii"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return raw if len(raw) == UUID_BYTES else None

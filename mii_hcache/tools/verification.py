@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.slots import Place
-from mii_hcache.tools.state_view import StateView, open_segment, owner_of, read_rows
+from mii_hcache.tools.state_view import StateView, owner_of, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Damage:
     layer_idx: int
     place: Place
     reason: str
+    is_unread: bool = False
+    """The disk did not give the bytes, which may be sound: whatever ails it may pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,21 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
     A running server is not in the way: no slot that a committed row names is ever written, so what does not fit is
     damaged if its row is still there afterwards, and was deleted meanwhile if not. `count(done, all)` is called often.
     """
+    found = compare(view, view.rows, count)
+    return replace(found, damages=_confirmed(view, found.damages))
+
+
+def compare(view: StateView, rows: Sequence[SpanRow], count: Callable[[int, int], None]) -> Verification:
+    """`verify` of rows that nobody changes meanwhile, be they in the catalog or not."""
     places = sorted(
-        ((place, row, chunk_idx) for row in view.rows for chunk_idx, place in enumerate(row.places)),
+        ((place, row, chunk_idx) for row in rows for chunk_idx, place in enumerate(row.places)),
         key=lambda item: item[0],
     )
     suspects: list[Damage] = []
     num_bytes = 0
     with _Files(view) as files:
         for done, (place, row, chunk_idx) in enumerate(places, start=1):
-            reason = files.check(place, row, chunk_idx)
+            reason, is_unread = files.check(place, row, chunk_idx)
             chunk = row.record.layout.chunks[chunk_idx]
             num_bytes += chunk.num_bytes
             if reason is not None:
@@ -62,10 +70,11 @@ def verify(view: StateView, count: Callable[[int, int], None]) -> Verification:
                         layer_idx=chunk.layer_idx,
                         place=place,
                         reason=reason,
+                        is_unread=is_unread,
                     )
                 )
             count(done, len(places))
-    return Verification(num_chunks=len(places), num_bytes=num_bytes, damages=_confirmed(view, suspects))
+    return Verification(num_chunks=len(places), num_bytes=num_bytes, damages=suspects)
 
 
 def _confirmed(view: StateView, suspects: list[Damage]) -> list[Damage]:
@@ -93,8 +102,8 @@ class _Files:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def check(self, place: Place, row: SpanRow, chunk_idx: int) -> str | None:
-        """What is wrong with a chunk, None when nothing is."""
+    def check(self, place: Place, row: SpanRow, chunk_idx: int) -> tuple[str | None, bool]:
+        """What is wrong with a chunk, None when nothing is; and whether it is only that it could not be read."""
         chunk = row.record.layout.chunks[chunk_idx]
         header = SlotHeader(
             store_uuid=self._store_uuid,
@@ -109,12 +118,14 @@ class _Files:
             self._out = memoryview(bytearray(chunk.num_bytes))
         try:
             self._file(place.segment).read_into(place.slot, header, self._out)
-        except (CorruptChunkError, OSError) as error:
-            return str(error)
-        return None if crc32c(self._out) == header.crc else "wrong checksum"
+        except CorruptChunkError as error:
+            return str(error), False
+        except OSError as error:
+            return str(error), not isinstance(error, FileNotFoundError)
+        return (None if crc32c(self._out) == header.crc else "wrong checksum"), False
 
     def _file(self, number: int) -> SegmentFile:
         if number not in self._open:
-            self._open[number] = open_segment(self._directory / f"{number:08d}.seg")
+            self._open[number] = SegmentFile.open_to_read(self._directory / f"{number:08d}.seg")
             self._stack.callback(self._open[number].close)
         return self._open[number]

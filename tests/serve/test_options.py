@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mii_hcache.config import HCacheConfig
+from mii_hcache.core.amounts import format_size, parse_size
 from mii_hcache.errors import ConfigError
-from mii_hcache.serve.options import format_size, parse_options, parse_size
+from mii_hcache.serve.options import parse_options
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,7 @@ def test_last_uses_are_written_without_anything_being_saved(tmp_path, clock):
     expiry = Expiry(store, Transcripts(None), 10 * HOUR_S)
     clock(9 * HOUR_S)
     store.touch([make_record("a").span_id])
-    store._ticks_due_s = 0.0
+    store._commits._ticks_due_s = 0.0
     expiry.run()
     ticks = dict(store._index._order.take_moved())
     assert ticks == {}, "written already"

@@ -45,7 +45,7 @@ def test_serve_gets_its_options(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["selfcheck", "--help"], ["doctor", "--help"], ["inspect", "--help"]]
+    "arguments", [["--help"], *([name, "--help"] for name in ("selfcheck", "doctor", "inspect", "bench", "fsck", "gc"))]
 )
 def test_help_loads_nothing_heavy(arguments):
     code = (
