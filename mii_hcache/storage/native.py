@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mii_hcache import _io
 
-_ABI = 1
+_ABI = 2
 """Of the `_io` that this package goes with."""
 
 
@@ -39,3 +39,10 @@ def new_device(depth: int) -> _io.Device:
     from mii_hcache import _io
 
     return _io.Device(depth)
+
+
+def new_copier(num_threads: int, **settings: int) -> _io.Copier:
+    """Threads that copy. Only where `why_not_built` is None."""
+    from mii_hcache import _io
+
+    return _io.Copier(num_threads, **settings)
