@@ -107,6 +107,11 @@ class ChunkStore(ABC):
         `chunks[i]`: what `record.layout.chunks[i]` says. May block on I/O.
         """
 
+    def put_through(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        """`put` past any tier in memory: returns once the device has taken the bytes (as far as the backend goes around
+        the page cache)."""
+        return self.put(record, chunks)
+
     @abstractmethod
     def find(self, span_id: SpanId) -> SpanRecord | None:
         """The record of a span that can be read, else None. Does not block on I/O, does not count as use."""

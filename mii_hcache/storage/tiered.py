@@ -75,6 +75,9 @@ class TieredStore(ChunkStore):
                 self._dropped_spans += 1
         return kept
 
+    def put_through(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        return self.put(record, chunks) if self.find(record.span_id) is not None else self._file.put(record, chunks)
+
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._memory.find(span_id) or self._file.find(span_id)
 

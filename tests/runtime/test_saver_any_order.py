@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId, spans_of
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.storage.native import why_not_built
 from tests.runtime.kit import (
     GIVE_UP_S,
+    SCATTERS,
     SEED,
     FakeEngine,
     FakeStore,
@@ -26,11 +28,13 @@ from tests.runtime.kit import (
     kind_of,
     open_saver,
     path,
+    scatter_named,
     span_chunks,
     span_record,
 )
 
 MAX_BATCH = 130
+HERE = SCATTERS if why_not_built() is None else ("torch",)
 GEOMETRY = geometry_of()
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -39,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 class World:
     """A saver, its engine and its store. Sequences are picked by number, modulo how many live."""
 
-    def __init__(self, kind: ChunkKind, num_threads: int, ring_batches: int) -> None:
+    def __init__(self, kind: ChunkKind, num_threads: int, ring_batches: int, scatter: str) -> None:
         self.kind = kind
         self.engine = FakeEngine(GEOMETRY, max_batch_tokens=MAX_BATCH)
         self.store = FakeStore()
@@ -52,6 +56,7 @@ class World:
             counters=self.counters,
             num_threads=num_threads,
             ring_batches=ring_batches,
+            scatter=scatter_named(scatter),
             save_wait=0.0,
         )
 
@@ -187,9 +192,9 @@ class World:
             assert not missing, "a drop cuts off what follows it"
         self.check_store()
         assert self.saver.num_pending == 0
-        assert self.saver._kv_blocks.num_in_use == self.saver._healed_blocks.num_in_use == 0
+        assert self.saver._cutter._kv_blocks.num_in_use == self.saver._healer._blocks.num_in_use == 0
         if self.kind is ChunkKind.HIDDEN:
-            assert self.saver._open_buffers.num_in_use == 0, "an open span's buffer was lost"
+            assert self.saver._cutter._open_buffers.num_in_use == 0, "an open span's buffer was lost"
             assert self.saver._capture is not None
             assert self.saver._capture.ring.leased_rows == 0, "rows of the ring were lost"
 
@@ -241,15 +246,17 @@ STALE_OPEN_SPAN = [
 
 
 @pytest.mark.parametrize("kind", ChunkKind)
-@given(script=scripts, num_threads=st.integers(1, 2), ring_batches=st.sampled_from([1, 2]))
-@example(script=STALE_OPEN_SPAN, num_threads=1, ring_batches=2)
+@given(
+    script=scripts, num_threads=st.integers(1, 2), ring_batches=st.sampled_from([1, 2]), scatter=st.sampled_from(HERE)
+)
+@example(script=STALE_OPEN_SPAN, num_threads=1, ring_batches=2, scatter=HERE[0])
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_every_span_holds_its_own_history(kind, script, num_threads, ring_batches):
+def test_every_span_holds_its_own_history(kind, script, num_threads, ring_batches, scatter):
     with (
         mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1),
         mock.patch("mii_hcache.runtime.saver.HEAL_WAIT_S", 0.01),
     ):
-        world = World(kind, num_threads, ring_batches)
+        world = World(kind, num_threads, ring_batches, scatter)
         try:
             for verb in script:
                 world.do(*verb)
