@@ -5,6 +5,8 @@ background threads (`flusher`): rows are gathered into spans, whole spans are pu
 as K and V are read from the blocks in the step that completes a span. Decode never waits; a step that prefills may wait
 for room, bounded. What found no room is dropped and counted, and healed later: read from the sequence's blocks as `kv`
 before they are freed, so that a drop never cuts off what follows it.
+
+`--save direct` has no second stage, for comparison: `direct.py`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ _log = logging.getLogger(__name__)
 
 HEAL_WAIT_S = 2.0
 """Longest that healing waits for a buffer; once it waited in vain it waits for no other span of the sequence."""
+
+NO_BOUND = 1 << 20
+"""Of buffers for K and V in direct saving: there are as many as one step completes spans."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +82,15 @@ class Saver:
         self._counters = counters
         self._is_worth_saving = is_worth_saving
         self._tracks: dict[int, SequenceTrack] = {}
-        self._patience = Patience(share=save_wait, max_batch_tokens=max_batch_tokens, counters=counters)
+        # Direct: room that a step takes comes back only at its own end, so that waiting for it would be in vain.
+        share = 0.0 if is_direct else save_wait
+        self._patience = Patience(share=share, max_batch_tokens=max_batch_tokens, counters=counters)
         self._segments: list[StepSegment] = []
         self._num_tapped = 0
         self._hidden_rows = _hidden_rows(plan)
         self._sink: SnapshotSink
         if is_direct:
-            self._sink = DirectWriter(store=store, counters=counters, scatter=scatter)
+            self._sink = DirectWriter(store=store, counters=counters, scatter=scatter, hidden_rows=self._hidden_rows)
         else:
             self._sink = Flusher(store=store, counters=counters, scatter=scatter, num_threads=num_threads)
         ring_rows = (1 if is_direct else ring_batches) * max_batch_tokens
@@ -98,7 +105,7 @@ class Saver:
                 counters=counters,
                 patience=self._patience,
                 is_settled=self._is_settled,
-                max_kv_buffers=max(4, ring_rows // SPAN_TOKENS),
+                max_kv_buffers=NO_BOUND if is_direct else max(4, ring_rows // SPAN_TOKENS),
             )
         self._healer = Healer(adapter=adapter, counters=counters, is_settled=self._is_settled, submit=self._submit)
 

@@ -17,6 +17,7 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError, CorruptChunkError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
@@ -97,6 +98,13 @@ class FileStore(ChunkStore):
             self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
             self._room.shrink()
             undo.pop_all()
+        self._drafts = FileDrafts(
+            index=self._index,
+            room=self._room,
+            segments=self._segments,
+            header_of=self._header,
+            on_published=self._commit_soon,
+        )
         self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
 
@@ -114,9 +122,12 @@ class FileStore(ChunkStore):
             if not is_open or not self._write(record, chunks, crcs):
                 self._drop()
                 return False
-        if self._pulse is not None:
-            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
+        self._commit_soon()
         return True
+
+    @property
+    def drafts(self) -> FileDrafts:
+        return self._drafts
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._index.find(span_id)
@@ -204,6 +215,10 @@ class FileStore(ChunkStore):
         self._lanes.close()
         self._segments.close()
         self._catalog.close()
+
+    def _commit_soon(self) -> None:
+        if self._pulse is not None:
+            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes)
 
     def _write(self, record: SpanRecord, chunks: Sequence[memoryview], crcs: Sequence[int] | None) -> bool:
         """Write a span and publish it. False when no room could be made or the disk failed."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
@@ -77,6 +78,10 @@ class TieredStore(ChunkStore):
 
     def put_through(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
         return self.put(record, chunks) if self.find(record.span_id) is not None else self._file.put(record, chunks)
+
+    @property
+    def drafts(self) -> FileDrafts:
+        return self._file.drafts
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._memory.find(span_id) or self._file.find(span_id)

@@ -45,6 +45,7 @@ class World:
 
     def __init__(self, kind: ChunkKind, num_threads: int, ring_batches: int, scatter: str) -> None:
         self.kind = kind
+        self.heal_wait_s = 0.01
         self.engine = FakeEngine(GEOMETRY, max_batch_tokens=MAX_BATCH)
         self.store = FakeStore()
         self.counters = Counters()
@@ -96,7 +97,7 @@ class World:
     def _close(self, uid: int, is_healed: bool) -> None:
         self._note(uid)
         if is_healed:
-            self.saver.heal(uid)
+            self.saver.heal(uid, self.heal_wait_s)
         self.saver.close(uid)
         self.engine.evict(uid)
 
@@ -160,7 +161,7 @@ class World:
         self.store.delete(list(self.store.spans)[keep:])
 
     def heal(self, number: int) -> None:
-        self.saver.heal(self._pick(number))
+        self.saver.heal(self._pick(number), self.heal_wait_s)
 
     def drain(self) -> None:
         self.store.put_gate.set()
@@ -252,16 +253,13 @@ STALE_OPEN_SPAN = [
 @example(script=STALE_OPEN_SPAN, num_threads=1, ring_batches=2, scatter=HERE[0])
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_span_holds_its_own_history(kind, script, num_threads, ring_batches, scatter):
-    with (
-        mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1),
-        mock.patch("mii_hcache.runtime.saver.HEAL_WAIT_S", 0.01),
-    ):
+    with mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1):
         world = World(kind, num_threads, ring_batches, scatter)
         try:
             for verb in script:
                 world.do(*verb)
-            with mock.patch("mii_hcache.runtime.saver.HEAL_WAIT_S", GIVE_UP_S):
-                world.finish()
+            world.heal_wait_s = GIVE_UP_S
+            world.finish()
         finally:
             world.store.put_gate.set()
             world.saver.stop()
