@@ -37,6 +37,7 @@ class NativeScatter(Scatter):
 
     def __init__(self, num_threads: int, **settings: int) -> None:
         """At most `num_threads` work on a snapshot, the caller among them. Only where the native engine was built."""
+        self.num_threads = num_threads
         self._copier = new_copier(num_threads, **settings)
 
     def run(self, copies: Sequence[RowCopy]) -> None:
