@@ -137,7 +137,9 @@ class Saved(Variant):
             geometry = self.engine.geometry
             row_bytes = geometry.row_bytes(ChunkKind.HIDDEN)
             num_layers = len(geometry.saved_layers(ChunkKind.HIDDEN))
-            told += f", {num_layers} writes of {row_bytes} bytes a sequence and step, all of a step at once"
+            told += (
+                f", {num_layers} rows of {row_bytes} bytes a sequence and step, in whole blocks, all of a step at once"
+            )
         return told
 
 

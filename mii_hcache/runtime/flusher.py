@@ -3,6 +3,10 @@
 One thread scatters rows into open spans, strictly in the order of the steps, with others' help within a large one
 (`scatter.py`); whole spans go to a few threads that put them. Everything waiting is bounded: by the ring's rows, by the
 pool's buffers, and by `MAX_WAITING_PUTS`.
+
+Spans are put one by one. A span of a real model is a batch of I/O by itself: four of 32 x 512 KiB or of 15 x 256 KiB
+written as one batch were as fast (1.7 and 1.5 GB/s beside 1.6 and 1.7) at the same CPU time. Only spans of a few small
+chunks, as tests have, would gain.
 """
 
 from __future__ import annotations
