@@ -66,13 +66,11 @@ class SegmentFile:
 
     def to_write(self, slot: int, header: SlotHeader, payload: memoryview) -> SlotWrite:
         """The write of a slot, for the file that this makes and grows if it must."""
-        file = self._make()
-        self._grow(file, self._offset(slot + 1))
-        return SlotWrite(file, self._offset(slot), header.pack(), payload)
+        return SlotWrite(self._ready(slot), self._offset(slot), header.pack(), payload)
 
     def to_write_ends(self, slot: int, header: SlotHeader) -> Iterator[PartWrite]:
         """The writes of a slot's header and of what pads its payload."""
-        file, offset = self._make(), self._offset(slot)
+        file, offset = self._ready(slot), self._offset(slot)
         yield PartWrite(file, offset, memoryview(header.pack()))
         padding = bytes(padded_bytes(header.num_bytes) - header.num_bytes)
         if padding:
@@ -80,7 +78,7 @@ class SegmentFile:
 
     def to_write_part(self, slot: int, start: int, data: memoryview) -> PartWrite:
         """The write of a payload's bytes from `start` on."""
-        return PartWrite(self._make(), self._offset(slot) + BLOCK_BYTES + start, data)
+        return PartWrite(self._ready(slot), self._offset(slot) + BLOCK_BYTES + start, data)
 
     def to_read(self, slot: int, out: memoryview) -> SlotRead | None:
         """The read of a slot; None when there is no file."""
@@ -130,6 +128,12 @@ class SegmentFile:
 
     def _offset(self, slot: int) -> int:
         return BLOCK_BYTES + slot * self.header.slot_bytes
+
+    def _ready(self, slot: int) -> DiskFile:
+        """The file, made and grown for this slot if it must be."""
+        file = self._make()
+        self._grow(file, self._offset(slot + 1))
+        return file
 
     def _grow(self, file: DiskFile, stop: int) -> None:
         """Move the file's end behind `stop`; no bytes of the disk are taken by that."""
