@@ -44,5 +44,15 @@ class Slab(Buffer):
     def __init__(self, num_bytes: int) -> None: ...
 
 class Copier:
-    def __init__(self, num_threads: int) -> None: ...
-    def run(self, pairs: list[tuple[Buffer, Buffer]]) -> None: ...
+    def __init__(self, num_threads: int, bytes_per_thread: int = ...) -> None:
+        """At most `num_threads` work on a call, the caller among them, and no more than one for each
+        `bytes_per_thread`."""
+
+    def run(self, pairs: list[tuple[Buffer, Buffer]]) -> None:
+        """Copy `(target, source)` of equal length, C-contiguous. Any thread; blocks without the GIL."""
+
+    def scatter(self, rows: list[tuple[int, int, int, int, int, int]]) -> None:
+        """Copy `(target, target_stride, source, source_stride, num_bytes, num_runs)`: addresses and bytes; run `i` of
+        `num_bytes` goes from `source + i * source_stride` to `target + i * target_stride`. Nothing is checked: the
+        caller vouches for the addresses, that no target overlaps anything else, and that the memory lives until the
+        return; it is not touched later. Any thread; blocks without the GIL."""

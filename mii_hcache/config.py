@@ -17,6 +17,7 @@ DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 IO_NAMES = ("auto", "uring", "threads")
 DURABILITY_NAMES = ("relaxed", "strict")
 EVICTION_NAMES = ("lru", "cost")
+SAVE_NAMES = ("two-stage", "direct")
 
 
 def default_state_dirs() -> tuple[str, ...]:
@@ -93,12 +94,18 @@ class HCacheConfig:
     """Most requests that wait for a place; one more is refused."""
     max_context_tokens: int | None = None
     """Most tokens of one sequence; None is the model's limit."""
+    save: str = "two-stage"
+    """`two-stage`: state is snapshot within the step and written behind its back. `direct`: each step waits until its
+    rows are on the device, past DRAM; slower, for measuring what the two stages spare."""
     save_wait: float = 0.1
     """Share of a prefill step that it may wait for room to save its state; decode never waits."""
     save_after: int = 0
     """Save a span only once this many earlier prompts had it; 0 saves everything at once. For one-shot traffic."""
     save_threads: int = 2
     """Background threads that put spans into the store."""
+    scatter_threads: int | None = None
+    """Threads that gather the rows of one step into spans, where the native engine was built; None is half the cores, 8
+    at most. Few rows are gathered by one of them."""
     restore_slice_s: float = 0.010
     """Longest that a restore holds up running sequences at a time."""
     emulated_read_bytes_per_s: float | None = None
@@ -117,6 +124,8 @@ class HCacheConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {self.dtype!r}")
         if self.keep not in KEEP_POLICIES:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
+        if self.save not in SAVE_NAMES:
+            raise ConfigError(f"save must be one of {', '.join(SAVE_NAMES)}, got {self.save!r}")
         if self.io not in IO_NAMES:
             raise ConfigError(f"io must be one of {', '.join(IO_NAMES)}, got {self.io!r}")
         if self.evict not in EVICTION_NAMES:
@@ -135,7 +144,7 @@ class HCacheConfig:
                 raise ConfigError(f"{name} must be at least 1 MiB, got {getattr(self, name)} bytes")
         if self.save_after < 0:
             raise ConfigError(f"save_after must be >= 0, got {self.save_after}")
-        for name in ("kv_blocks", "max_context_tokens"):
+        for name in ("kv_blocks", "max_context_tokens", "scatter_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")

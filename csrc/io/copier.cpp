@@ -20,10 +20,7 @@ constexpr std::size_t kStreamBytes = std::size_t{64} << 10;
 
 /// State is copied to be read much later or by a GPU: stores that go around the CPU's caches need not first fetch what
 /// they overwrite, a third of a copy's traffic. memcpy does so itself, but only for copies much larger than a chunk.
-void copy_piece(const Copy& copy) {
-    std::byte* target = copy.target;
-    const std::byte* source = copy.source;
-    std::size_t left = copy.length;
+void copy_run(std::byte* target, const std::byte* source, std::size_t left) {
 #ifdef __SSE2__
     if (left >= kStreamBytes) {
         const std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % 64;
@@ -47,6 +44,34 @@ void copy_piece(const Copy& copy) {
     std::memcpy(target, source, left);
 }
 
+void copy_runs(const Copy& copy) {
+    std::byte* target = copy.target;
+    const std::byte* source = copy.source;
+    for (std::size_t run = 0; run < copy.num_runs; ++run) {
+        copy_run(target, source, copy.length);
+        if (run + 1 == copy.num_runs) break;  // no pointer beyond what it points into
+        target += copy.target_stride;
+        source += copy.source_stride;
+    }
+}
+
+/// Long runs are cut, short ones stay together.
+void cut(const Copy& copy, std::vector<Copy>& pieces) {
+    const std::size_t num_together = std::max<std::size_t>(1, kPieceBytes / std::max<std::size_t>(1, copy.length));
+    for (std::size_t run = 0; run < copy.num_runs; run += num_together) {
+        Copy piece = copy;
+        piece.target += static_cast<std::ptrdiff_t>(run) * copy.target_stride;
+        piece.source += static_cast<std::ptrdiff_t>(run) * copy.source_stride;
+        piece.num_runs = std::min(num_together, copy.num_runs - run);
+        for (std::size_t start = 0; start < copy.length; start += piece.length) {
+            piece.length = num_together > 1 ? copy.length : std::min(kPieceBytes, copy.length - start);
+            pieces.push_back(piece);
+            piece.target += piece.length;
+            piece.source += piece.length;
+        }
+    }
+}
+
 }  // namespace
 
 struct Copier::Work {
@@ -60,7 +85,7 @@ struct Copier::Work {
     void help() {
         std::size_t num_copied = 0;
         for (std::size_t idx; (idx = next.fetch_add(1)) < pieces.size(); ++num_copied) {
-            copy_piece(pieces[idx]);
+            copy_runs(pieces[idx]);
         }
         if (num_copied == 0) return;
         const std::scoped_lock guard(lock);
@@ -69,7 +94,8 @@ struct Copier::Work {
     }
 };
 
-Copier::Copier(unsigned num_threads) {
+Copier::Copier(unsigned num_threads, std::size_t bytes_per_thread)
+    : bytes_per_thread_(std::max<std::size_t>(1, bytes_per_thread)) {
     sigset_t all, before;  // signals are for the threads of the program that we are part of
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -87,18 +113,20 @@ Copier::~Copier() {
 }
 
 void Copier::run(std::span<const Copy> copies) {
-    auto work = std::make_shared<Work>();
-    for (const Copy& copy : copies) {
-        for (std::size_t start = 0; start < copy.length; start += kPieceBytes) {
-            const std::size_t length = std::min(kPieceBytes, copy.length - start);
-            work->pieces.push_back({copy.target + start, copy.source + start, length});
-        }
+    std::size_t num_bytes = 0;
+    for (const Copy& copy : copies) num_bytes += copy.length * copy.num_runs;
+    const std::size_t num_shares = num_bytes / bytes_per_thread_;
+    const std::size_t num_helpers = std::min(threads_.size(), num_shares - (num_shares > 0));
+    if (num_helpers == 0) {
+        for (const Copy& copy : copies) copy_runs(copy);
+        return;
     }
+    auto work = std::make_shared<Work>();
+    for (const Copy& copy : copies) cut(copy, work->pieces);
     work->num_left = work->pieces.size();
-    const std::size_t num_helpers = std::min(threads_.size(), work->pieces.size() - !work->pieces.empty());
-    if (num_helpers > 0) {
+    {
         const std::scoped_lock guard(lock_);
-        for (std::size_t idx = 0; idx < num_helpers; ++idx) queue_.push_back(work);
+        queue_.insert(queue_.end(), num_helpers, work);
     }
     for (std::size_t idx = 0; idx < num_helpers; ++idx) wanted_.notify_one();
     work->help();

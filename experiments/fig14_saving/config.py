@@ -14,8 +14,8 @@ ITEM = Item(
     title="Figure 14: time between tokens while hidden states are saved",
     claim="saving in two stages costs next to nothing, writing straight to SSDs up to a third",
     how="panels a and b, the paper's models on its machine, are not measured. Panels c and d run on the machine at "
-    "hand: the engine decodes with nothing saved (Ideal), with its own saver into files (HCache), and with every row "
-    "written to a file before the next step (DirectIO, a double that only this experiment has).",
+    "hand: the engine decodes with nothing saved (Ideal), with its own saver into files (HCache, --save two-stage), "
+    "and with every row written to its place in the files before the next step (DirectIO, --save direct).",
     panels=(
         Panel(key="a", title="7B", **_WORDS),
         Panel(key="b", title="13B", **_WORDS),

@@ -1,4 +1,4 @@
-"""Three ways to decode with one batch: nothing is saved, saved in two stages, written straight to files.
+"""Three ways to decode with one batch: nothing is saved, `--save two-stage`, `--save direct`.
 
 A turn is as many steps as a span has tokens, from the same history on; the sequences of a batch begin it at different
 places within their spans, so that spans become whole all through the turn, as on a server. The ways take the same steps
@@ -7,8 +7,6 @@ in stretches, one after the other: a machine that gets slower is slower for all 
 
 from __future__ import annotations
 
-import mmap
-import os
 import random
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from mii_hcache.config import HCacheConfig
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.plans import uniform_storage
 from mii_hcache.engine.ragged_engine import HCacheEngine, token_tensors
@@ -27,8 +26,6 @@ from mii_hcache.storage.state_dir import StateDir
 
 NUM_STEPS = SPAN_TOKENS
 STRETCH_STEPS = 16
-SLOT_BYTES = 4096
-"""A device writes no less."""
 
 
 class Variant(ABC):
@@ -80,23 +77,24 @@ class Unsaved(Variant):
         return self.engine.put(uids, token_tensors(tokens))
 
 
-class TwoStage(Variant):
-    """The engine's own saver into its own files."""
+class Saved(Variant):
+    """The engine's own saver into its own files, in one of its ways."""
 
-    name = "HCache"
-
-    def __init__(self, engine: HCacheEngine, folder: Path, num_bytes: int) -> None:
-        """`num_bytes`: what all turns will save."""
+    def __init__(self, engine: HCacheEngine, folder: Path, num_bytes: int, save: str) -> None:
+        """`num_bytes`: what all turns will save; `save`: as `--save`."""
         super().__init__(engine)
+        self.name = {"two-stage": "HCache", "direct": "DirectIO"}[save]
+        self._save = save
         self._counters = Counters()
         self._state_dir = StateDir(folder)
-        self._store = FileStore(self._state_dir, 2 * num_bytes + (256 << 20))
+        self._store = FileStore(self._state_dir, 2 * num_bytes + (256 << 20), io=HCacheConfig().io)
         self._saver = Saver(
             adapter=engine,
             store=self._store,
             plan=uniform_storage(engine.geometry, ChunkKind.HIDDEN),
             max_batch_tokens=engine.max_batch_tokens,
             counters=self._counters,
+            save=save,
         )
 
     def begin(self, turn: int, tokens: Sequence[Sequence[int]]) -> None:
@@ -132,74 +130,17 @@ class TwoStage(Variant):
 
     @property
     def note(self) -> str:
-        dropped = int(self._counters.snapshot().get("dropped_rows_total", 0))
-        return f"two stages: {self.num_saved_spans} spans saved, {dropped} rows dropped"
-
-
-class Direct(Variant):
-    """The paper's DirectIO, for comparison only: after each step every row (of a sequence, in a layer) is written to
-    its place in a file, one write each and one after the other, past the page cache where the file system allows it;
-    the next step waits. How many writes the paper has under way at a time, it does not say."""
-
-    name = "DirectIO"
-
-    def __init__(self, engine: HCacheEngine, path: Path, num_sequences: int) -> None:
-        super().__init__(engine)
-        geometry = engine.geometry
-        layers = geometry.saved_layers(ChunkKind.HIDDEN)
-        self._row_of = {layer_idx: row for row, layer_idx in enumerate(layers)}
-        row_bytes = geometry.row_bytes(ChunkKind.HIDDEN)
-        self._slot_bytes = -(-row_bytes // SLOT_BYTES) * SLOT_BYTES
-        self._num_sequences = num_sequences
-        self._num_steps = 0
-        step_bytes = len(layers) * num_sequences * self._slot_bytes
-        self._memory = mmap.mmap(-1, step_bytes)  # a page boundary, as direct writes want
-        self._bytes = memoryview(self._memory)
-        slots = torch.frombuffer(self._memory, dtype=engine.dtype)
-        shape = (len(layers), num_sequences, self._slot_bytes // engine.dtype.itemsize)
-        self._rows = slots.view(shape)[:, :, : geometry.row_elements(ChunkKind.HIDDEN)]
-        flags = os.O_RDWR | os.O_CREAT
-        try:
-            self._fd = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
-            self.is_direct = hasattr(os, "O_DIRECT")
-        except OSError:  # a file system in memory
-            self._fd = os.open(path, flags, 0o600)
-            self.is_direct = False
-        os.posix_fallocate(self._fd, 0, step_bytes * NUM_STEPS)
-
-    def begin(self, turn: int, tokens: Sequence[Sequence[int]]) -> None:
-        self._num_steps = 0
-
-    def prefill(self, uid: int, tokens: Sequence[int]) -> None:
-        self.engine.model().qkv_input_tap = None
-        self.engine.put([uid], token_tensors([tokens]))
-
-    def _tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
-        row = self._row_of.get(layer_idx)
-        if row is not None:
-            self._rows[row, : hidden.shape[0]].copy_(hidden)
-
-    def step(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        self.engine.model().qkv_input_tap = self._tap
-        logits = self.engine.put(uids, token_tensors(tokens))
-        slot = self._slot_bytes
-        for at in range(len(self._row_of) * self._num_sequences):  # a layer of a sequence has its rows in order
-            place = (at * NUM_STEPS + self._num_steps % NUM_STEPS) * slot
-            if os.pwrite(self._fd, self._bytes[at * slot : (at + 1) * slot], place) != slot:
-                raise OSError(f"a row was not written whole at {place}")
-        self._num_steps += 1
-        return logits
-
-    def close(self) -> None:
-        self.engine.model().qkv_input_tap = None
-        os.close(self._fd)
-        del self._rows
-        self._bytes.release()
-
-    @property
-    def note(self) -> str:
-        how = "past the page cache" if self.is_direct else "into the page cache (this file system has no direct writes)"
-        return f"direct: {len(self._row_of)} x {self._num_sequences} writes of {self._slot_bytes} bytes a step, {how}"
+        counters = self._counters.snapshot()
+        lost = sum(int(counters.get(name, 0)) for name in ("dropped_rows_total", "save_errors_total"))
+        told = f"--save {self._save}: {self.num_saved_spans} spans saved by {self._store.io.name}, {lost} losses"
+        if self._save == "direct":
+            geometry = self.engine.geometry
+            row_bytes = geometry.row_bytes(ChunkKind.HIDDEN)
+            num_layers = len(geometry.saved_layers(ChunkKind.HIDDEN))
+            told += (
+                f", {num_layers} rows of {row_bytes} bytes a sequence and step, in whole blocks, all of a step at once"
+            )
+        return told
 
 
 class Batch:

@@ -13,7 +13,8 @@ from experiments.common.item import Cell, Context
 from experiments.common.random_weights import random_engine
 from experiments.common.rows import Row
 from experiments.fig14_saving.config import HISTORY_TOKENS, ITEM
-from experiments.fig14_saving.decoding import NUM_STEPS, Batch, Direct, TwoStage, Unsaved, Variant
+from experiments.fig14_saving.decoding import NUM_STEPS, Batch, Saved, Unsaved, Variant
+from mii_hcache.config import SAVE_NAMES
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.runtime.machine import device_name, filesystem_of, num_usable_cpus
@@ -27,12 +28,14 @@ def cells(context: Context) -> Sequence[Cell]:
     bench = bench_of(context)
     if bench is None:
         return needs_gpu(ITEM.key, (_PANELS["c"], _PANELS["d"]))
-    batches: Sequence[int] = context.pick(smoke=(1, 4), small=(1, 2, 4, 8), paper=(1, 2, 4, 8, 12, 16, 20))
+    batches: Sequence[int] = context.pick(smoke=(1, 4), small=(1, 2, 4, 8, 16, 20), paper=(1, 2, 4, 8, 12, 16, 20))
     num_turns = context.pick(smoke=3, small=3, paper=9)
-    made = [
-        Cell(key=f"{bench.model} {size}", measure=partial(measure, "c", bench.engine, bench.model, size, num_turns))
-        for size in batches
-    ]
+    made = []
+    for size in batches:
+        turns = 2 if context.scale == "small" and size > 8 else num_turns  # all of it within ten minutes on two cores
+        made.append(
+            Cell(key=f"{bench.model} {size}", measure=partial(measure, "c", bench.engine, bench.model, size, turns))
+        )
     if context.scale == "paper":
         made += [
             Cell(key=f"{SECOND_MODEL} {size}", measure=partial(_measure_second, size, num_turns))
@@ -58,9 +61,9 @@ def measure(panel: str, engine: HCacheEngine, model: str, num_sequences: int, nu
     batch = Batch(engine, num_sequences, HISTORY_TOKENS)
     with tempfile.TemporaryDirectory(prefix="hcache-fig14-") as name:
         folder = Path(name)
-        two_stage = TwoStage(engine, folder / "state", (num_turns + 1) * num_sequences * span_bytes)
-        direct = Direct(engine, folder / "rows", num_sequences)
-        variants: list[Variant] = [Unsaved(engine), two_stage, direct]
+        saved_bytes = (num_turns + 1) * num_sequences * span_bytes
+        variants: list[Variant] = [Unsaved(engine)]
+        variants += [Saved(engine, folder / save, saved_bytes, save) for save in SAVE_NAMES]
         try:
             turns = [batch.take_turn(variants) for _ in range(num_turns + 1)][1:]
             notes = "; ".join(variant.note for variant in variants if variant.note)

@@ -22,6 +22,7 @@ from mii_hcache.runtime.generation import GenerationRequest
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.scatter import make_scatter
 from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.timeline import TraceFile
@@ -72,7 +73,9 @@ class EngineService:
             plan=self.policy.storage,
             max_batch_tokens=engine.max_batch_tokens,
             counters=self._counters,
+            save=config.save,
             save_wait=config.save_wait,
+            scatter=make_scatter(config.scatter_threads),
             num_threads=config.save_threads,
             ring_batches=3,  # with two, a full batch may find no room that lies together while one is in flight
             is_worth_saving=sightings.is_worth_saving,

@@ -9,6 +9,8 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId, next_span_id, pack_tokens
+from mii_hcache.core.layout import SpanLayout
+from mii_hcache.storage.base import SpanRecord
 
 
 @dataclass(eq=False, kw_only=True)
@@ -21,6 +23,8 @@ class OpenSpan:
     span_idx: int
     rows: torch.Tensor
     """`[num_layers, SPAN_TOKENS, row_elements]`, host."""
+    layout: SpanLayout | None = None
+    """As what the span will be stored, where it is known."""
     is_damaged: bool = False
     """Rows could not be copied in: never put. Belongs to the background thread."""
 
@@ -55,6 +59,16 @@ class SequenceTrack:
     def parent_id(self, span_idx: int) -> SpanId | None:
         """Id of the span before, None for the first."""
         return self.span_ids[span_idx - 1] if span_idx else None
+
+    def record(self, span_idx: int, layout: SpanLayout) -> SpanRecord:
+        """What a whole span is, stored as `layout` says."""
+        return SpanRecord(
+            span_id=self.span_ids[span_idx],
+            parent_id=self.parent_id(span_idx),
+            span_idx=span_idx,
+            token_ids=self.packed_tokens(span_idx),
+            layout=layout,
+        )
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Tokens that a step is about to run."""

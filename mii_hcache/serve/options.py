@@ -15,6 +15,7 @@ from mii_hcache.config import (
     EVICTION_NAMES,
     IO_NAMES,
     KEEP_POLICIES,
+    SAVE_NAMES,
     HCacheConfig,
     default_state_dirs,
     environment_api_keys,
@@ -83,6 +84,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         max_batch_tokens=values.max_batch_tokens,
         max_waiting=values.max_waiting,
         max_context_tokens=values.max_context,
+        save=values.save,
         save_wait=values.save_wait,
         save_after=values.save_after,
         restore_slice_s=values.restore_slice / 1e3,
@@ -227,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="slow reads of it down to so many bytes a second, as another disk would; plans count with it "
         "(default: no)",
+    )
+    state.add_argument(
+        "--save",
+        choices=SAVE_NAMES,
+        default=defaults.save,
+        help="snapshot it in the step and write it behind its back, or write it straight to the disk with the step "
+        "waiting, past host memory, which is slower: for measuring (default: %(default)s)",
     )
     state.add_argument(
         "--save-wait",

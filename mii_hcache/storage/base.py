@@ -10,10 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.core.layout import SpanLayout
+
+if TYPE_CHECKING:
+    from mii_hcache.storage.drafts import FileDrafts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,16 @@ class ChunkStore(ABC):
 
         `chunks[i]`: what `record.layout.chunks[i]` says. May block on I/O.
         """
+
+    def put_through(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        """`put` past any tier in memory: returns once the device has taken the bytes (as far as the backend goes around
+        the page cache)."""
+        return self.put(record, chunks)
+
+    @property
+    def drafts(self) -> FileDrafts | None:
+        """Where spans may be written row by row, straight to the device; None when only whole spans are taken."""
+        return None
 
     @abstractmethod
     def find(self, span_id: SpanId) -> SpanRecord | None:

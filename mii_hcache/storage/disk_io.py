@@ -49,6 +49,15 @@ class SlotWrite(NamedTuple):
     """Format `B`."""
 
 
+class PartWrite(NamedTuple):
+    """A part of a slot to write."""
+
+    file: DiskFile
+    offset: int
+    data: memoryview
+    """Format `B`. What is read-only is small and lies anywhere."""
+
+
 class Arriving(ABC):
     """A batch of reads. After `close` no buffer is written to any more."""
 
@@ -90,6 +99,11 @@ class DiskIO(ABC):
     def write(self, writes: Sequence[SlotWrite]) -> None:
         """Write slots whole: header, payload, padding. Blocks. Raises OSError as the first failed write; then any part
         of any slot may have been written."""
+
+    def write_parts(self, parts: Sequence[PartWrite]) -> None:
+        """Write parts of slots; as `write`. Unless a backend has a better way, through the page cache."""
+        for file, offset, data in parts:
+            write_all(file.fd, [data], offset)
 
     def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
         """As `ChunkStore.lend`."""

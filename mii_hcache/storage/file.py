@@ -17,6 +17,7 @@ from mii_hcache.errors import ConfigError, CorruptChunkError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.commits import Commits
+from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
@@ -130,6 +131,14 @@ class FileStore(ChunkStore):
             self._room = self._commits.room
             self._room.shrink()
             undo.pop_all()
+        self._drafts = FileDrafts(
+            index=self._index,
+            room=self._room,
+            segments=self._segments,
+            header_of=self._header,
+            presence=self.presence,
+            on_published=self._commit_soon,
+        )
         self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
         self._suspects = Suspects(self._index, self._segments, self._header)
         self._workers = Workers(_MAX_PUTS, "hcache-file")
@@ -158,9 +167,13 @@ class FileStore(ChunkStore):
             is_wanted.clear()
             if not is_kept:
                 self._index.count_drop(is_unavailable=not self.presence.is_here)
-        if is_kept and self._pulse is not None:
-            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes or self._room.is_tight)
+        if is_kept:
+            self._commit_soon()
         return is_kept
+
+    @property
+    def drafts(self) -> FileDrafts:
+        return self._drafts
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         record = self._index.find(span_id)
@@ -272,6 +285,10 @@ class FileStore(ChunkStore):
         self._segments.close()
         self._catalog.close()
         self.has_ended = True
+
+    def _commit_soon(self) -> None:
+        if self._pulse is not None:
+            self._pulse.poke(at_once=self._index.waiting_bytes() >= self._flush_bytes or self._room.is_tight)
 
     def _call(self, job: Callable[[], _T], patience: float) -> _T | None:
         """What `job` returns, on a thread that may hang: None after `patience` deadlines, or when all is closed."""

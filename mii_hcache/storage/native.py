@@ -41,8 +41,8 @@ def new_device(depth: int) -> _io.Device:
     return _io.Device(depth)
 
 
-def new_copier(num_threads: int) -> _io.Copier:
+def new_copier(num_threads: int, **settings: int) -> _io.Copier:
     """Threads that copy. Only where `why_not_built` is None."""
     from mii_hcache import _io
 
-    return _io.Copier(num_threads)
+    return _io.Copier(num_threads, **settings)

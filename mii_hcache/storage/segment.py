@@ -7,11 +7,12 @@ import ctypes
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.disk_io import DiskFile, DiskIO, SlotRead, SlotWrite, ThreadsIO, write_all
-from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader
+from mii_hcache.storage.disk_io import DiskFile, DiskIO, PartWrite, SlotRead, SlotWrite, ThreadsIO, write_all
+from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader, padded_bytes
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
 UNFINISHED_SUFFIX = ".new"
@@ -77,9 +78,19 @@ class SegmentFile:
 
     def to_write(self, slot: int, header: SlotHeader, payload: memoryview) -> SlotWrite:
         """The write of a slot, for the file that this makes and grows if it must."""
-        file = self._make()
-        self._grow(file, self._offset(slot + 1))
-        return SlotWrite(file, self._offset(slot), header.pack(), payload)
+        return SlotWrite(self._ready(slot), self._offset(slot), header.pack(), payload)
+
+    def to_write_ends(self, slot: int, header: SlotHeader) -> Iterator[PartWrite]:
+        """The writes of a slot's header and of what pads its payload."""
+        file, offset = self._ready(slot), self._offset(slot)
+        yield PartWrite(file, offset, memoryview(header.pack()))
+        padding = bytes(padded_bytes(header.num_bytes) - header.num_bytes)
+        if padding:
+            yield PartWrite(file, offset + BLOCK_BYTES + header.num_bytes, memoryview(padding))
+
+    def to_write_part(self, slot: int, start: int, data: memoryview) -> PartWrite:
+        """The write of a payload's bytes from `start` on."""
+        return PartWrite(self._ready(slot), self._offset(slot) + BLOCK_BYTES + start, data)
 
     def to_read(self, slot: int, out: memoryview) -> SlotRead | None:
         """The read of a slot; None when there is no file."""
@@ -129,6 +140,12 @@ class SegmentFile:
 
     def _offset(self, slot: int) -> int:
         return BLOCK_BYTES + slot * self.header.slot_bytes
+
+    def _ready(self, slot: int) -> DiskFile:
+        """The file, made and grown for this slot if it must be."""
+        file = self._make()
+        self._grow(file, self._offset(slot + 1))
+        return file
 
     def _grow(self, file: DiskFile, stop: int) -> None:
         """Move the file's end behind `stop`; no bytes of the disk are taken by that."""

@@ -56,6 +56,17 @@ class Segments:
             [self._files[place.segment].to_write(place.slot, header, payload) for place, header, payload in slots]
         )
 
+    def write_parts(self, parts: Sequence[tuple[Place, int, memoryview]]) -> None:
+        """Write bytes of payloads, each from a byte on. Raises OSError."""
+        self._io.write_parts(
+            [self._files[place.segment].to_write_part(place.slot, start, data) for place, start, data in parts]
+        )
+
+    def write_ends(self, slots: Sequence[tuple[Place, SlotHeader]]) -> None:
+        """Write headers and padding of slots whose payloads are there. Raises OSError."""
+        ends = [self._files[place.segment].to_write_ends(place.slot, header) for place, header in slots]
+        self._io.write_parts([part for parts in ends for part in parts])
+
     def reading(self, slots: Sequence[tuple[Place, memoryview]]) -> SlotsArriving:
         """Begin to read payloads into buffers, for the time of a `with` block."""
         return SlotsArriving(self._io, self._files, slots)

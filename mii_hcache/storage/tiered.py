@@ -11,6 +11,7 @@ from functools import partial
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
@@ -86,6 +87,13 @@ class TieredStore(ChunkStore):
             else:
                 self._dropped_spans += 1
         return kept
+
+    def put_through(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        return self.put(record, chunks) if self.find(record.span_id) is not None else self._file.put(record, chunks)
+
+    @property
+    def drafts(self) -> FileDrafts | None:
+        return self._file.drafts
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._memory.find(span_id) or self._file.find(span_id)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mii_hcache.storage.arena import Arena, ArenaPool
 from mii_hcache.storage.copying import copy_bytes
-from mii_hcache.storage.disk_io import Arriving, DiskFile, DiskIO, SlotRead, SlotWrite
+from mii_hcache.storage.disk_io import Arriving, DiskFile, DiskIO, PartWrite, SlotRead, SlotWrite
 from mii_hcache.storage.format import BLOCK_BYTES, padded_bytes
 from mii_hcache.storage.native import new_device
 
@@ -71,6 +71,21 @@ class UringIO(DiskIO):
         requests: list[_Request] = []
         for write in writes:
             _add_write(requests, arena, write)
+        self._carry_out(requests, arena)
+
+    def write_parts(self, parts: Sequence[PartWrite]) -> None:
+        arena = Arena(self.arenas)
+        requests: list[_Request] = []
+        for file, offset, data in parts:
+            if data.readonly:
+                block = arena.take(padded_bytes(len(data)))[: len(data)]
+                block[:] = data
+                data = block
+            requests.append((True, _native(file), offset, data))
+        self._carry_out(requests, arena)
+
+    def _carry_out(self, requests: list[_Request], arena: Arena) -> None:
+        """Write, wait, and give the arena back. Raises OSError."""
         batch = self.device.submit(requests)
         try:
             results = self._wait_all(batch)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import closing
 
 import pytest
 
 from mii_hcache.runtime.generation import FinishReason
+from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.state_dir import StateDir
 from tests.engine_kit import (
     ALL_MODELS,
     VOCAB,
@@ -98,6 +101,26 @@ def test_a_small_pool_gives_the_same_answers(tiny_model, crowd_in_a_large_pool, 
         assert metrics["preemptions_total"] > 0
     client.service.close()
     assert client.service.metrics()["blocks_free"] == num_blocks
+
+
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+def test_saving_within_the_step_gives_the_same_answers_and_bytes(tiny_model, never_evicted, tmp_path, method):
+    """`--save direct` and `two-stage`, in files."""
+    saved = {}
+    for save in ("direct", "two-stage"):
+        with closing(StateDir(tmp_path / save)) as state_dir, closing(FileStore(state_dir, 256 << 20)) as store:
+            engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256)
+            client = open_client(engine, method=method, keep="none", store=store, save=save)
+            conversations = interleave(client, 4, 3)
+            client.service.close()
+            assert answers(conversations) == never_evicted("llama")
+            for conversation in conversations:
+                for before, turn in zip(conversation.turns, conversation.turns[1:], strict=False):
+                    assert turn.report.restored_tokens == restorable(before)
+            stats, metrics = store.stats(), client.service.metrics()
+            saved[save] = stats.num_spans, stats.num_bytes, stats.put_bytes, metrics["saved_bytes_total"]
+            assert stats.corrupt_chunks == stats.dropped_spans == 0 and stats.num_spans > 0
+    assert saved["direct"] == saved["two-stage"]
 
 
 class SlowStore(MemoryStore):

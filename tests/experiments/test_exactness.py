@@ -18,6 +18,7 @@ from experiments.exactness.contexts import WAYS
 from experiments.exactness.scores import SCORES, choice, number, rouge
 from experiments.fig14_saving import decoding
 from experiments.fig14_saving import here as saving_here
+from mii_hcache.config import SAVE_NAMES
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.engine.demo_model import ensure_demo_model
 from mii_hcache.engine.ragged_engine import SequenceBlocks
@@ -115,20 +116,21 @@ def test_missing_documents_say_what_to_put_where(tmp_path):
 def test_three_ways_to_decode(tmp_path):
     engine = demo_engine(num_blocks=80, max_batch_tokens=128)
     batch = decoding.Batch(engine, num_sequences=3, history_tokens=64)
-    two_stage = decoding.TwoStage(engine, tmp_path / "state", 6 * engine.geometry.span_bytes(ChunkKind.HIDDEN))
-    direct = decoding.Direct(engine, tmp_path / "rows", 3)
-    variants = [decoding.Unsaved(engine), two_stage, direct]
+    num_bytes = 6 * engine.geometry.span_bytes(ChunkKind.HIDDEN)
+    saved = [decoding.Saved(engine, tmp_path / save, num_bytes, save) for save in SAVE_NAMES]
+    variants = [decoding.Unsaved(engine), *saved]
     try:
         for _ in range(2):
             times_s = batch.take_turn(variants)
             assert set(times_s) == {"Ideal", "HCache", "DirectIO"}
             assert all(len(taken_s) == 4 and min(taken_s) > 0 for taken_s in times_s.values())
-        assert two_stage.num_saved_spans == 6  # every sequence completes a span in every turn
-        assert "0 rows dropped" in two_stage.note
-        written = (tmp_path / "rows").read_bytes()
-        slots = torch.frombuffer(bytearray(written), dtype=torch.float32).view(3, 3, decoding.NUM_STEPS, 1024)
-        assert slots[..., :256].abs().amax(-1).min() > 0 and slots[..., 256:].abs().max() == 0
-        assert len({tuple(row) for row in slots[0, 0, :, :4].tolist()}) > 1  # each step its own
+        for variant in saved:
+            assert variant.num_saved_spans == 6  # every sequence completes a span in every turn
+            assert "0 losses" in variant.note
+        two_stage, direct = (
+            {span_id: span.crcs for span_id, span in one._store._index._spans.items()} for one in saved
+        )
+        assert len(two_stage) == 6 and two_stage == direct  # the same bytes, written behind the step or within it
     finally:
         for variant in variants:
             variant.close()

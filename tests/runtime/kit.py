@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
@@ -19,8 +20,10 @@ from mii_hcache.core.plans import StoragePlan, uniform_storage
 from mii_hcache.runtime.buffers import RowLease, RowRing, SpanBuffers, as_bytes
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
+from mii_hcache.runtime.scatter import NativeScatter, Scatter, TorchScatter
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.native import why_not_built
 
 SEED = chain_seed(b"test")
 GIVE_UP_S = 30.0
@@ -339,6 +342,21 @@ class FakeStore(ChunkStore):
         pass
 
 
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+SCATTERS = ("torch", "native")
+
+
+def scatter_named(name: str) -> Scatter:
+    """A scatter; the native one hands tiny rows to several threads, too."""
+    if name == "torch":
+        return TorchScatter()
+    why_not = why_not_built()
+    if why_not is not None:
+        pytest.skip(why_not)
+    return NativeScatter(4, bytes_per_thread=16)
+
+
 # --- buffers that tell ------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +400,8 @@ def open_saver(engine: FakeEngine, store: ChunkStore, saved: ChunkKind | Storage
     """A saver over poisoned memory, of all layers in one kind or as a plan says."""
     plan = uniform_storage(engine.geometry, saved) if isinstance(saved, ChunkKind) else saved
     with (
-        mock.patch.multiple("mii_hcache.runtime.saver", RowRing=PoisonedRing, SpanBuffers=PoisonedBuffers),
+        mock.patch("mii_hcache.runtime.saver.RowRing", PoisonedRing),
+        mock.patch("mii_hcache.runtime.cutter.SpanBuffers", PoisonedBuffers),
         mock.patch("mii_hcache.runtime.block_reader.SpanBuffers", PoisonedBuffers),
     ):
         return Saver(

@@ -10,11 +10,21 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.runtime import flusher as flusher_module
-from mii_hcache.runtime.flusher import Flusher, RowCopy, Snapshot, SpanPut
+from mii_hcache.runtime.flusher import Flusher
+from mii_hcache.runtime.snapshot import RowCopy, Snapshot, SpanPut
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan
 from mii_hcache.storage.base import SpanRecord
-from tests.runtime.kit import GIVE_UP_S, FakeStore, geometry_of, path, span_record, wait_until
+from tests.runtime.kit import (
+    GIVE_UP_S,
+    SCATTERS,
+    FakeStore,
+    geometry_of,
+    path,
+    scatter_named,
+    span_record,
+    wait_until,
+)
 
 GEOMETRY = geometry_of()
 LAYERS = len(GEOMETRY.saved_layers(ChunkKind.HIDDEN))
@@ -50,10 +60,10 @@ def counters() -> Counters:
     return Counters()
 
 
-@pytest.fixture
-def flusher(store, counters, monkeypatch):
+@pytest.fixture(params=SCATTERS)
+def flusher(store, counters, monkeypatch, request):
     monkeypatch.setattr(flusher_module, "MAX_WAITING_PUTS", 2)
-    flusher = Flusher(store=store, counters=counters, num_threads=1)
+    flusher = Flusher(store=store, counters=counters, num_threads=1, scatter=scatter_named(request.param))
     yield flusher
     store.put_gate.set()
     flusher.stop()

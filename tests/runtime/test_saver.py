@@ -15,6 +15,7 @@ from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.stats import Counters
 from tests.runtime.kit import (
     GIVE_UP_S,
+    SCATTERS,
     SEED,
     FakeEngine,
     FakeStore,
@@ -22,6 +23,7 @@ from tests.runtime.kit import (
     kind_of,
     open_saver,
     path,
+    scatter_named,
     span_chunks,
     span_record,
     wait_until,
@@ -37,7 +39,8 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 class Bench:
     """A saver with what is around it. One background thread, and one span may wait for the store."""
 
-    def __init__(self) -> None:
+    def __init__(self, scatter: str) -> None:
+        self.scatter = scatter
         self.engine = FakeEngine(GEOMETRY, max_batch_tokens=MAX_BATCH)
         self.store = FakeStore()
         self.counters = Counters()
@@ -45,6 +48,7 @@ class Bench:
 
     def open_saver(self, kind: ChunkKind | None = HIDDEN, **settings) -> Saver:
         settings.setdefault("num_threads", 1)
+        settings.setdefault("scatter", scatter_named(self.scatter))
         self.savers.append(open_saver(self.engine, self.store, kind, counters=self.counters, **settings))
         return self.savers[-1]
 
@@ -85,10 +89,10 @@ class Bench:
         return kinds
 
 
-@pytest.fixture
-def bench(monkeypatch):
+@pytest.fixture(params=SCATTERS)
+def bench(monkeypatch, request):
     monkeypatch.setattr(flusher_module, "MAX_WAITING_PUTS", 1)
-    bench = Bench()
+    bench = Bench(request.param)
     yield bench
     bench.store.put_gate.set()
     for saver in bench.savers:
@@ -197,7 +201,7 @@ def test_decode_never_waits(bench, kind):
     """Had it any right to wait, it would wait here for seconds each time."""
     bench.open_saver(kind, save_wait=0.0)
     bench.jam()
-    bench.savers[-1]._save_wait = 1000.0
+    bench.savers[-1]._patience.share = 1000.0
     uids = [bench.open(num_tokens=63, branch=branch) for branch in (1, 2)]
     dropped = bench.counters.get("dropped_rows_total")
     started_s = time.monotonic()
@@ -212,7 +216,7 @@ def test_decode_never_waits(bench, kind):
 def test_a_prefill_that_finds_no_room_waits_its_share_and_no_longer(bench, kind):
     saver = bench.open_saver(kind, save_wait=0.0)
     bench.jam()
-    saver._save_wait, saver._pace = 0.6, Pace(MAX_BATCH)
+    saver._patience.share, saver._patience.pace = 0.6, Pace(MAX_BATCH)
     allowed_s = 0.6 * 0.5  # half a second is what a full step is first thought to take
     dropped = bench.counters.get("dropped_rows_total")
     uid = bench.open()
@@ -228,7 +232,7 @@ def test_a_prefill_that_finds_no_room_waits_its_share_and_no_longer(bench, kind)
 def test_a_prefill_goes_on_as_soon_as_there_is_room(bench, kind):
     saver = bench.open_saver(kind, save_wait=0.0)
     bench.jam()
-    saver._save_wait = 1000.0
+    saver._patience.share = 1000.0
     uid = bench.open()
     threading.Timer(0.05, bench.store.put_gate.set).start()
     started_s = time.monotonic()
@@ -255,10 +259,10 @@ def test_a_store_that_hangs_for_long_does_not_pile_up_steps(bench):
     bench.open_saver(save_wait=0.0)
     bench.jam()
     uid = bench.open()
-    waiting = bench.savers[-1]._flusher._num_snapshots
+    waiting = bench.savers[-1]._sink._num_snapshots
     for _ in range(200):
         bench.run((uid, 1))
-    assert bench.savers[-1]._flusher._num_snapshots <= waiting
+    assert bench.savers[-1]._sink._num_snapshots <= waiting
 
 
 # --- healing ---------------------------------------------------------------------------------------------------------
@@ -318,10 +322,10 @@ def test_a_store_that_hangs_holds_up_an_eviction_once_not_for_every_span(bench):
 
 def _assert_all_memory_is_back(saver: Saver) -> None:
     assert saver.drain(GIVE_UP_S)
-    assert saver._kv_blocks.num_in_use == saver._healed_blocks.num_in_use == 0
+    assert saver._cutter._kv_blocks.num_in_use == saver._healer._blocks.num_in_use == 0
     if saver._capture is not None:
         assert saver._capture.ring.leased_rows == 0
-        assert saver._open_buffers.num_in_use == 0
+        assert saver._cutter._open_buffers.num_in_use == 0
 
 
 @pytest.mark.parametrize("layer", range(GEOMETRY.num_layers))
@@ -372,7 +376,7 @@ def test_blocks_that_cannot_be_read_cost_the_span_and_no_buffer(bench, kind, mon
         bench.run((uid, SPAN_TOKENS))
     assert bench.counters.get("unhealed_spans_total") == 10
     assert bench.counters.get("save_errors_total") == (10 if kind is HIDDEN else 11)
-    assert saver._kv_blocks.num_in_use == saver._healed_blocks.num_in_use == 0
+    assert saver._cutter._kv_blocks.num_in_use == saver._healer._blocks.num_in_use == 0
     saver.heal(uid)
     assert bench.stored(uid) == [KV] * 10 + [kind]
 

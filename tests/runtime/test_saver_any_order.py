@@ -14,11 +14,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from mii_hcache.config import SAVE_NAMES
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId, spans_of
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.storage.native import why_not_built
 from tests.runtime.kit import (
     GIVE_UP_S,
+    SCATTERS,
     SEED,
     FakeEngine,
     FakeStore,
@@ -26,11 +29,13 @@ from tests.runtime.kit import (
     kind_of,
     open_saver,
     path,
+    scatter_named,
     span_chunks,
     span_record,
 )
 
 MAX_BATCH = 130
+HERE = SCATTERS if why_not_built() is None else ("torch",)
 GEOMETRY = geometry_of()
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -39,8 +44,10 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 class World:
     """A saver, its engine and its store. Sequences are picked by number, modulo how many live."""
 
-    def __init__(self, kind: ChunkKind, num_threads: int, ring_batches: int) -> None:
+    def __init__(self, kind: ChunkKind, num_threads: int, ring_batches: int, scatter: str, save: str) -> None:
         self.kind = kind
+        self.heal_wait_s = 0.01
+        self.can_hang = save != "direct"  # then it holds up the engine, as it may
         self.engine = FakeEngine(GEOMETRY, max_batch_tokens=MAX_BATCH)
         self.store = FakeStore()
         self.counters = Counters()
@@ -52,6 +59,8 @@ class World:
             counters=self.counters,
             num_threads=num_threads,
             ring_batches=ring_batches,
+            scatter=scatter_named(scatter),
+            save=save,
             save_wait=0.0,
         )
 
@@ -91,7 +100,7 @@ class World:
     def _close(self, uid: int, is_healed: bool) -> None:
         self._note(uid)
         if is_healed:
-            self.saver.heal(uid)
+            self.saver.heal(uid, self.heal_wait_s)
         self.saver.close(uid)
         self.engine.evict(uid)
 
@@ -145,7 +154,8 @@ class World:
         self.store.mode = mode
 
     def hang(self) -> None:
-        self.store.put_gate.clear()
+        if self.can_hang:
+            self.store.put_gate.clear()
 
     def go_on(self) -> None:
         self.store.put_gate.set()
@@ -155,7 +165,7 @@ class World:
         self.store.delete(list(self.store.spans)[keep:])
 
     def heal(self, number: int) -> None:
-        self.saver.heal(self._pick(number))
+        self.saver.heal(self._pick(number), self.heal_wait_s)
 
     def drain(self) -> None:
         self.store.put_gate.set()
@@ -187,9 +197,9 @@ class World:
             assert not missing, "a drop cuts off what follows it"
         self.check_store()
         assert self.saver.num_pending == 0
-        assert self.saver._kv_blocks.num_in_use == self.saver._healed_blocks.num_in_use == 0
+        assert self.saver._cutter._kv_blocks.num_in_use == self.saver._healer._blocks.num_in_use == 0
         if self.kind is ChunkKind.HIDDEN:
-            assert self.saver._open_buffers.num_in_use == 0, "an open span's buffer was lost"
+            assert self.saver._cutter._open_buffers.num_in_use == 0, "an open span's buffer was lost"
             assert self.saver._capture is not None
             assert self.saver._capture.ring.leased_rows == 0, "rows of the ring were lost"
 
@@ -241,20 +251,23 @@ STALE_OPEN_SPAN = [
 
 
 @pytest.mark.parametrize("kind", ChunkKind)
-@given(script=scripts, num_threads=st.integers(1, 2), ring_batches=st.sampled_from([1, 2]))
-@example(script=STALE_OPEN_SPAN, num_threads=1, ring_batches=2)
+@given(
+    script=scripts,
+    num_threads=st.integers(1, 2),
+    ring_batches=st.sampled_from([1, 2]),
+    scatter=st.sampled_from(HERE),
+    save=st.sampled_from([*SAVE_NAMES, "two-stage"]),
+)
+@example(script=STALE_OPEN_SPAN, num_threads=1, ring_batches=2, scatter=HERE[0], save="two-stage")
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_every_span_holds_its_own_history(kind, script, num_threads, ring_batches):
-    with (
-        mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1),
-        mock.patch("mii_hcache.runtime.saver.HEAL_WAIT_S", 0.01),
-    ):
-        world = World(kind, num_threads, ring_batches)
+def test_every_span_holds_its_own_history(kind, script, num_threads, ring_batches, scatter, save):
+    with mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1):
+        world = World(kind, num_threads, ring_batches, scatter, save)
         try:
             for verb in script:
                 world.do(*verb)
-            with mock.patch("mii_hcache.runtime.saver.HEAL_WAIT_S", GIVE_UP_S):
-                world.finish()
+            world.heal_wait_s = GIVE_UP_S
+            world.finish()
         finally:
             world.store.put_gate.set()
             world.saver.stop()

@@ -49,7 +49,7 @@ def test_no_arguments_are_the_defaults(monkeypatch):
 def test_every_setting_arrives(tmp_path):
     options = parse_options(
         "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
-        "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save-wait 0.5 "
+        "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save direct --save-wait 0.5 "
         "--durability strict --evict cost --expire-after 1.5h --save-after 2 --restore-slice 2.5 "
         "--emulate-read-speed 100MiB "
         "--max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
@@ -72,6 +72,7 @@ def test_every_setting_arrives(tmp_path):
         max_batch_tokens=5,
         max_waiting=3,
         max_context_tokens=99,
+        save="direct",
         save_wait=0.5,
         save_after=2,
         restore_slice_s=0.0025,
@@ -103,6 +104,7 @@ def test_home_directories_are_found(monkeypatch, tmp_path):
         ("--port x", "'x' is no port"),
         ("--method magic", "hidden"),
         ("--keep all", "lru"),
+        ("--save later", "two-stage"),
         ("--dtype int8", "bfloat16"),
         ("--nothing", "unrecognized arguments: --nothing"),
         ("--mod x", "unrecognized arguments: --mod"),
