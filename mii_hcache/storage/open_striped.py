@@ -58,7 +58,7 @@ def open_striped(
             )
             undo.callback(store.close)
             with recording:
-                stripes.record([*present, seat])
+                stripes.record(seat, present)
                 present.append(seat)
             undo.pop_all()
         return state_dir, store

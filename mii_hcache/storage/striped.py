@@ -70,7 +70,7 @@ class StripedStore(ChunkStore):
         return [*missing, *(note for store in self.stores for note in store.notes)]
 
     def path_opens(self, store: FileStore) -> None:
-        """A path's store is about to be there, long after the others: forget there what was deleted meanwhile."""
+        """A path's store is there, maybe long after the others: forget what was deleted meanwhile."""
         with self._placed:
             deleted = list(self._deleted)
         store.delete(deleted)
