@@ -169,7 +169,8 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Return when everything accepted before the call survives a crash (no-op for stores that never do)."""
+        """Return when everything accepted before the call survives a crash (no-op for stores that never do). A device
+        that hangs is not waited for: what lies there is durable only once it answers."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
@@ -177,4 +178,4 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Flush, then release files and threads. Idempotent."""
+        """Flush, then release files and threads; in bounded time, leaving behind what hangs. Idempotent."""
