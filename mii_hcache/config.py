@@ -116,10 +116,8 @@ class HCacheConfig:
     """Fill free KV blocks with NaN, to hunt corruption: `MII_HCACHE_POISON_BLOCKS=1`."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.state_dir, (str, type(None))):
-            object.__setattr__(self, "state_dir", tuple(self.state_dir))
-            if not self.state_dir or not all(isinstance(one, str) and one for one in self.state_dir):
-                raise ConfigError(f"state_dir must be a directory or several, got {self.state_dir!r}")
+        if self.state_dir is not None:
+            object.__setattr__(self, "state_dir", _directories(self.state_dir))
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {self.dtype!r}")
         if self.keep not in KEEP_POLICIES:
@@ -173,3 +171,16 @@ class HCacheConfig:
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**settings)
+
+
+def _directories(given: Any) -> str | tuple[str, ...]:
+    """A directory as it is, several as a tuple. Raises ConfigError for anything else."""
+    try:
+        if isinstance(given, (str, os.PathLike)):
+            return str(os.fspath(given))
+        several = tuple(str(os.fspath(one)) for one in given)
+    except TypeError:
+        several = ()
+    if not several or "" in several:
+        raise ConfigError(f"state_dir must be a directory or several, got {given!r}")
+    return several

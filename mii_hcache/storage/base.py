@@ -198,7 +198,8 @@ class ChunkStore(ABC):
     @abstractmethod
     def flush(self) -> None:
         """Return when everything accepted before the call outlives the process (no-op for stores that never do). What
-        outlives a power cut is a store's own to say; deletions do."""
+        outlives a power cut is a store's own to say; deletions do. A device that hangs is not waited for: what lies
+        there is durable only once it answers."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
@@ -206,4 +207,4 @@ class ChunkStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Flush, then release files and threads. Idempotent."""
+        """Flush, then release files and threads; in bounded time, leaving behind what hangs. Idempotent."""

@@ -272,7 +272,7 @@ class FileStore(ChunkStore):
     def close(self) -> None:
         self._call(self._close, 0.1 if self.presence.is_stuck else _PATIENCE)
         self.presence.close()
-        self._workers.close(0.0 if not self.has_ended else None)
+        self._workers.close(0.0 if not self.has_ended else self.presence.deadline_s)
 
     def _close(self) -> None:
         if not self._index.close():
@@ -296,8 +296,8 @@ class FileStore(ChunkStore):
             return None
         try:
             return self._workers.call(job, patience * _SLACK * self.presence.deadline_s)
-        except StalledError as error:
-            self.presence.failed(error)
+        except StalledError:
+            self.presence.stalled()
         except RuntimeError:  # closed meanwhile
             if not self._workers.is_closed:
                 raise

@@ -49,6 +49,9 @@ Forbidden, and why:
 * to touch files whose header names another store uuid: they are not ours to reuse or to delete;
 * to add a field without a new version: readers refuse every version but their own, and nothing is lost but a cache.
 
+All this is of one directory, whole in itself. Several that are striped over know of each other by a small file that is
+described in stripe_set.py, and nothing of what lies in one names another.
+
 Version 1 had spans of one kind only, their layers without a gap.
 """
 

@@ -47,7 +47,7 @@ def open_striped(
             store = FileStore(state_dir, share_bytes, first_pause_s=first_look_s, **settings)
             undo.callback(store.close)
             with recording:
-                stripes.record([*present, seat])
+                stripes.record(seat, present)
                 present.append(seat)
             undo.pop_all()
         return state_dir, store

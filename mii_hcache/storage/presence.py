@@ -72,8 +72,7 @@ class Presence:
             return False
         if time.monotonic() <= self._stalls_at_s:
             return True
-        self._leave(f"it has not answered for {self.deadline_s:g} s")
-        self._on_stall()
+        self.stalled()
         return False
 
     @property
@@ -100,6 +99,11 @@ class Presence:
     def failed(self, error: OSError) -> None:
         """An operation failed as only a device does: it is away."""
         self._leave(str(error))
+
+    def stalled(self) -> None:
+        """An operation hangs: it is away."""
+        self._leave(f"it has not answered for {self.deadline_s:g} s")
+        self._on_stall()
 
     def close(self) -> None:
         """End the probing; a probe that hangs is left alone. Idempotent. Does not block."""

@@ -35,8 +35,8 @@ class StripePath:
         on_open: Callable[[FileStore], None] = lambda store: None,
         first_look_s: float = FIRST_LOOK_S,
     ) -> None:
-        """Begins to look. `on_open` is told of a store before anybody else gets it; on the thread that looks, like
-        `open_path`."""
+        """Begins to look. `on_open` is told of a store, on the thread that looks, before anybody else gets it and once
+        more after that."""
         self.path = path
         self.store: FileStore | None = None
         """None while the directory is missing."""
@@ -91,6 +91,7 @@ class StripePath:
             is_wanted = not self._closing.is_set()
             if is_wanted:
                 self.store, self._state_dir, self.why_missing = store, state_dir, None
+        self._on_open(store)  # what happened between that and this
         if not is_wanted:
             store.close()
             state_dir.close()

@@ -13,16 +13,21 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.state_dir import open_private, sync_dir
+from mii_hcache.storage.workers import StalledError, Workers
 
 _log = logging.getLogger(__name__)
 
 SET_FILE = "set.json"
+LOOK_S = 10.0
+"""How long a directory is looked at before it counts as one that cannot be read."""
 _VERSION = 1
 _MAX_FILE_BYTES = 1 << 20
 
@@ -105,15 +110,18 @@ class StripeSet:
     def of(paths: Sequence[Path]) -> StripeSet:
         """Look at directories; nothing is written. Blocks on I/O. Raises ConfigError for directories that do not belong
         together, and for what cannot be a set."""
-        check_distinct(paths)
+        looking = Workers(len(paths), "hcache-look")  # one that hangs must not hang the start
+        with suppress(StalledError):
+            looking.call(partial(check_distinct, paths), LOOK_S)
         files, notes, unreadable = {}, [], {}
         for path in paths:
             try:
-                files[path] = read_set_file(path)
+                files[path] = looking.call(partial(read_set_file, path), LOOK_S)
             except ValueError as error:
                 notes.append(f"{path / SET_FILE} cannot be read ({error}); it is written anew")
             except OSError as error:
                 unreadable[path] = str(error)
+        looking.close(0.0)
         known = {path: file for path, file in files.items() if file is not None}
         _check_one_set(known)
         newest = max(known.values(), key=lambda file: file.generation, default=None)
@@ -151,29 +159,28 @@ class StripeSet:
         else:
             seat.why_missing = None
 
-    def record(self, seats: Sequence[Seat]) -> None:
-        """Write the set's file into the directories of `seats`, which are open, and learn their mount points. Nothing
-        is written where nothing changed. Blocks on I/O. Raises OSError when the last one has none and cannot
-        get one; the others' are as good as before."""
-        members = dict(self.members)
-        for seat in seats:
-            seat.mount = str(mount_point(seat.path))
-            members[seat.ordinal] = Member(ordinal=seat.ordinal, path=str(seat.path), mount=seat.mount)
-        if members != self.members:
-            self.members, self.generation = members, self.generation + 1
-        for seat in seats:
+    def record(self, seat: Seat, present: Sequence[Seat]) -> None:
+        """`seat` was opened, beside those `present`: learn its mount point and write the set's file, everywhere if the
+        members changed. Blocks on I/O. Raises OSError when the directory has no file and cannot get one."""
+        seat.mount = str(mount_point(seat.path))
+        member = Member(ordinal=seat.ordinal, path=str(seat.path), mount=seat.mount)
+        is_new = self.members.get(seat.ordinal) != member
+        if is_new:
+            self.members = self.members | {seat.ordinal: member}
+            self.generation += 1
+        for one in [seat, *present] if is_new else [seat]:  # a disk that hangs need not be asked for nothing
             file = SetFile(
                 set_id=self.set_id,
-                ordinal=seat.ordinal,
+                ordinal=one.ordinal,
                 generation=self.generation,
                 members=tuple(self.members[ordinal] for ordinal in sorted(self.members)),
             )
             try:
-                _write_set_file(seat.path, file)
+                _write_set_file(one.path, file)
             except OSError as error:
-                if seat is seats[-1] and not (seat.path / SET_FILE).exists():
+                if one is seat and not (one.path / SET_FILE).exists():
                     raise
-                _log.warning("%s cannot be written (%s)", seat.path / SET_FILE, error)
+                _log.warning("%s cannot be written (%s)", one.path / SET_FILE, error)
 
     def _seat(self, paths: Sequence[Path], known: dict[Path, SetFile], unreadable: dict[Path, str]) -> None:
         taken = {file.ordinal for file in known.values()}
@@ -186,7 +193,10 @@ class StripeSet:
                 self.seats.append(Seat(path=path, ordinal=ordinal, mount=self.members[ordinal].mount))
             elif member is not None:
                 seat = Seat(path=path, ordinal=member.ordinal, mount=member.mount)
-                self.look_again(seat)
+                if path in unreadable:
+                    seat.why_missing = unreadable[path]
+                else:
+                    self.look_again(seat)
                 self.seats.append(seat)
             elif path in unreadable:
                 raise ConfigError(f"state_dir {path} cannot be used ({unreadable[path]}); choose a directory you own")

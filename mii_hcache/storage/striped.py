@@ -71,7 +71,7 @@ class StripedStore(ChunkStore):
         return [*missing, *(note for store in self.stores for note in store.notes)]
 
     def path_opens(self, store: FileStore) -> None:
-        """A path's store is about to be there, long after the others: tell it what it missed."""
+        """A path's store is there, maybe long after the others: tell it what it missed."""
         with self._placed:
             deleted, loss = list(self._deleted), self._loss
         store.delete(deleted)

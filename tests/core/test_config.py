@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +103,8 @@ def test_state_dir_by_environment(monkeypatch):
     assert HCacheConfig().state_dirs == ("/nvme0/state", "/nvme1/state")
     assert HCacheConfig(state_dir="/a").state_dirs == ("/a",)
     assert HCacheConfig(state_dir=["/a", "/b"]).state_dirs == ("/a", "/b")
-    for nothing in ([], [""], [1]):
+    assert HCacheConfig(state_dir=Path("/a")).state_dirs == ("/a",)
+    assert HCacheConfig.from_dict({"state_dir": [Path("/a"), "/b"]}).state_dirs == ("/a", "/b")
+    for nothing in ([], [""], [1], 1):
         with pytest.raises(ConfigError, match="state_dir"):
             HCacheConfig(state_dir=nothing)

@@ -41,6 +41,7 @@ from tests.storage.storage_kit import (
     put,
     read_span,
     reads_of,
+    wait_until_here,
 )
 from tests.storage.test_file_damage import flip, rows, segment_of
 from tests.storage.test_file_faults import FullDisk
@@ -292,6 +293,7 @@ def test_a_write_that_fails_in_the_second_segment_gives_back_the_slots_of_the_fi
     assert store.find(RECORDS[0].span_id) is None
     assert store.disk_bytes == disk_bytes(file_kit.path) == 2 * 4096
     monkeypatch.undo()
+    wait_until_here(store)
     assert put(store, RECORDS[0])
     assert holds(store, RECORDS[0])
 
@@ -313,6 +315,7 @@ def test_a_span_is_durable_only_when_both_segments_are(file_kit, monkeypatch, ba
     assert store.find(RECORDS[0].span_id) is None
     assert store.stats().dropped_spans == 1
     monkeypatch.undo()
+    wait_until_here(store)
     assert put(store, RECORDS[0], writer=1)
     assert holds(file_kit.open(), RECORDS[0], writer=1)
 

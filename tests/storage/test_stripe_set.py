@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage import stripe_set
 from mii_hcache.storage.open import OpenedState, open_state
+from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.stripe_set import SET_FILE, Member, SetFile, StripeSet, mount_point, read_set_file
 from mii_hcache.storage.striped import StripedStore
 from tests.storage.storage_kit import IO, holds, make_record, put, wait_until
@@ -198,6 +200,27 @@ def test_the_first_directory_may_be_missing_too(tmp_path):
     wait_until(lambda: path.store is not None)
     assert num_held(state, records) == len(records)
     state.close()
+
+
+def test_a_directory_that_hangs_at_the_start_is_waited_for_in_the_background(tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    records = fill(a, b)
+    answers = threading.Event()
+
+    def hangs(directory: Path) -> SetFile | None:
+        assert directory != b or answers.wait(60)
+        return read_set_file(directory)
+
+    monkeypatch.setattr(stripe_set, "LOOK_S", 0.1)
+    monkeypatch.setattr(stripe_set, "read_set_file", hangs)
+    store = open_striped(StripeSet.of([b, a]), CAPACITY, io=IO, opening_s=0.2, first_look_s=0.01)
+    assert [path.why_missing is None for path in store.paths] == [True, False]
+    assert any(f"{b} is missing" in note for note in store.notes)
+    assert 0 < sum(holds(store, record) for record in records) < len(records)
+    answers.set()
+    wait_until(lambda: store.paths[1].store is not None)
+    assert all(holds(store, record) for record in records)
+    store.close()
 
 
 def test_deleted_while_its_disk_was_missing_is_deleted_when_it_is_back(tmp_path):
