@@ -1,0 +1,110 @@
+#include "library.hpp"
+
+#include <cerrno>
+#include <stdexcept>
+
+#include "../gpu/gpu.hpp"
+#include "../gpu/library.hpp"
+
+namespace hcache::cufile {
+namespace {
+
+constexpr unsigned kAllowsCompatMode = 1U << 1;  // of Properties::nvfs.control_flags
+constexpr unsigned kPciP2pdma = 1U << 11;        // of Properties::nvfs.status_flags
+
+std::string words_for(const Status& status) {
+    switch (status.error) {
+        case kNotInitialized:
+            return "the nvidia-fs driver is not loaded and cufile.json forbids the compatibility mode";
+        case kPlatformNotSupported:
+            return "GPUDirect Storage does not support this platform";
+        case kDeviceNotSupported:
+            return "GPUDirect Storage does not support this GPU";
+        case kPermissionDenied:
+            return "permission denied";
+        case kCudaDriverError:
+            return "CUDA error " + std::to_string(status.cuda_error);
+        default:
+            return "cuFile error " + std::to_string(status.error);
+    }
+}
+
+Library open() {
+    const gpu::Library found("libcufile.so.0", "MII_HCACHE_CUFILE_LIB");
+    Library library{};
+    found.find(library.driver_open, "cuFileDriverOpen");
+    found.find(library.properties, "cuFileDriverGetProperties");
+    found.find(library.handle_register, "cuFileHandleRegister");
+    found.find(library.handle_deregister, "cuFileHandleDeregister");
+    found.find(library.buffer_register, "cuFileBufRegister");
+    found.find(library.buffer_deregister, "cuFileBufDeregister");
+    found.find(library.read, "cuFileRead");
+    found.find(library.write, "cuFileWrite");
+    const Status status = library.driver_open();
+    if (status.error != 0 && status.error != kAlreadyOpen) {
+        throw std::runtime_error("cuFileDriverOpen failed: " + words_for(status));
+    }
+    return library;
+}
+
+}  // namespace
+
+const Library& Library::get() {
+    static const Library library = open();  // one that throws is tried again by the next call
+    return library;
+}
+
+int errno_of(int cufile_error) {
+    switch (cufile_error) {
+        case kInvalidOpenFlag:
+        case kDirectNotSet:
+            return EINVAL;
+        case kIoNotSupported:
+        case kIoDisabled:
+        case kPlatformNotSupported:
+        case kDeviceNotSupported:
+            return EOPNOTSUPP;
+        case kPointerInvalid:
+        case kMemoryTypeInvalid:
+        case kPointerRange:
+        case kMemoryNotRegistered:
+            return EFAULT;
+        case kPermissionDenied:
+            return EACCES;
+        case kPinningFailed:
+        case kNoMemory:
+            return ENOMEM;
+        default:
+            return EIO;
+    }
+}
+
+std::optional<std::string> why_no_cufile() {
+    try {
+        if (gpu::num_gpus() == 0) return "there is no GPU";
+    } catch (const std::runtime_error& error) {
+        return std::string("no GPU can be used (") + error.what() + ")";
+    }
+    try {
+        Library::get();
+    } catch (const std::runtime_error& error) {
+        return std::string("cuFile cannot be used (") + error.what() + ")";
+    }
+    return std::nullopt;
+}
+
+std::string how_cufile_moves_bytes() {
+    Properties properties{};
+    const Status status = Library::get().properties(&properties);
+    if (status.error != 0) return "in a way that cuFile does not tell (" + words_for(status) + ")";
+    const auto& nvfs = properties.nvfs;
+    if (nvfs.major_version != 0) {
+        return "nvidia-fs " + std::to_string(nvfs.major_version) + "." + std::to_string(nvfs.minor_version) +
+               ": from the SSD to the GPU where the file system allows";
+    }
+    if ((nvfs.status_flags & kPciP2pdma) != 0) return "PCI P2PDMA: from the SSD to the GPU where the kernel allows";
+    const std::string reason = "compatibility mode, there is no nvidia-fs driver: through host memory";
+    return (nvfs.control_flags & kAllowsCompatMode) != 0 ? reason : reason + ", and cufile.json forbids that";
+}
+
+}  // namespace hcache::cufile
