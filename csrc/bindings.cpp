@@ -6,6 +6,7 @@
 PYBIND11_MODULE(_io, module) {
     module.doc() = "The native I/O engine (csrc).";
     module.attr("ABI") = 1;
+    hcache::python::bind_cufile(module);
     hcache::python::bind_device(module);
     hcache::python::bind_dram(module);
 }
