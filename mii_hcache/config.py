@@ -13,7 +13,7 @@ from mii_hcache.errors import ConfigError
 
 KEEP_POLICIES = ("none", "lru")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-IO_NAMES = ("auto", "uring", "threads")
+IO_NAMES = ("auto", "uring", "threads", "cufile")
 
 
 def default_state_dir() -> str:
@@ -53,7 +53,8 @@ class HCacheConfig:
     """Most that saved state may take in host memory, in front of the disk."""
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
-    which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
+    which is `uring` where it was built and is allowed. `cufile` is `auto` and lets a GPU be read into (GPUDirect
+    Storage; never run on a GPU by its authors). `$MII_HCACHE_IO`. The files are the same."""
     method: str | None = None
     """How state is saved and restored (`core.methods`); None is `auto`: planned from what this machine measures."""
     keep: str = "lru"

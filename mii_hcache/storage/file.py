@@ -15,8 +15,9 @@ from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError, CorruptChunkError
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkRead, ChunkStore, DeviceReader, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.device_reads import DeviceReaders, FileDeviceReader
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
@@ -97,6 +98,11 @@ class FileStore(ChunkStore):
             self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))
             self._room.shrink()
             undo.pop_all()
+        self._device_readers = DeviceReaders(
+            self.io,
+            state_dir.path,
+            lambda device: FileDeviceReader(device, self._index, self._segments, self._header, self._forget_damaged),
+        )
         self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
 
@@ -148,6 +154,10 @@ class FileStore(ChunkStore):
 
     def take_back(self, buffer: memoryview) -> None:
         self.io.take_back(buffer)
+
+    def device_reader(self, gpu_idx: int) -> DeviceReader | None:
+        with self._index.operation() as is_open:
+            return self._device_readers.of(gpu_idx) if is_open else None
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)
@@ -202,6 +212,7 @@ class FileStore(ChunkStore):
         self._commit(publish=True)
         self._index.clear()
         self._lanes.close()
+        self._device_readers.close()
         self._segments.close()
         self._catalog.close()
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ChunkRead, SpanRecord
+from mii_hcache.storage.base import ChunkRead, DeviceRead, SpanRecord
 from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.storage.format import SlotCounts, slot_counts
 from mii_hcache.storage.reasons import Reasons
@@ -157,7 +157,7 @@ class FileIndex:
         with self.lock:
             return sum(span.record.num_bytes for span in self._waiting.values())
 
-    def begin_reads(self, reads: Sequence[ChunkRead]) -> list[tuple[HeldSpan, int]]:
+    def begin_reads(self, reads: Sequence[ChunkRead | DeviceRead]) -> list[tuple[HeldSpan, int]]:
         """Span and chunk of the leading reads that can be served; their slots stay until `end_reads`. Counts as use."""
         found: list[tuple[HeldSpan, int]] = []
         with self.lock:

@@ -8,7 +8,8 @@
 //                                  transfers are cut to so many; delay_us; hold: transfers wait while it is 1 flip_at:
 //                                  the byte of files at this offset (-1: none) is read wrong nvfs, status, control:
 //                                  what cuFileDriverGetProperties says
-//   fake_cufile_get(name)          handles, buffers: how many there are; reads, writes: how many were; most_at_once
+//   fake_cufile_get(name)          handles, buffers, flying: how many there are; reads, writes, opened: how many were;
+//                                  most_at_once
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -141,6 +142,7 @@ Status cuFileDriverOpen() {
     const std::scoped_lock guard(lock);
     const Status status = failed_as("open_error");
     is_open = is_open || status.error == 0;
+    ++counts["opened"];
     return status;
 }
 

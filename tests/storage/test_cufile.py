@@ -1,0 +1,421 @@
+"""Chunks into device memory, on fakes of NVIDIA's libraries: whose "device memory" kills a CPU that touches it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from crc32c import crc32c
+
+from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.errors import ConfigError
+from mii_hcache.storage import native, open_io
+from mii_hcache.storage.base import DeviceRead, ReadOutcome, SpanRecord
+from mii_hcache.storage.cufile_proof import TAIL_BYTES, WHOLE_BYTES, prove
+from mii_hcache.storage.device_reads import WINDOW_CHUNKS
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.throttled import ThrottledStore
+from mii_hcache.storage.tiered import TieredStore
+from mii_hcache.tools import state_checks
+from tests.native.gpu_kit import Fakes, load_fakes
+from tests.storage.storage_kit import holds, make_chunks, make_record, put
+
+ROOM_BYTES = 16 << 20
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Fakes:
+    kernels = tmp_path_factory.mktemp("kernels") / "_gpu.fatbin"
+    fakes = load_fakes(kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_KERNELS", kernels)
+        yield fakes
+
+
+@pytest.fixture
+def fakes(loaded):
+    with loaded.in_use():
+        yield loaded
+
+
+@pytest.fixture
+def gpu(fakes):
+    """Another user of the GPU, as torch would be."""
+    with closing(native.new_cufile(0, 4, 1)) as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def room(gpu):
+    """Device memory."""
+    address = gpu.allocate(ROOM_BYTES)
+    yield address
+    gpu.free(address)
+
+
+@pytest.fixture
+def store(fakes, tmp_path):
+    with closing(StateDir(tmp_path)) as state_dir, closing(FileStore(state_dir, 1 << 28, io="cufile")) as store:
+        yield store
+
+
+def to_device(record: SpanRecord, address: int, step: int | None = None) -> list[DeviceRead]:
+    """Chunks one after another, or every `step` bytes."""
+    reads = []
+    for chunk in record.layout.chunks:
+        reads.append(
+            DeviceRead(
+                span_id=record.span_id,
+                layer_idx=chunk.layer_idx,
+                address=address,
+                num_bytes=chunk.num_bytes,
+                kind=chunk.kind,
+            )
+        )
+        address += step or chunk.num_bytes
+    return reads
+
+
+def on_device(gpu, read: DeviceRead) -> bytearray:
+    out = bytearray(read.num_bytes)
+    gpu.copy_out(out, read.address)
+    return out
+
+
+def counts(store: FileStore) -> tuple[int, int]:
+    reader = store.device_reader(0)
+    return reader.num_direct, reader.num_bounced
+
+
+def segment_of(store: FileStore) -> Path:
+    (path,) = (store._segments._directory).glob("*.seg")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "place", "is_direct"),
+    [(131_072, 0, True), (4096, 8192, True), (131_072, 16, False), (5000, 0, False), (70_001, 4096, False)],
+)
+def test_chunks_arrive_verified(store, gpu, room, chunk_bytes, place, is_direct):
+    record = make_record("a", chunk_bytes=chunk_bytes, num_chunks=5)
+    assert put(store, record) and holds(store, record)
+    reads = to_device(record, room + place)
+    assert store.device_reader(0).get_into(reads) == ReadOutcome(num_ok=5)
+    assert [on_device(gpu, read) for read in reads] == make_chunks(record)
+    assert counts(store) == ((5, 0) if is_direct else (0, 5))
+    assert store.stats().read_bytes == 2 * record.num_bytes
+
+
+def test_batches_longer_than_the_queue_and_of_both_ways(store, gpu, room, fakes):
+    """Several windows, the last one shorter, every third chunk taking the detour."""
+    num_chunks = 2 * WINDOW_CHUNKS + 7
+    record = make_record("long", chunk_bytes=8192, num_chunks=num_chunks)
+    assert put(store, record)
+    reads = [
+        DeviceRead(
+            span_id=read.span_id, layer_idx=read.layer_idx, address=read.address + 8 * (idx % 3 == 0), num_bytes=8192
+        )
+        for idx, read in enumerate(to_device(record, room, step=12_288))
+    ]
+    fakes.cufile["most_bytes"] = 5000  # and no transfer is whole
+    assert store.device_reader(0).get_into(reads) == ReadOutcome(num_ok=num_chunks)
+    assert [on_device(gpu, read) for read in reads] == make_chunks(record)
+    assert counts(store) == (num_chunks - (num_chunks + 2) // 3, (num_chunks + 2) // 3)
+
+
+def test_what_cannot_be_read_is_missing(store, gpu, room):
+    record, other = make_record("a", chunk_bytes=8192), make_record("b", chunk_bytes=8192)
+    put(store, record)
+    reader = store.device_reader(0)
+    good = to_device(record, room)
+    assert reader.get_into([*good[:2], *to_device(other, room)]) == ReadOutcome(num_ok=2, reason="missing")
+    assert reader.get_into([]) == ReadOutcome(num_ok=0)
+    for wrong in (
+        DeviceRead(span_id=record.span_id, layer_idx=1, address=room, num_bytes=4096),
+        DeviceRead(span_id=record.span_id, layer_idx=1, address=room, num_bytes=8192, kind=ChunkKind.KV),
+        DeviceRead(span_id=record.span_id, layer_idx=99, address=room, num_bytes=8192),
+    ):
+        assert reader.get_into([wrong]) == ReadOutcome(num_ok=0, reason="missing")
+    assert holds(store, record) and store.stats().corrupt_chunks == 0
+
+
+@pytest.mark.parametrize("victim", [0, 3, WINDOW_CHUNKS + 1])
+def test_a_byte_that_cufile_brings_wrong_is_corrupt(store, gpu, room, fakes, victim):
+    """The disk is right and the host would see nothing: only the GPU can tell."""
+    record = make_record("a", chunk_bytes=8192, num_chunks=WINDOW_CHUNKS + 5)
+    put(store, record)
+    reader = store.device_reader(0)  # its own trial comes before the fault
+    span = store._index._spans[record.span_id]
+    _, offset = store._segments.where(span.places[victim])
+    fakes.cufile["flip_at"] = offset + 5555
+    assert reader.get_into(to_device(record, room)) == ReadOutcome(num_ok=victim, reason="corrupt")
+    assert store.find(record.span_id) is None and store.why_missing(record.span_id) == "corrupt"
+    assert store.stats().corrupt_chunks == 1
+    fakes.cufile["flip_at"] = -1
+    assert put(store, record)
+    assert reader.get_into(to_device(record, room)).reason is None
+
+
+@pytest.mark.parametrize("chunk_bytes", [8192, 5000], ids=["direct", "detour"])
+@pytest.mark.parametrize("damage", ["payload", "header", "cut"])
+def test_damage_on_disk(store, gpu, room, damage, chunk_bytes):
+    record = make_record("a", chunk_bytes=chunk_bytes)
+    put(store, record)
+    _, offset = store._segments.where(store._index._spans[record.span_id].places[1])
+    with open(segment_of(store), "r+b") as file:
+        if damage == "cut":
+            file.truncate(offset + 100)
+        else:
+            file.seek(offset + 77 if damage == "payload" else offset - 4000)
+            file.write(b"?")
+    outcome = store.device_reader(0).get_into(to_device(record, room))
+    assert outcome == ReadOutcome(num_ok=1, reason="corrupt")
+    assert store.find(record.span_id) is None
+
+
+def test_a_slot_that_was_used_again_is_missing(store, gpu, room):
+    record, other = make_record("a", chunk_bytes=8192), make_record("b", chunk_bytes=8192)
+    put(store, record)
+    put(store, other)
+    spans = store._index._spans
+    spans[record.span_id].places = spans[other.span_id].places  # as a row of an older catalog would say
+    assert store.device_reader(0).get_into(to_device(record, room)) == ReadOutcome(num_ok=0, reason="missing")
+    assert store.find(record.span_id) is None and store.find(other.span_id) is not None
+
+
+@pytest.mark.parametrize("result", [(-1, errno.EIO), (-5044, 0), (-5036, 0)])
+def test_where_cufile_fails_the_chunk_takes_the_detour(store, gpu, room, fakes, result, caplog):
+    """An error of the short way says nothing about the chunk."""
+    record = make_record("a", chunk_bytes=8192)
+    put(store, record)
+    reader = store.device_reader(0)
+    fakes.fail(1, *result)
+    reads = to_device(record, room)
+    assert reader.get_into(reads) == ReadOutcome(num_ok=3)
+    assert [on_device(gpu, read) for read in reads] == make_chunks(record)
+    assert counts(store) == (2, 1)
+    assert "cuFile failed" in caplog.text
+    fakes.fail(-1, *result)
+    assert reader.get_into(reads) == ReadOutcome(num_ok=3)
+    assert counts(store) == (2, 4)
+
+
+@pytest.mark.parametrize(("fault", "num_ok"), [("launch_error", 1), ("copy_error", 0)])
+def test_a_gpu_that_fails_harms_no_span(store, gpu, room, fakes, fault, num_ok):
+    """The first chunk takes the detour, the others only the GPU can verify."""
+    record = make_record("a", chunk_bytes=8192)
+    put(store, record)
+    reader = store.device_reader(0)
+    reads = to_device(record, room)
+    reads[0] = replace(reads[0], address=room + (1 << 20) + 1)
+    fakes.cuda[fault] = 719
+    assert reader.get_into(reads) == ReadOutcome(num_ok=num_ok, reason="unavailable")
+    assert holds(store, record) and store.stats().corrupt_chunks == 0
+    fakes.cuda[fault] = 0
+    assert reader.get_into(reads) == ReadOutcome(num_ok=3)
+
+
+def test_several_threads(store, gpu, room, fakes):
+    records = [make_record(name, chunk_bytes=65_536) for name in range(8)]
+    for record in records:
+        put(store, record)
+    fakes.cufile["delay_us"] = 300
+    reader = store.device_reader(0)
+    wrong: list[object] = []
+
+    def read(idx: int) -> None:
+        rng = random.Random(idx)
+        for _ in range(10):
+            record = rng.choice(records)
+            reads = to_device(record, room + idx * (1 << 20))
+            if reader.get_into(reads) != ReadOutcome(num_ok=3):
+                wrong.append("outcome")
+            if [on_device(gpu, one) for one in reads] != make_chunks(record):
+                wrong.append(record)
+
+    threads = [threading.Thread(target=read, args=(idx,)) for idx in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert fakes.cufile["most_at_once"] > 1
+
+
+def test_lent_memory(store, gpu, room, fakes):
+    record = make_record("a", chunk_bytes=8192)
+    put(store, record)
+    reader = store.device_reader(0)
+    assert reader.lend(room, ROOM_BYTES)
+    assert fakes.cufile["buffers"] == 1
+    reads = to_device(record, room + 4096)
+    assert reader.get_into(reads) == ReadOutcome(num_ok=3)
+    assert [on_device(gpu, read) for read in reads] == make_chunks(record)
+    reader.take_back(room, ROOM_BYTES)
+    assert fakes.cufile["buffers"] == 0
+    reader.take_back(room, ROOM_BYTES)
+    fakes.cufile["buffer_error"] = 5036
+    assert not reader.lend(room, ROOM_BYTES)
+    assert reader.get_into(reads) == ReadOutcome(num_ok=3)
+
+
+def test_the_end_of_a_store_and_of_its_reader(fakes, gpu, room, tmp_path):
+    record = make_record("a", chunk_bytes=8192)
+    with closing(StateDir(tmp_path)) as state_dir:
+        store = FileStore(state_dir, 1 << 26, io="cufile")
+        put(store, record)
+        reader = store.device_reader(0)
+        assert store.device_reader(0) is reader
+        assert reader.lend(room, 8192)
+        assert reader.get_into(to_device(record, room)).reason is None
+        assert fakes.cufile["handles"] >= 1
+        store.close()
+        assert fakes.cufile["handles"] == fakes.cufile["buffers"] == 0
+        assert reader.get_into(to_device(record, room)) == ReadOutcome(num_ok=0, reason="missing")
+        assert not reader.lend(room, 8192)
+        reader.take_back(room, 8192)
+        assert store.device_reader(0) is None and store.device_reader(1) is None
+        store.close()
+
+
+def test_segments_may_go_while_the_reader_lives(fakes, gpu, room, tmp_path):
+    """Their descriptors must not be closed under cuFile (the fake ends the program then)."""
+    with (
+        closing(StateDir(tmp_path)) as state_dir,
+        closing(FileStore(state_dir, 1 << 26, io="cufile", segment_bytes=1 << 16)) as store,
+    ):
+        for name in range(6):
+            record = make_record(name, chunk_bytes=8192)
+            assert put(store, record)
+            assert store.device_reader(0).get_into(to_device(record, room)).reason is None
+            assert fakes.cufile["handles"] >= 1
+            store.delete([record.span_id])
+            store.flush()
+            store.flush()
+        assert fakes.cufile["handles"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("flip_at", 12_345, "cuFile brought 1 of 1049577 bytes wrong"),
+        ("flip_at", WHOLE_BYTES + TAIL_BYTES - 1, "cuFile brought 1 of 1049577 bytes wrong"),
+        ("register_error", 5008, "Operation not supported"),
+        ("error", -5044, "Input/output error"),
+        ("short", 0, "cuFile read 0 of 1048576 bytes"),
+    ],
+)
+def test_a_path_that_is_wrong_is_found_at_once(fakes, store, tmp_path, caplog, name, value, why):
+    if name in ("error", "short"):
+        fakes.fail(-1, value)
+    else:
+        fakes.cufile[name] = value
+    assert store.device_reader(0) is None
+    assert why in caplog.text and "nothing is read straight into GPU 0" in caplog.text
+    assert not list(tmp_path.glob("cufile-trial*"))
+    record = make_record("a", chunk_bytes=8192)
+    assert put(store, record) and holds(store, record)
+    fakes.cufile.reset()
+    assert store.device_reader(0) is None, "the answer does not change"
+
+
+def test_a_gpu_that_computes_wrong_checksums_is_found(fakes, gpu, tmp_path):
+    class Liar:
+        def __init__(self, answers):
+            self.answers = answers
+
+        def __getattr__(self, name):
+            return getattr(gpu, name)
+
+        def crc32c(self, pieces):
+            return self.answers(pieces)
+
+    assert prove(gpu, tmp_path) is None
+    assert prove(Liar(lambda pieces: [1] * len(pieces)), tmp_path) == "the GPU's checksums are not the CPU's"
+    first = []
+
+    def stuck(pieces):  # right once, then always the same
+        first.append(gpu.crc32c(pieces))
+        return first[0] if len(first) == 1 else first[1]
+
+    assert prove(Liar(stuck), tmp_path) == "the GPU's checksums miss a flipped bit"
+
+
+def test_memory_that_is_not_to_be_had(fakes, store, caplog):
+    fakes.cuda["allocate_error"] = 1
+    assert store.device_reader(0) is None
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in caplog.text
+    assert store.device_reader(7) is None  # there is no such GPU
+    assert "cuDeviceGet" in caplog.text
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 4095, 4096, 4097, (512 << 10) - 1, 512 << 10, (512 << 10) + 1])
+def test_checksums_are_those_of_the_package(gpu, room, length):
+    for place in (0, 16, 5):
+        payload = random.Random(length).randbytes(length)
+        if payload:
+            gpu.copy_in(room + place, payload)
+        assert gpu.crc32c([(room + place, length)]) == [crc32c(payload)]
+
+
+def test_other_stores_offer_nothing(fakes, tmp_path):
+    with closing(StateDir(tmp_path)) as state_dir, closing(FileStore(state_dir, 1 << 26, io="threads")) as file:
+        memory = MemoryStore(1 << 20)
+        for store in (file, memory, TieredStore(memory, file), ThrottledStore(file, 1e9)):
+            assert store.device_reader(0) is None
+
+
+def test_the_choice_is_explained(fakes, monkeypatch, tmp_path):
+    name, reason = open_io.choose_io("cufile")
+    assert name == "cufile" and "compatibility mode" in reason and "never ran it on a GPU" in reason
+    assert open_io.choose_io("auto")[0] != "cufile", "experimental: only for who asks"
+    fakes.cufile["nvfs"] = 2
+    assert "nvidia-fs 2.17" in open_io.choose_io("cufile")[1]
+    monkeypatch.setenv("MII_HCACHE_IO", "cufile")
+    findings = {name: check() for name, check in state_checks.state_checks(tmp_path)}
+    assert findings["I/O"].state == "ok" and findings["I/O"].reason.startswith("cufile: asked for")
+    found = findings["GPUDirect Storage"]
+    assert (found.state, found.advice) == ("ok", "--io cufile")
+    assert found.reason.startswith("Fake GPU: nvidia-fs 2.17") and "never ran it on a GPU" in found.reason
+    fakes.cufile["flip_at"] = 3
+    assert "bytes wrong" in dict(state_checks.state_checks(tmp_path))["GPUDirect Storage"]().reason
+    fakes.cuda["gpus"] = 0
+    assert dict(state_checks.state_checks(tmp_path))["GPUDirect Storage"]().reason == "there is no GPU"
+    with pytest.raises(ConfigError, match="io: cufile cannot be had, there is no GPU; choose auto"):
+        open_io.open_io("cufile")
+    fakes.cuda["gpus"] = 1
+    monkeypatch.setattr(native, "_KERNELS", tmp_path / "none")
+    with pytest.raises(ConfigError, match="nothing goes unverified"):
+        open_io.open_io("cufile")
+
+
+@pytest.mark.skipif(native.why_not_built() is not None, reason=str(native.why_not_built()))
+def test_without_the_libraries(tmp_path):
+    """As on most machines. In a process of its own: libraries are loaded once."""
+    code = (
+        "from pathlib import Path; from mii_hcache.storage import native, open_io\n"
+        f"native._KERNELS = Path({str(tmp_path)!r})\n"
+        "try: open_io.open_io('cufile')\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    missing = str(tmp_path / "libcuda.so.1")
+    environment = {**os.environ, "MII_HCACHE_CUDA_LIB": missing}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"ConfigError io: cufile cannot be had, no GPU can be used ({missing}"), done.stdout
+
+
+def test_the_log_says_what_is_used(fakes, store, caplog):
+    caplog.set_level(logging.INFO)
+    assert store.device_reader(0) is not None
+    assert "chunks are read straight into GPU 0 (Fake GPU)" in caplog.text
