@@ -1,7 +1,11 @@
 #include "library.hpp"
 
 #include <cerrno>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
+#include <thread>
 
 #include "../gpu/gpu.hpp"
 #include "../gpu/library.hpp"
@@ -29,7 +33,7 @@ std::string words_for(const Status& status) {
     }
 }
 
-Library open() {
+Library load() {
     const gpu::Library found("libcufile.so.0", "MII_HCACHE_CUFILE_LIB");
     Library library{};
     found.find(library.driver_open, "cuFileDriverOpen");
@@ -40,18 +44,47 @@ Library open() {
     found.find(library.buffer_deregister, "cuFileBufDeregister");
     found.find(library.read, "cuFileRead");
     found.find(library.write, "cuFileWrite");
-    const Status status = library.driver_open();
-    if (status.error != 0 && status.error != kAlreadyOpen) {
-        throw std::runtime_error("cuFileDriverOpen failed: " + words_for(status));
-    }
     return library;
+}
+
+/// A call of cuFileDriverOpen, on a thread of its own: it cannot be told to stop, only be left alone.
+struct Opening {
+    explicit Opening(const Library& wanted) : library(wanted) {}
+    const Library library;
+    std::mutex lock;
+    std::condition_variable done;
+    std::optional<Status> status;
+};
+
+std::shared_ptr<Opening> begin_to_open() {
+    auto opening = std::make_shared<Opening>(load());
+    std::thread([opening] {
+        const Status status = opening->library.driver_open();
+        const std::scoped_lock guard(opening->lock);
+        opening->status = status;
+        opening->done.notify_all();
+    }).detach();
+    return opening;
 }
 
 }  // namespace
 
-const Library& Library::get() {
-    static const Library library = open();  // one that throws is tried again by the next call
-    return library;
+const Library& Library::get(std::chrono::milliseconds patience) {
+    static std::mutex turns;
+    static std::shared_ptr<Opening> opening;  // in progress, or done well
+    const std::scoped_lock turn(turns);
+    if (!opening) opening = begin_to_open();
+    std::unique_lock guard(opening->lock);
+    if (!opening->done.wait_for(guard, patience, [] { return opening->status.has_value(); })) {
+        throw std::runtime_error("cuFileDriverOpen does not come back");
+    }
+    const Status status = *opening->status;
+    guard.unlock();
+    if (status.error != 0 && status.error != kAlreadyOpen) {
+        opening.reset();  // to be tried again by the next call
+        throw std::runtime_error("cuFileDriverOpen failed: " + words_for(status));
+    }
+    return opening->library;
 }
 
 int errno_of(int cufile_error) {
@@ -79,14 +112,14 @@ int errno_of(int cufile_error) {
     }
 }
 
-std::optional<std::string> why_no_cufile() {
+std::optional<std::string> why_no_cufile(std::chrono::milliseconds patience) {
     try {
         if (gpu::num_gpus() == 0) return "there is no GPU";
     } catch (const std::runtime_error& error) {
         return std::string("no GPU can be used (") + error.what() + ")";
     }
     try {
-        Library::get();
+        Library::get(patience);
     } catch (const std::runtime_error& error) {
         return std::string("cuFile cannot be used (") + error.what() + ")";
     }

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <cstddef>
 #include <optional>
 #include <string>
@@ -67,6 +68,10 @@ struct Properties {
     unsigned char rest[256];
 };
 
+/// How long cuFileDriverOpen may take. It looks at the machine's PCI topology; the one of cuFile 1.20 was seen to do so
+/// for ever, on a machine without a GPU.
+inline constexpr std::chrono::seconds kPatience{30};
+
 /// The functions of libcufile.so.0 that are used. $MII_HCACHE_CUFILE_LIB names another library.
 struct Library {
     Status (*driver_open)();
@@ -79,8 +84,9 @@ struct Library {
     ssize_t (*write)(void* handle, const void* base, std::size_t num_bytes, off_t file_offset, off_t base_offset);
 
     /// The library with its driver open, opened at the first call, once per process, and never closed by us: no file
-    /// outlives it, and cuFile closes it itself when the process ends. Throws std::runtime_error saying why not.
-    static const Library& get();
+    /// outlives it, and cuFile closes it itself when the process ends. Throws std::runtime_error saying why not, also
+    /// when opening takes longer than `patience`; a later call waits on.
+    static const Library& get(std::chrono::milliseconds patience = kPatience);
 };
 
 /// What a cuFile error is as an errno. EINVAL only where cuFile refuses how the file was opened: the engine then tries
@@ -89,7 +95,7 @@ int errno_of(int cufile_error);
 
 /// Null when cuFile can be used here, if only by its compatibility mode, else why not, for people. Initialises the CUDA
 /// driver in this process, but makes no context.
-std::optional<std::string> why_no_cufile();
+std::optional<std::string> why_no_cufile(std::chrono::milliseconds patience = kPatience);
 
 /// How bytes would travel, for people. Throws as `Library::get`.
 std::string how_cufile_moves_bytes();

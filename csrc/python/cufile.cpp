@@ -158,7 +158,7 @@ void PyCufileFile::close() {
 }  // namespace
 
 void bind_cufile(py::module_& module) {
-    module.def("why_no_cufile", &cufile::why_no_cufile, py::call_guard<py::gil_scoped_release>());
+    module.def("why_no_cufile", [] { return unlocked([] { return cufile::why_no_cufile(); }); });
     module.def("how_cufile_moves_bytes", [] { return unlocked(&cufile::how_cufile_moves_bytes); });
 
     py::class_<PyCufileFile>(module, "CufileFile").def("close", &PyCufileFile::close);

@@ -67,7 +67,12 @@ void why_not_is_told_until_all_is_there() {
     set_cufile("open_error", 5033);
     CHECK(contains(cufile::why_no_cufile(), "cuFile error 5033"));
     set_cufile("open_error", 0);
+    set_cufile("open_hangs", 1);
+    CHECK(contains(cufile::why_no_cufile(50ms), "cuFileDriverOpen does not come back"));
+    CHECK(contains(cufile::why_no_cufile(1ms), "cuFileDriverOpen does not come back"));
+    set_cufile("open_hangs", 0);
     CHECK(!cufile::why_no_cufile());
+    CHECK(get_cufile("opened") == 3);  // two failed; the one that hung was waited for, not begun again
 }
 
 void how_bytes_travel_is_told() {

@@ -172,6 +172,8 @@ def test_a_byte_that_cufile_brings_wrong_is_corrupt(store, gpu, room, fakes, vic
 def test_damage_on_disk(store, gpu, room, damage, chunk_bytes):
     record = make_record("a", chunk_bytes=chunk_bytes)
     put(store, record)
+    reads = to_device(record, room)
+    assert store.device_reader(0).get_into(reads).reason is None  # what stays in memory must not hide the damage
     _, offset = store._segments.where(store._index._spans[record.span_id].places[1])
     with open(segment_of(store), "r+b") as file:
         if damage == "cut":
@@ -179,8 +181,7 @@ def test_damage_on_disk(store, gpu, room, damage, chunk_bytes):
         else:
             file.seek(offset + 77 if damage == "payload" else offset - 4000)
             file.write(b"?")
-    outcome = store.device_reader(0).get_into(to_device(record, room))
-    assert outcome == ReadOutcome(num_ok=1, reason="corrupt")
+    assert store.device_reader(0).get_into(reads) == ReadOutcome(num_ok=1, reason="corrupt")
     assert store.find(record.span_id) is None
 
 

@@ -2,7 +2,8 @@
 // would be undefined with the real library aborts: a handle let go of while it is read, after its descriptor was
 // closed, or twice; memory freed while it is registered.
 //
-//   fake_cufile_set(name, value)   open_error, register_error, buffer_error: cuFile's number of the error
+//   fake_cufile_set(name, value)   open_hangs: cuFileDriverOpen does not return while it is 1
+//                                  open_error, register_error, buffer_error: cuFile's number of the error
 //                                  result, errno, times: the next `times` (-1: all) transfers return `result`, with
 //                                  errno only_direct: the above for files opened with O_DIRECT alone most_bytes:
 //                                  transfers are cut to so many; delay_us; hold: transfers wait while it is 1 flip_at:
@@ -139,6 +140,7 @@ long fake_cufile_get(const char* name) {
 }
 
 Status cuFileDriverOpen() {
+    while (setting("open_hangs") != 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     const std::scoped_lock guard(lock);
     const Status status = failed_as("open_error");
     is_open = is_open || status.error == 0;
