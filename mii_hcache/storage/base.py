@@ -120,7 +120,8 @@ class DeviceReader(ABC):
 
     @abstractmethod
     def get_into(self, reads: Sequence[DeviceRead]) -> ReadOutcome:
-        """`ChunkStore.get_into` for device memory. Blocks.
+        """`ChunkStore.get_into` for device memory. Blocks. Raises ValueError when places overlap, for the bytes of one
+        chunk over another's would look like damage.
 
         The leading `num_ok` chunks are in place and were verified there when this returns: for whatever is launched
         from now on, on any stream. Before the call, nothing on the GPU may still use the memory; that is for the caller

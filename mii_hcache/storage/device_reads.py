@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 from crc32c import crc32c
@@ -56,6 +57,9 @@ class FileDeviceReader(DeviceReader):
         """Chunks that came by way of host memory."""
 
     def get_into(self, reads: Sequence[DeviceRead]) -> ReadOutcome:
+        by_place = sorted(reads, key=lambda read: read.address)
+        if any(before.address + before.num_bytes > after.address for before, after in pairwise(by_place)):
+            raise ValueError("chunks are to be read over one another")
         with self._index.operation() as is_open:
             found = self._index.begin_reads(reads) if is_open else []
             try:

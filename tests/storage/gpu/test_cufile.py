@@ -137,3 +137,24 @@ def test_the_log_says_what_is_used(fakes, store, caplog):
     caplog.set_level(logging.INFO)
     assert store.device_reader(0) is not None
     assert "chunks are read straight into GPU 0 (Fake GPU)" in caplog.text
+
+
+def run_on_gpu(folder, **environment):
+    command = [sys.executable, "-m", "tests.storage.gpu.on_gpu", str(folder)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=250)
+
+
+def test_on_a_gpu(tmp_path):
+    done = run_on_gpu(tmp_path)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not native._KERNELS.exists(), reason="no nvcc was there when the package was built")
+def test_the_program_for_a_gpu_runs(loaded, tmp_path):
+    """On the fakes, so that it is no surprise on the day when there is a GPU."""
+    libraries = {"MII_HCACHE_CUDA_LIB": str(loaded.cuda.path), "MII_HCACHE_CUFILE_LIB": str(loaded.cufile.path)}
+    done = run_on_gpu(tmp_path, **libraries)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "a flipped bit on the disk is corrupt"

@@ -89,7 +89,10 @@ def test_what_cannot_be_read_is_missing(store, gpu, room):
     put(store, record)
     reader = store.device_reader(0)
     good = to_device(record, room)
-    assert reader.get_into([*good[:2], *to_device(other, room)]) == ReadOutcome(num_ok=2, reason="missing")
+    there = to_device(other, room + (1 << 20))
+    assert reader.get_into([*good[:2], *there]) == ReadOutcome(num_ok=2, reason="missing")
+    with pytest.raises(ValueError, match="over one another"):
+        reader.get_into([*good, replace(good[0], address=good[2].address + 8191)])
     assert reader.get_into([]) == ReadOutcome(num_ok=0)
     for wrong in (
         DeviceRead(span_id=record.span_id, layer_idx=1, address=room, num_bytes=4096),
