@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.storage.base import DeviceRead, ReadOutcome, SpanRecord
+from mii_hcache.storage.base import ChunkRead, DeviceRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.device_reads import WINDOW_CHUNKS
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
@@ -82,6 +82,45 @@ def test_batches_longer_than_the_queue_and_of_both_ways(store, gpu, room, fakes)
     assert store.device_reader(0).get_into(reads) == ReadOutcome(num_ok=num_chunks)
     assert [on_device(gpu, read) for read in reads] == make_chunks(record)
     assert counts(store) == (num_chunks - (num_chunks + 2) // 3, (num_chunks + 2) // 3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_batch_reads_as_it_does_into_host_memory(store, gpu, room, seed):
+    """Any spans, sizes, order and places: the same outcome, the same bytes, and not a byte anywhere else."""
+    rng = random.Random(seed)
+    sizes = [1, 900, 4096, 5000, 8192, 65_536]
+    records = [
+        make_record(name, chunk_bytes=rng.choice(sizes), num_chunks=rng.randint(1, 6))
+        for name in range(rng.randint(1, 9))
+    ]
+    for record in records:
+        assert put(store, record)
+    if rng.random() < 0.5:
+        store.delete([rng.choice(records).span_id])
+    wanted = [(record, chunk_idx) for record in records for chunk_idx in range(record.layout.num_chunks)]
+    rng.shuffle(wanted)
+    reads, mirror = [], bytearray(rng.randbytes(4 << 20))
+    gpu.copy_in(room, mirror)
+    place = 0
+    for record, chunk_idx in wanted:
+        place += rng.choice([0, 0, 1, 4096, 5000])
+        if rng.random() < 0.7:
+            place = -(-place // 4096) * 4096
+        reads.append(replace(to_device(record, 0)[chunk_idx], address=room + place))
+        place += reads[-1].num_bytes
+    outcome = store.device_reader(0).get_into(reads)
+    on_host = [
+        ChunkRead(span_id=read.span_id, layer_idx=read.layer_idx, out=memoryview(bytearray(read.num_bytes)))
+        for read in reads
+    ]
+    assert outcome == store.get_into(on_host)
+    for idx, (read, (record, chunk_idx)) in enumerate(zip(reads, wanted, strict=True)):
+        start = read.address - room
+        piece = slice(start, start + read.num_bytes)
+        mirror[piece] = make_chunks(record)[chunk_idx] if idx < outcome.num_ok else on_device(gpu, read)
+    arrived = bytearray(len(mirror))
+    gpu.copy_out(arrived, room)
+    assert arrived == mirror
 
 
 def test_what_cannot_be_read_is_missing(store, gpu, room):
