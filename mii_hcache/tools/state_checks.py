@@ -34,7 +34,7 @@ def state_checks(directory: Path) -> list[tuple[str, Check]]:
         ("disk", partial(_disk, directory)),
         ("I/O", _io),
         ("O_DIRECT", partial(_direct, directory)),
-        ("GPUDirect Storage", partial(_gpudirect, directory)),
+        ("cuFile", partial(_cufile, directory)),
         ("hole punching", partial(_punching, directory)),
         ("profile", partial(_profile, directory)),
     ]
@@ -108,17 +108,18 @@ def _io() -> Finding:
     return ok("I/O", f"{name}: {reason}")
 
 
-def _gpudirect(directory: Path) -> Finding:
-    """Whether chunks could go from the disk to the first GPU, tried where they would lie."""
-    name, untried = "GPUDirect Storage", "experimental: its authors never ran it on a GPU"
+def _cufile(directory: Path) -> Finding:
+    """Whether chunks could go from the disk to the first GPU past the CPU, tried where they would lie."""
+    untried = "experimental: its authors never ran it on a GPU"
     why_not = why_no_cufile()
     if why_not is not None:
-        return off(name, why_not)
+        return off("cuFile", f"{why_not}; state reaches a GPU through host memory")
     try:
         with closing(open_proven(0, _standing(directory))) as reads:
-            return ok(name, f"{reads.gpu_name}: {how_cufile_moves_bytes()}; tried and right. {untried}", "--io cufile")
+            reason = f"{reads.gpu_name}: {how_cufile_moves_bytes()}; a trial read was right; {untried}"
     except OSError as error:
-        return off(name, f"there, but not to be used: {error}. {untried}")
+        return off("cuFile", f"there, but not to be used ({error}); {untried}")
+    return ok("cuFile", reason, "--io cufile")
 
 
 def _punching(directory: Path) -> Finding:
