@@ -5,7 +5,8 @@
 
 PYBIND11_MODULE(_io, module) {
     module.doc() = "The native I/O engine (csrc).";
-    module.attr("ABI") = 2;
+    module.attr("ABI") = 3;
+    hcache::python::bind_cufile(module);
     hcache::python::bind_device(module);
     hcache::python::bind_dram(module);
 }

@@ -14,7 +14,7 @@ from mii_hcache.errors import ConfigError
 
 KEEP_POLICIES = ("none", "lru")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-IO_NAMES = ("auto", "uring", "threads")
+IO_NAMES = ("auto", "uring", "threads", "cufile")
 DURABILITY_NAMES = ("relaxed", "strict")
 EVICTION_NAMES = ("lru", "cost")
 SAVE_NAMES = ("two-stage", "direct")
@@ -71,7 +71,8 @@ class HCacheConfig:
     is needed."""
     io: str = field(default_factory=lambda: os.environ.get("MII_HCACHE_IO") or "auto")
     """How state gets to the disk and back: `uring` (native, around the page cache), `threads` (plain Python) or `auto`,
-    which is `uring` where it was built and is allowed. `$MII_HCACHE_IO`. The files are the same."""
+    which is `uring` where it was built and is allowed. `cufile` is `auto` and lets a GPU be read into (GPUDirect
+    Storage; never run on a GPU by its authors). `$MII_HCACHE_IO`. The files are the same."""
     disk_deadline_s: float = 10.0
     """A disk that takes longer for one batch of reads or writes hangs: the request is served without what lies there,
     and others do without it until it answers."""

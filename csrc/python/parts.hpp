@@ -5,6 +5,8 @@
 
 namespace hcache::python {
 
+/// GPUDirect Storage, and checksums on the GPU: cufile/queue.hpp, gpu/gpu.hpp.
+void bind_cufile(pybind11::module_& module);
 /// Batches of reads and writes on a device: io/device.hpp.
 void bind_device(pybind11::module_& module);
 /// Memory and copies: io/slab.hpp, io/copier.hpp.

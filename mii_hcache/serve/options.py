@@ -200,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=IO_NAMES,
         default=defaults.io,
         help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
-        "that works here; the files are the same (default: %(default)s)",
+        "that works here; cufile adds GPUDirect Storage (experimental: its authors never ran it on a GPU); the "
+        "files are the same (default: %(default)s)",
     )
     state.add_argument(
         "--disk-deadline",

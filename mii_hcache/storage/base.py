@@ -39,6 +39,14 @@ class SpanRecord:
         """Payload bytes of all chunks."""
         return self.layout.num_bytes
 
+    def chunk_of(self, layer_idx: int, num_bytes: int, kind: ChunkKind | None) -> int | None:
+        """Index of a layer's chunk, None when there is none of that length and kind (None for any)."""
+        chunk_idx = self.layout.chunk_of(layer_idx)
+        if chunk_idx is None:
+            return None
+        chunk = self.layout.chunks[chunk_idx]
+        return chunk_idx if chunk.num_bytes == num_bytes and kind in (None, chunk.kind) else None
+
     def check_chunks(self, chunks: Sequence[memoryview]) -> None:
         """Raise ValueError unless `chunks` are what this record describes: for a store's own use in `put`."""
         if self.span_idx < 0 or not self.layout.num_chunks:
@@ -64,11 +72,25 @@ class ChunkRead:
 
     def chunk_of(self, record: SpanRecord) -> int | None:
         """Index of the chunk to read, None when the span is not the one that the reader planned for."""
-        chunk_idx = record.layout.chunk_of(self.layer_idx)
-        if chunk_idx is None:
-            return None
-        chunk = record.layout.chunks[chunk_idx]
-        return chunk_idx if self.out.nbytes == chunk.num_bytes and self.kind in (None, chunk.kind) else None
+        return record.chunk_of(self.layer_idx, self.out.nbytes, self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRead:
+    """One chunk to read into a GPU's memory."""
+
+    span_id: SpanId
+    layer_idx: int
+    address: int
+    """Where it goes. On a multiple of 4096 (with a length that is one, too) it takes the shortest way."""
+    num_bytes: int
+    """Exactly the length of the layer's chunk."""
+    kind: ChunkKind | None = None
+    """As in `ChunkRead`."""
+
+    def chunk_of(self, record: SpanRecord) -> int | None:
+        """As in `ChunkRead`."""
+        return record.chunk_of(self.layer_idx, self.num_bytes, self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +127,31 @@ class StoreStats:
     """Evicted in the background, to have room for puts to come."""
     put_waits: int = 0
     """Times that a put had to evict something itself, and waited for it."""
+
+
+class DeviceReader(ABC):
+    """A store's chunks, straight into the memory of one GPU. Any thread, until the store is closed."""
+
+    @abstractmethod
+    def get_into(self, reads: Sequence[DeviceRead]) -> ReadOutcome:
+        """`ChunkStore.get_into` for device memory. Blocks. Raises ValueError when places overlap, for the bytes of one
+        chunk over another's would look like damage.
+
+        The leading `num_ok` chunks are in place and were verified there when this returns: for whatever is launched
+        from now on, on any stream. Before the call, nothing on the GPU may still use the memory; that is for the caller
+        to wait for (an event). Memory of later reads holds anything, and nothing writes to it any more.
+
+        One more reason: `unavailable`, when the GPU failed and not the chunk; the span stays, for other ways to read.
+        """
+
+    @abstractmethod
+    def lend(self, address: int, num_bytes: int) -> bool:
+        """Tell of device memory that many reads will go to, which spares them a copy on the GPU. False when it could
+        not be registered (a GPU's window for that is bounded): reads work all the same."""
+
+    @abstractmethod
+    def take_back(self, address: int, num_bytes: int) -> None:
+        """Undo `lend`, before the memory is freed; no read into it is running. What was not lent is ignored."""
 
 
 class ChunkStore(ABC):
@@ -163,6 +210,12 @@ class ChunkStore(ABC):
     def weigh(self, loss: Callable[[int], float]) -> None:  # noqa: B027, a hint may be ignored
         """Tell how many seconds a restore loses when the span at a position of its history is not there but others
         are: a hint for eviction, to be given where a missing span can be filled in. Any unit: only ratios count."""
+
+    def device_reader(self, gpu_idx: int) -> DeviceReader | None:
+        """Reads into the memory of GPU `gpu_idx` (as CUDA numbers them in this process) that do not pass through this
+        program's; None where that cannot be had, as in most stores. The first call for a GPU opens and tries the path,
+        which blocks and makes the GPU's primary context; the answer does not change while the store is open."""
+        return None
 
     @abstractmethod
     def touch(self, span_ids: Iterable[SpanId]) -> None:

@@ -7,10 +7,14 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mii_hcache.storage.format import BLOCK_BYTES, padded_bytes
+
+if TYPE_CHECKING:
+    from mii_hcache.storage.device_io import DeviceIO
 
 _ZEROS = memoryview(bytes(BLOCK_BYTES))
 _per_thread = threading.local()
@@ -113,6 +117,11 @@ class DiskIO(ABC):
 
     def cancel(self) -> None:  # noqa: B027, threads in system calls cannot be called back
         """End what is in flight early, if that is possible: for a disk that hangs. Does not block."""
+
+    def open_device(self, gpu_idx: int, scratch: Path) -> DeviceIO | None:
+        """Reads into a GPU's memory, proven in the directory `scratch`; None where that cannot be had, the reason being
+        logged. The caller closes it before this. Blocks."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -14,9 +14,10 @@ from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError, CorruptChunkError
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkRead, ChunkStore, DeviceReader, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.commits import Commits
+from mii_hcache.storage.device_reads import DeviceReaders, FileDeviceReader
 from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
@@ -139,6 +140,11 @@ class FileStore(ChunkStore):
             presence=self.presence,
             on_published=self._commit_soon,
         )
+        self._device_readers = DeviceReaders(
+            self.io,
+            state_dir.path,
+            lambda device: FileDeviceReader(device, self._index, self._segments, self._header, self._forget_damaged),
+        )
         self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
         self._suspects = Suspects(self._index, self._segments, self._header)
         self._workers = Workers(_MAX_PUTS, "hcache-file")
@@ -209,6 +215,10 @@ class FileStore(ChunkStore):
 
     def weigh(self, loss: Callable[[int], float]) -> None:
         self._index.weigh(loss)
+
+    def device_reader(self, gpu_idx: int) -> DeviceReader | None:
+        with self._index.operation() as is_open:
+            return self._device_readers.of(gpu_idx) if is_open else None
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         self._index.touch(span_ids)
@@ -282,6 +292,7 @@ class FileStore(ChunkStore):
         self._commits.run(publish=True, is_last=True)
         self._index.clear()
         self._lanes.close()
+        self._device_readers.close()
         self._segments.close()
         self._catalog.close()
         self.has_ended = True

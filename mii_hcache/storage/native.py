@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mii_hcache import _io
 
-_ABI = 2
+_ABI = 3
 """Of the `_io` that this package goes with."""
+_KERNELS = Path(__file__).parent.parent / "_gpu.fatbin"
+"""What nvcc made of csrc/gpu, where there was one."""
 
 
 def why_not_built() -> str | None:
@@ -46,3 +49,30 @@ def new_copier(num_threads: int, **settings: int) -> _io.Copier:
     from mii_hcache import _io
 
     return _io.Copier(num_threads, **settings)
+
+
+def why_no_cufile() -> str | None:
+    """None when cuFile can be used, if only in its compatibility mode, else why not, for people. Initialises the CUDA
+    driver in this process, but makes no context on a GPU."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    if not _KERNELS.exists():
+        return "the GPU's checksum was not built (it wants nvcc at installation), and nothing goes unverified"
+    from mii_hcache import _io
+
+    return _io.why_no_cufile()
+
+
+def how_cufile_moves_bytes() -> str:
+    """Direct or not, for people. Only where `why_no_cufile` is None."""
+    from mii_hcache import _io
+
+    return _io.how_cufile_moves_bytes()
+
+
+def new_cufile(gpu_idx: int, depth: int, num_threads: int) -> _io.Cufile:
+    """A GPU, its queue of reads and its checksum kernel. Only where `why_no_cufile` is None. Raises OSError."""
+    from mii_hcache import _io
+
+    return _io.Cufile(gpu_idx, _KERNELS.read_bytes(), depth, num_threads)

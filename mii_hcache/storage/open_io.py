@@ -7,17 +7,21 @@ from functools import lru_cache
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.disk_io import DiskIO, ThreadsIO
-from mii_hcache.storage.native import why_no_uring
+from mii_hcache.storage.native import how_cufile_moves_bytes, why_no_cufile, why_no_uring
 
 _log = logging.getLogger(__name__)
 
-IO_BACKENDS = ("auto", "uring", "threads")
+IO_BACKENDS = ("auto", "uring", "threads", "cufile")
 
 
 def open_io(wanted: str = "auto") -> tuple[DiskIO, str]:
-    """A backend and why it is that one, for people. `auto` is `uring` where it works, else `threads`; the format is the
-    same. Raises ConfigError for a backend that cannot be had."""
+    """A backend and why it is that one, for people. `auto` is `uring` where it works, else `threads`; `cufile` is that,
+    and reads into GPUs besides. The format is the same. Raises ConfigError for a backend that cannot be had."""
     name, reason = choose_io(wanted)
+    if name == "cufile":
+        from mii_hcache.storage.cufile import CufileIO
+
+        return CufileIO(open_io("auto")[0]), reason
     if name == "uring":
         from mii_hcache.storage.uring import UringIO
 
@@ -37,6 +41,12 @@ def choose_io(wanted: str) -> tuple[str, str]:
         raise ConfigError(f"io must be one of {', '.join(IO_BACKENDS)}, got {wanted!r}")
     if wanted == "threads":
         return wanted, "asked for"
+    if wanted == "cufile":
+        why_not = why_no_cufile()
+        if why_not is not None:
+            raise ConfigError(f"io: cufile cannot be had, {why_not}; choose auto, uring or threads")
+        how = f"{how_cufile_moves_bytes()}; experimental: its authors never ran it on a GPU"
+        return wanted, f"asked for; {how}; host memory by {choose_io('auto')[0]}"
     why_not = why_no_uring()
     if why_not is None:
         return "uring", "asked for" if wanted == "uring" else "the native engine is built and io_uring works here"

@@ -96,6 +96,10 @@ class SegmentFile:
         """The read of a slot; None when there is no file."""
         return None if self._file is None else SlotRead(self._file, self._offset(slot), out)
 
+    def where(self, slot: int) -> tuple[DiskFile, int] | None:
+        """The file, and where in it the slot's payload begins; None when there is no file."""
+        return None if self._file is None else (self._file, self._offset(slot) + BLOCK_BYTES)
+
     def check(self, slot: int, header: SlotHeader, found: bytes | memoryview | None) -> None:
         """Check that a slot carries exactly `header`; `found` is what was read, None at the file's end. The payload's
         CRC is the caller's to check. Raises StaleSlotError or CorruptChunkError."""

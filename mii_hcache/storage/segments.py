@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.disk_io import DiskIO
+from mii_hcache.storage.disk_io import DiskFile, DiskIO
 from mii_hcache.storage.format import SegmentHeader, SlotHeader
 from mii_hcache.storage.segment import UNFINISHED_SUFFIX, SegmentFile
 from mii_hcache.storage.slots import Place
@@ -70,6 +70,10 @@ class Segments:
     def reading(self, slots: Sequence[tuple[Place, memoryview]]) -> SlotsArriving:
         """Begin to read payloads into buffers, for the time of a `with` block."""
         return SlotsArriving(self._io, self._files, slots)
+
+    def where(self, place: Place) -> tuple[DiskFile, int] | None:
+        """File of a slot, and where in it the payload begins; None when there is no file."""
+        return self._files[place.segment].where(place.slot)
 
     def punch(self, places: Iterable[Place]) -> bool:
         """Give the places' bytes back to the disk. False when the file system cannot."""

@@ -20,7 +20,6 @@ _NOT_BUILT = {
     "io_uring": "files are read and written by plain system calls",
     "SPDK": "NVMe drives are used through the file system",
     "GDRCopy": "state goes to the GPU through pinned host memory",
-    "cuFile": "state goes from files to the GPU through host memory",
 }
 
 

@@ -16,8 +16,10 @@ from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import MeasuredProfile
 from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import filesystem_of
+from mii_hcache.storage.cufile import open_proven
 from mii_hcache.storage.disk_io import ThreadsIO
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
+from mii_hcache.storage.native import how_cufile_moves_bytes, why_no_cufile
 from mii_hcache.storage.open_io import choose_io
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.state_dir import PROFILE_FILE
@@ -54,6 +56,7 @@ def state_checks(directories: Sequence[Path]) -> list[tuple[str, Check]]:
         *checks,
         ("I/O", _io),
         ("O_DIRECT", partial(_direct, directory)),
+        ("cuFile", partial(_cufile, directory)),
         ("hole punching", partial(_punching, directory)),
         ("profile", partial(_profile, directory)),
     ]
@@ -143,9 +146,23 @@ def _io() -> Finding:
         name, reason = choose_io(HCacheConfig().io)
     except ConfigError as error:
         return problem("I/O", str(error), "unset MII_HCACHE_IO, or set it to auto", prevents_serving=True)
-    if name == "uring":
-        return ok("I/O", f"uring: {reason}")
-    return off("I/O", f"threads: {reason}")
+    if name == "threads":
+        return off("I/O", f"threads: {reason}")
+    return ok("I/O", f"{name}: {reason}")
+
+
+def _cufile(directory: Path) -> Finding:
+    """Whether chunks could go from the disk to the first GPU past the CPU, tried where they would lie."""
+    untried = "experimental: its authors never ran it on a GPU"
+    why_not = why_no_cufile()
+    if why_not is not None:
+        return off("cuFile", f"{why_not}; state reaches a GPU through host memory")
+    try:
+        with closing(open_proven(0, _standing(directory))) as reads:
+            reason = f"{reads.gpu_name}: {how_cufile_moves_bytes()}; a trial read was right; {untried}"
+    except OSError as error:
+        return off("cuFile", f"there, but not to be used ({error}); {untried}")
+    return ok("cuFile", reason, "--io cufile")
 
 
 def _punching(directory: Path) -> Finding:

@@ -174,7 +174,7 @@ def test_without_the_engine_threads_take_over_and_say_why(tmp_path, monkeypatch,
     ]
     with pytest.raises(ConfigError, match="museum"):
         open_io.open_io("uring")
-    with pytest.raises(ConfigError, match="io must be one of auto, uring, threads, got 'spdk'"):
+    with pytest.raises(ConfigError, match="io must be one of auto, uring, threads, cufile, got 'spdk'"):
         open_io.open_io("spdk")
     assert open_io.choose_io("threads") == ("threads", "asked for")
 
