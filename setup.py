@@ -1,15 +1,49 @@
 """Metadata is in pyproject.toml. Here is what it cannot say: the native I/O engine, built where there is a compiler.
 
-Without one the package installs and works all the same, with `--io threads`; `python -m mii_hcache doctor` says so."""
+Without one the package installs and works all the same, with `--io threads`; `python -m mii_hcache doctor` says so.
+SPDK is linked where pkg-config finds it (PKG_CONFIG_PATH says where); MII_HCACHE_SPDK=0 leaves it out."""
 
+import os
+import shlex
+import subprocess
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-sources = ["csrc/bindings.cpp", *sorted(glob("csrc/io/*.cpp")), *sorted(glob("csrc/python/*.cpp"))]
+
+def pkg_config(*arguments):
+    done = subprocess.run(["pkg-config", *arguments], capture_output=True, text=True, check=True)
+    return shlex.split(done.stdout)
+
+
+def spdk_flags():
+    """Flags to compile and to link with, empty where SPDK is not to be had."""
+    names = ["spdk_nvme", "spdk_env_dpdk"]
+    try:
+        if os.environ.get("MII_HCACHE_SPDK") == "0":
+            raise OSError("MII_HCACHE_SPDK=0")
+        compile_flags = pkg_config("--cflags", *names)
+        libraries = pkg_config("--libs", *names)
+        folder = pkg_config("--variable=libdir", "spdk_nvme")[0]
+        system = pkg_config("--libs", "--static", "spdk_syslibs")
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", None) or error
+        print(f"mii_hcache: built without SPDK ({" ".join(str(why).split())})")
+        return [], []
+    # SPDK's parts make themselves known by constructors, which nobody refers to: the linker must not drop them
+    if os.path.exists(os.path.join(folder, "libspdk_nvme.so")):
+        keep, release = ["-Wl,--no-as-needed"], [f"-Wl,-rpath,{folder}", "-Wl,--as-needed"]
+    else:
+        keep, release = ["-Wl,--whole-archive"], ["-Wl,--no-whole-archive"]
+    print(f"mii_hcache: built with the SPDK in {folder}")
+    return ["-DHCACHE_WITH_SPDK", *compile_flags], [*keep, *libraries, *release, *system]
+
+
+parts = ["csrc/io", "csrc/spdk", "csrc/python"]
+sources = ["csrc/bindings.cpp", *(path for part in parts for path in sorted(glob(f"{part}/*.cpp")))]
 headers = sorted(glob("csrc/*/*.hpp"))
-flags = ["-O2", "-Wall", "-Wextra", "-pthread"]
+spdk_compile, spdk_link = spdk_flags()
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -17,8 +51,8 @@ setup(
             sources,
             depends=headers,
             cxx_std=20,
-            extra_compile_args=flags,
-            extra_link_args=["-pthread"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra", "-pthread", *spdk_compile],
+            extra_link_args=["-pthread", *spdk_link],
             optional=True,
         )
     ]

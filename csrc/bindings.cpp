@@ -8,4 +8,5 @@ PYBIND11_MODULE(_io, module) {
     module.attr("ABI") = 1;
     hcache::python::bind_device(module);
     hcache::python::bind_dram(module);
+    hcache::python::bind_spdk(module);
 }

@@ -60,7 +60,8 @@ class FaultyQueue final : public Queue {
         held_.clear();
         inner_->cancel();
     }
-    void forget(File& file) override { inner_->forget(file); }
+    void forget(Target& target) override { inner_->forget(target); }
+    int flush(Target& target) override { return inner_->flush(target); }
     bool lend(std::span<std::byte> memory) override { return inner_->lend(memory); }
     void take_back(std::span<std::byte> memory) override { inner_->take_back(memory); }
 
