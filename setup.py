@@ -29,7 +29,7 @@ def spdk_flags():
         system = pkg_config("--libs", "--static", "spdk_syslibs")
     except (OSError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", None) or error
-        print(f"mii_hcache: built without SPDK ({" ".join(str(why).split())})")
+        print(f"mii_hcache: built without SPDK ({' '.join(str(why).split())})")
         return [], []
     # SPDK's parts make themselves known by constructors, which nobody refers to: the linker must not drop them
     if os.path.exists(os.path.join(folder, "libspdk_nvme.so")):

@@ -20,11 +20,11 @@ from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
-from mii_hcache.storage.open_io import open_io
+from mii_hcache.storage.open_space import open_space
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Room
-from mii_hcache.storage.segment import StaleSlotError
+from mii_hcache.storage.segment_space import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.slots import Places, SlotPool
 from mii_hcache.storage.state_dir import StateDir
@@ -85,13 +85,14 @@ class FileStore(ChunkStore):
             self._store_uuid = self._catalog.store_uuid
             if state_dir.read_store_uuid() is None:
                 state_dir.write_store_uuid(self._store_uuid)
-            self.io, self.io_reason = open_io(io)
+            space, self.io, self.io_reason = open_space(state_dir, io)
             undo.callback(self.io.close)
-            self._segments = Segments(state_dir.segments, self._store_uuid, self.io)
+            self._segments = Segments(space, self._store_uuid, self.io)
             undo.callback(self._segments.close)
+            segment_bytes = space.segment_bytes or segment_bytes
             if segment_bytes is None:
                 segment_bytes = max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE)
-            pool = SlotPool(capacity_bytes, segment_bytes)
+            pool = SlotPool(capacity_bytes, segment_bytes, space.numbers)
             rows, self.notes = recover(self._catalog, self._segments, pool)
             self._index = FileIndex(pool, self._catalog.first_generation(), rows)
             self._room = Room(self._index, self._segments, lambda: self._commit(publish=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mii_hcache import _io
@@ -32,6 +32,23 @@ def why_no_uring() -> str | None:
     from mii_hcache import _io
 
     return _io.why_no_uring()
+
+
+def why_no_spdk() -> str | None:
+    """None when SPDK is built into the native engine, else why not, for people."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    from mii_hcache import _io
+
+    return _io.why_no_spdk()
+
+
+def new_controller(transport_id: str, depth: int, **options: Any) -> _io.NvmeController:
+    """Connect to an NVMe controller. Only where the engine is built. Raises RuntimeError with the reason."""
+    from mii_hcache import _io
+
+    return _io.NvmeController(transport_id, depth, **options)
 
 
 def new_device(depth: int) -> _io.Device:

@@ -9,9 +9,9 @@ import os
 import threading
 from pathlib import Path
 
-from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.disk_io import DiskFile, DiskIO, SlotRead, SlotWrite, write_all
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader
+from mii_hcache.storage.segment_space import Segment
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
 UNFINISHED_SUFFIX = ".new"
@@ -24,23 +24,13 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class StaleSlotError(CorruptChunkError):
-    """A slot holds a sound chunk, but another one than asked for: the slot was reused."""
-
-
-class SegmentFile:
-    """A segment on disk. Methods may be called from any thread and block on I/O; each raises OSError as it comes.
-
-    A new segment's file is made by the first write. Slots are read and written by a `DiskIO`, in batches over several
-    segments; this says where, and checks what arrived. The owner sees to it that no slot is written and read at once,
-    and that nothing is in progress when it calls `unlink` or `close`.
-    """
+class SegmentFile(Segment):
+    """A segment in a file of its own, which the first write makes."""
 
     def __init__(self, path: Path, header: SegmentHeader, io: DiskIO, file: DiskFile | None = None) -> None:
         """`file`: None for a segment that does not exist yet."""
+        super().__init__(str(path), header, io)
         self.path = path
-        self.header = header
-        self._io = io
         self._file = file
         self._making = threading.Lock()
         self._size_bytes = 0 if file is None else os.fstat(file.fd).st_size
@@ -58,43 +48,23 @@ class SegmentFile:
 
     @property
     def num_written(self) -> int:
-        """Slots that begin before the file's end."""
         assert self._file is not None, "the file is not there yet"
         num_bytes = os.fstat(self._file.fd).st_size - BLOCK_BYTES
         return min(self.header.num_slots, -(-num_bytes // self.header.slot_bytes)) if num_bytes > 0 else 0
 
     def to_write(self, slot: int, header: SlotHeader, payload: memoryview) -> SlotWrite:
-        """The write of a slot, for the file that this makes and grows if it must."""
         file = self._make()
         self._grow(file, self._offset(slot + 1))
         return SlotWrite(file, self._offset(slot), header.pack(), payload)
 
     def to_read(self, slot: int, out: memoryview) -> SlotRead | None:
-        """The read of a slot; None when there is no file."""
         return None if self._file is None else SlotRead(self._file, self._offset(slot), out)
 
-    def check(self, slot: int, header: SlotHeader, found: bytes | memoryview | None) -> None:
-        """Check that a slot carries exactly `header`; `found` is what was read, None at the file's end. The payload's
-        CRC is the caller's to check. Raises StaleSlotError or CorruptChunkError."""
-        if found is None:
-            raise CorruptChunkError(f"{self.path}: slot {slot} ends early")
-        if found != header.pack():
-            generation = SlotHeader.parse(found).generation
-            raise StaleSlotError(f"{self.path}: slot {slot} holds generation {generation}")
-
-    def read_into(self, slot: int, header: SlotHeader, out: memoryview) -> None:
-        """Read one slot's payload and `check`. Raises StaleSlotError, CorruptChunkError."""
-        read = self.to_read(slot, out)
-        with self._io.read([] if read is None else [read]) as arriving:
-            self.check(slot, header, None if read is None else arriving.finish(0))
-
     def sync(self) -> None:
-        """Make what was written durable."""
         if self._file is not None:
             os.fdatasync(self._file.fd)
 
     def punch(self, slot: int) -> bool:
-        """Give a slot's bytes back to the disk; it reads as zeros. False when the file system cannot."""
         if self._file is None:
             return True
         fd = self._file.fd
@@ -105,12 +75,10 @@ class SegmentFile:
         return True
 
     def unlink(self) -> None:
-        """Delete the file."""
         self.close()
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
