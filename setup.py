@@ -10,6 +10,8 @@ from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 
 def pkg_config(*arguments):
@@ -18,26 +20,45 @@ def pkg_config(*arguments):
 
 
 def spdk_flags():
-    """Flags to compile and to link with, empty where SPDK is not to be had."""
+    """Flags to compile and to link with SPDK, empty where it is not to be had."""
     names = ["spdk_nvme", "spdk_env_dpdk"]
     try:
         if os.environ.get("MII_HCACHE_SPDK") == "0":
             raise OSError("MII_HCACHE_SPDK=0")
         compile_flags = pkg_config("--cflags", *names)
         libraries = pkg_config("--libs", *names)
-        folder = pkg_config("--variable=libdir", "spdk_nvme")[0]
+        folders = [flag[2:] for flag in pkg_config("--libs-only-L", *names)]  # none for the system's own
         system = pkg_config("--libs", "--static", "spdk_syslibs")
     except (OSError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", None) or error
-        print(f"mii_hcache: built without SPDK ({' '.join(str(why).split())})")
+        print(f"mii_hcache: building without SPDK ({' '.join(str(why).split())})")
         return [], []
     # SPDK's parts make themselves known by constructors, which nobody refers to: the linker must not drop them
-    if os.path.exists(os.path.join(folder, "libspdk_nvme.so")):
-        keep, release = ["-Wl,--no-as-needed"], [f"-Wl,-rpath,{folder}", "-Wl,--as-needed"]
-    else:
+    is_static = folders and not any(os.path.exists(os.path.join(folder, "libspdk_nvme.so")) for folder in folders)
+    if is_static:
         keep, release = ["-Wl,--whole-archive"], ["-Wl,--no-whole-archive"]
-    print(f"mii_hcache: built with the SPDK in {folder}")
+    else:
+        keep, release = ["-Wl,--no-as-needed"], ["-Wl,--as-needed", *(f"-Wl,-rpath,{folder}" for folder in folders)]
+    kind, version = "static" if is_static else "shared", pkg_config("--modversion", names[0])[0]
+    print(f"mii_hcache: building with SPDK's {kind} libraries, spdk_nvme {version}")
     return ["-DHCACHE_WITH_SPDK", *compile_flags], [*keep, *libraries, *release, *system]
+
+
+class BuildExt(build_ext):
+    """A SPDK that does not compile or link costs the `spdk` backend and nothing else."""
+
+    def build_extension(self, extension):
+        try:
+            super().build_extension(extension)
+        except (CompileError, LinkError) as error:
+            if not spdk_compile:
+                raise
+            print(f"mii_hcache: SPDK cannot be built in ({error}); building without it")
+            for flag in spdk_compile:
+                extension.extra_compile_args.remove(flag)
+            extension.extra_link_args[:] = ["-pthread"]
+            self.force = True
+            super().build_extension(extension)
 
 
 parts = ["csrc/io", "csrc/spdk", "csrc/python"]
@@ -45,6 +66,7 @@ sources = ["csrc/bindings.cpp", *(path for part in parts for path in sorted(glob
 headers = sorted(glob("csrc/*/*.hpp"))
 spdk_compile, spdk_link = spdk_flags()
 setup(
+    cmdclass={"build_ext": BuildExt},
     ext_modules=[
         Pybind11Extension(
             "mii_hcache._io",
@@ -55,5 +77,5 @@ setup(
             extra_link_args=["-pthread", *spdk_link],
             optional=True,
         )
-    ]
+    ],
 )

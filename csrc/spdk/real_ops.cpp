@@ -44,6 +44,12 @@ int first_cpu_of(const cpu_set_t& cpus) {
     return 0;
 }
 
+/// Newer releases want it, older ones have no such field.
+template <typename Options>
+void set_size(Options& options) {
+    if constexpr (requires { options.opts_size; }) options.opts_size = sizeof options;
+}
+
 int env_init(const EnvOptions& options) {
     cpu_set_t cpus;
     CPU_ZERO(&cpus);
@@ -51,7 +57,7 @@ int env_init(const EnvOptions& options) {
     const std::string core = "[" + std::to_string(is_known ? first_cpu_of(cpus) : 0) + "]";
     spdk_env_opts env;
     std::memset(&env, 0, sizeof env);
-    env.opts_size = sizeof env;
+    set_size(env);
     spdk_env_opts_init(&env);
     env.name = "mii_hcache";
     env.core_mask = core.c_str();
@@ -125,6 +131,8 @@ void free_qpair(Qpair* qpair) {
     spdk_nvme_ctrlr_free_io_qpair(theirs(qpair));
 }
 
+constexpr unsigned kWriteProtected = 0x20;  // of NVMe 1.4; older headers have no name for it
+
 int errno_of(const spdk_nvme_cpl* completion) {
     if (!spdk_nvme_cpl_is_error(completion)) return 0;
     if (completion->status.sct == SPDK_NVME_SCT_GENERIC) {
@@ -132,7 +140,7 @@ int errno_of(const spdk_nvme_cpl* completion) {
             case SPDK_NVME_SC_LBA_OUT_OF_RANGE:
             case SPDK_NVME_SC_CAPACITY_EXCEEDED:
                 return -ENOSPC;
-            case SPDK_NVME_SC_NAMESPACE_IS_WRITE_PROTECTED:
+            case kWriteProtected:
                 return -EROFS;
             default:
                 break;
@@ -173,7 +181,7 @@ bool translates(const void* page) {
 }
 
 void* dma_alloc(std::size_t num_bytes) {
-    return spdk_zmalloc(num_bytes, 4096, nullptr, SPDK_ENV_NUMA_ID_ANY, SPDK_MALLOC_DMA);
+    return spdk_dma_zmalloc(num_bytes, 4096, nullptr);
 }
 
 constexpr Ops kReal{
@@ -193,7 +201,7 @@ constexpr Ops kReal{
     .unregister_memory = spdk_mem_unregister,
     .translates = translates,
     .dma_alloc = dma_alloc,
-    .dma_free = spdk_free,
+    .dma_free = spdk_dma_free,
 };
 
 }  // namespace
