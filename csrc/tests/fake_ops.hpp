@@ -34,8 +34,12 @@ struct Disk {
     bool has_metadata = false;
     bool needs_translation = true;
     bool has_cache = true;
+    /// What was not flushed is lost when the connection ends.
+    bool forgets = false;
     /// How a command ends: 0 or a negative errno. On the queue's thread.
     std::function<int(bool is_write, std::uint64_t lba, std::uint32_t num_sectors)> script;
+    /// Reads to such memory end well, and nothing arrives.
+    std::function<bool(const std::byte* data)> swallows;
     /// Commands end in another order than they came.
     bool reversed = false;
     /// Commands in a qpair; more are -ENOMEM.
@@ -63,7 +67,8 @@ struct Disk {
     }
 };
 
-/// All there is. `traddr` of a transport id is a disk's name, or the path of a file that is mapped as one.
+/// All there is. `traddr` of a transport id is a disk's name, or the path of a file that is mapped as one, with
+/// a cache where the id says `cache:on`.
 struct World {
     std::mutex lock;
     std::map<std::string, std::shared_ptr<Disk>> disks;
@@ -153,7 +158,10 @@ inline Ctrlr* connect(const std::string& transport_id, unsigned, std::string& wh
         const auto found = world().disks.find(name);
         if (found != world().disks.end()) disk = found->second;
     }
-    if (!disk) disk = map_file(name);
+    if (!disk) {
+        disk = map_file(name);
+        if (disk) disk->has_cache = disk->forgets = value_of(transport_id, "cache") == "on";
+    }
     if (!disk || disk->gone) {
         why = "no NVMe controller answers there";
         return nullptr;
@@ -165,6 +173,7 @@ inline Ctrlr* connect(const std::string& transport_id, unsigned, std::string& wh
 inline void disconnect(Ctrlr* ctrlr) {
     CHECK(ctrlr_of(ctrlr).disk->num_qpairs == 0);
     --ctrlr_of(ctrlr).disk->num_connections;
+    if (ctrlr_of(ctrlr).disk->forgets) ctrlr_of(ctrlr).disk->lose_power();
     delete &ctrlr_of(ctrlr);
 }
 
@@ -256,7 +265,7 @@ inline int perform(Disk& disk, const Pending& one) {
         if (disk.has_cache)
             disk.unflushed.emplace_back(place.data() - disk.bytes.data(), std::vector(place.begin(), place.end()));
         std::memcpy(place.data(), one.data, place.size());
-    } else {
+    } else if (!disk.swallows || !disk.swallows(one.data)) {
         std::memcpy(one.data, place.data(), place.size());
     }
     return 0;
