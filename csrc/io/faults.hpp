@@ -24,6 +24,8 @@ class FaultyQueue final : public Queue {
   public:
     FaultyQueue(std::unique_ptr<Queue> inner, Fault fault) : inner_(std::move(inner)), fault_(std::move(fault)) {}
 
+    Queue& inner() { return *inner_; }
+
     unsigned depth() const override { return inner_->depth(); }
     void enqueue(const Attempt& attempt) override {
         const std::int64_t verdict = fault_(attempt);

@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.native import new_controller, why_no_spdk, why_not_built
 from mii_hcache.storage.uring import QUEUE_DEPTH, NativeFile
+
+if TYPE_CHECKING:
+    from mii_hcache import _io
 
 HOW_TO_BUILD = (
     "install SPDK as its documentation says (https://spdk.io/doc/getting_started.html, configured --with-shared), then "
@@ -94,6 +98,10 @@ class NvmeController:
         self.about = self.native.describe()
         """`model`, `serial`, `firmware`, `namespaces` (their numbers), `needs_translation`."""
 
+    def close(self) -> None:
+        """End the connection. Idempotent; the object is of no use any more."""
+        self.native.close()
+
     def shape(self, namespace_id: int) -> dict[str, int]:
         """`num_bytes`, `sector_bytes` and `max_transfer_bytes`. Raises ConfigError for a namespace of no use."""
         try:
@@ -108,6 +116,7 @@ class NvmeFile(NativeFile):
     def __init__(self, address: NvmeAddress) -> None:
         """Connects, and starts the thread that polls. Blocks. Raises ConfigError with the reason."""
         controller = NvmeController(address)
+        self._controller = controller.native
         self.address = address
         self.shape = controller.shape(address.namespace_id)
         self.num_bytes = self.shape["num_bytes"]
@@ -133,6 +142,24 @@ class NvmeFile(NativeFile):
         result = self.device.flush(self.native)
         if result < 0:
             raise _error(result)
+
+    def close(self) -> None:
+        """End the thread and the connection. Idempotent."""
+        super().close()
+        self.device.close()
+        self._controller.close()
+
+    def map_gpu(self, address: int, num_bytes: int, library: str = "libgdrapi.so.2") -> _io.GpuWindow:
+        """Memory of a GPU that transfers may name, as a buffer: whole pages of 64 KiB of it, pinned through GDRCopy
+        until nothing refers to the window. `address` is the GPU's, of memory that outlives the window. Proven by
+        reading the superblock into it. Blocks. Raises ConfigError with the reason.
+
+        Never run on a GPU. The GPU sees what arrived for certain only in kernels that are launched after it.
+        """
+        try:
+            return self._controller.map_gpu(self.device, self.native, 0, address, num_bytes, library)
+        except RuntimeError as error:
+            raise ConfigError(f"{self.address} cannot read into the GPU's memory: {error}") from error
 
     def _transfer(self, is_write: bool, parts: list[tuple[int, memoryview]]) -> None:
         batch = self.device.submit([(is_write, self.native, offset, buffer) for offset, buffer in parts])

@@ -69,8 +69,8 @@ def _probe(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if options.trid is None:
         return _list_pci()
     address = NvmeAddress.parse(options.trid)
-    controller = NvmeController(address)
-    about = dict(controller.about)
+    with closing(NvmeController(address)) as controller:
+        about = dict(controller.about)
     lines = [f"{about['model']}, serial {about['serial']}, firmware {about['firmware']}"]
     namespaces = []
     for namespace_id in about.pop("namespaces"):
@@ -175,7 +175,6 @@ class _Opened:
 
     def close(self) -> None:
         self.file.close()
-        self.file.device.close()
 
 
 def _without_ns(trid: str) -> str:

@@ -22,5 +22,4 @@ class SpdkIO(NativeIO):
         raise NotImplementedError("a namespace has no files: segments lie in its regions")
 
     def close(self) -> None:
-        self.namespace.native.close()
-        super().close()
+        self.namespace.close()

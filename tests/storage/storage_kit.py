@@ -171,7 +171,6 @@ def make_namespace(state_dir: StateDir) -> None:
         format_namespace(namespace, store_uuid, region_bytes=1 << 20)
     finally:
         namespace.close()
-        namespace.device.close()
     state_dir.write_store_uuid(store_uuid)
     state_dir.write_namespace(address)
 
