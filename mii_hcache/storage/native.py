@@ -44,6 +44,16 @@ def why_no_spdk() -> str | None:
     return _io.why_no_spdk()
 
 
+def why_no_gdr() -> str | None:
+    """None when GDRCopy's library and driver can be used here, else why not, for people."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    from mii_hcache import _io
+
+    return _io.why_no_gdr()
+
+
 def new_controller(transport_id: str, depth: int, **options: Any) -> _io.NvmeController:
     """Connect to an NVMe controller. Only where the engine is built. Raises RuntimeError with the reason."""
     from mii_hcache import _io
