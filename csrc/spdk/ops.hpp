@@ -57,8 +57,11 @@ struct Ops {
     CtrlrShape (*describe)(Ctrlr* ctrlr);
     /// Null when there is no such active namespace.
     Ns* (*open_namespace)(Ctrlr* ctrlr, std::uint32_t id, NsShape& shape);
-    /// Null when there are no more. A controller that failed is reset first, which may take seconds.
+    /// Null when there are no more, or the controller has to be reset.
     Qpair* (*alloc_qpair)(Ctrlr* ctrlr, unsigned depth);
+    /// After a controller was gone: connect to it anew, which fails its other qpairs. May take seconds. 0 or a negative
+    /// errno.
+    int (*reset)(Ctrlr* ctrlr);
     /// Ends what is in flight, by `done` or, where the device is gone, without it; the memory is free in either case.
     void (*free_qpair)(Qpair* qpair);
     /// 0, -ENOMEM when the queue is full (try again after `poll`), or another negative errno; `done` only after 0.

@@ -131,8 +131,11 @@ bool SpdkQueue::has_qpair() {
     if (qpair_ != nullptr) return true;
     const auto now = Clock::now();
     if (now < next_qpair_at_ || now >= cancel_at_) return false;
-    next_qpair_at_ = now + kQpairInterval;
     qpair_ = ops_.alloc_qpair(controller_->get(), depth());
+    if (qpair_ == nullptr && ops_.reset(controller_->get()) == 0) {
+        qpair_ = ops_.alloc_qpair(controller_->get(), depth());  // a target that was started anew knows us no more
+    }
+    next_qpair_at_ = Clock::now() + kQpairInterval;
     return qpair_ != nullptr;
 }
 

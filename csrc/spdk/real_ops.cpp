@@ -123,8 +123,11 @@ Qpair* alloc_qpair(Ctrlr* ctrlr, unsigned depth) {
     spdk_nvme_ctrlr_get_default_io_qpair_opts(theirs(ctrlr), &options, sizeof options);
     // A target may have shorter queues than SPDK's default and refuses longer ones; SPDK queues what does not fit.
     if (options.io_queue_size > depth + 1) options.io_queue_size = depth + 1;
-    if (spdk_nvme_ctrlr_is_failed(theirs(ctrlr)) && spdk_nvme_ctrlr_reset(theirs(ctrlr)) != 0) return nullptr;
     return reinterpret_cast<Qpair*>(spdk_nvme_ctrlr_alloc_io_qpair(theirs(ctrlr), &options, sizeof options));
+}
+
+int reset(Ctrlr* ctrlr) {
+    return spdk_nvme_ctrlr_reset(theirs(ctrlr));
 }
 
 void free_qpair(Qpair* qpair) {
@@ -191,6 +194,7 @@ constexpr Ops kReal{
     .describe = describe,
     .open_namespace = open_namespace,
     .alloc_qpair = alloc_qpair,
+    .reset = reset,
     .free_qpair = free_qpair,
     .read = read,
     .write = write,

@@ -48,6 +48,8 @@ struct Disk {
     std::atomic<bool> held{false};
     /// The device is gone: polling fails, and no qpair is to be had.
     std::atomic<bool> gone{false};
+    /// It was gone: it has to be reset first.
+    std::atomic<bool> stale{false};
 
     std::atomic<unsigned> num_commands{0};
     std::atomic<unsigned> num_full{0};
@@ -197,7 +199,7 @@ inline Ns* open_namespace(Ctrlr* ctrlr, std::uint32_t id, NsShape& shape) {
 
 inline Qpair* alloc_qpair(Ctrlr* ctrlr, unsigned) {
     const auto& disk = ctrlr_of(ctrlr).disk;
-    if (disk->gone) return nullptr;
+    if (disk->gone || disk->stale) return nullptr;
     ++disk->num_qpairs;
     return reinterpret_cast<Qpair*>(new FakeQpair{.disk = disk, .pending = {}});
 }
@@ -273,7 +275,10 @@ inline int perform(Disk& disk, const Pending& one) {
 
 inline int poll(Qpair* qpair) {
     FakeQpair& own = qpair_of(qpair);
-    if (own.disk->gone) return -ENXIO;
+    if (own.disk->gone) {
+        own.disk->stale = true;
+        return -ENXIO;
+    }
     if (own.disk->held || own.pending.empty()) return 0;
     auto pending = std::move(own.pending);  // commands that `done` hands over are another poll's
     own.pending.clear();
@@ -324,6 +329,12 @@ inline constexpr Ops kOps{
     .describe = describe,
     .open_namespace = open_namespace,
     .alloc_qpair = alloc_qpair,
+    .reset =
+        [](Ctrlr* ctrlr) {
+            if (ctrlr_of(ctrlr).disk->gone) return -ENXIO;
+            ctrlr_of(ctrlr).disk->stale = false;
+            return 0;
+        },
     .free_qpair = free_qpair,
     .read = read,
     .write = write,
