@@ -5,7 +5,7 @@
 
 PYBIND11_MODULE(_io, module) {
     module.doc() = "The native I/O engine (csrc).";
-    module.attr("ABI") = 1;
+    module.attr("ABI") = 2;
     hcache::python::bind_device(module);
     hcache::python::bind_dram(module);
     hcache::python::bind_spdk(module);

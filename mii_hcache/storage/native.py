@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mii_hcache import _io
 
-_ABI = 1
+_ABI = 2
 """Of the `_io` that this package goes with."""
 
 
