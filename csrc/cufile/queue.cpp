@@ -58,7 +58,7 @@ void CufileQueue::end_threads() {
 }
 
 void CufileQueue::enqueue(const io::Attempt& attempt) {
-    const bool direct = attempt.file->may_go_direct(attempt.offset, attempt.data, attempt.length);
+    const bool direct = attempt.target->may_go_direct(attempt.offset, attempt.data, attempt.length);
     Job job{attempt, nullptr, attempt.data};
     for (const auto& memory : lent_) {  // cuFile finds registered memory by where it begins
         const bool is_in =
@@ -66,7 +66,7 @@ void CufileQueue::enqueue(const io::Attempt& attempt) {
         if (is_in) job.base = memory.data();
     }
     try {
-        job.file = registration_of(*attempt.file, direct);
+        job.file = registration_of(static_cast<io::File&>(*attempt.target), direct);
     } catch (const std::system_error& error) {
         const std::scoped_lock guard(lock_);
         ended_.push_back({{attempt.token, -error.code().value()}, nullptr});
@@ -130,7 +130,8 @@ CufileQueue::Shared CufileQueue::registration_of(io::File& file, bool direct) {
     return registration;
 }
 
-void CufileQueue::forget(io::File& file) {
+void CufileQueue::forget(io::Target& target) {
+    auto& file = static_cast<io::File&>(target);
     file.slots.fill(io::kForgotten);
     std::erase_if(forgotten_, [](const auto& entry) { return entry.second[0].expired() && entry.second[1].expired(); });
     const auto known = files_.find(&file);

@@ -33,7 +33,7 @@ class CufileQueue final : public io::Queue {
     std::size_t reap(std::span<io::Done> out) override;
     void wake() override;
     void cancel() override;
-    void forget(io::File& file) override;
+    void forget(io::Target& target) override;
     bool lend(std::span<std::byte> memory) override;
     void take_back(std::span<std::byte> memory) override;
 

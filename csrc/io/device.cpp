@@ -75,8 +75,8 @@ bool Device::run(const std::function<void(Queue&)>& job) {
     return true;
 }
 
-void Device::forget(File& file) {
-    run([&file](Queue& queue) { queue.forget(file); });
+void Device::forget(Target& target) {
+    run([&target](Queue& queue) { queue.forget(target); });
 }
 
 void Device::cancel() {
@@ -204,10 +204,10 @@ void Device::start(std::size_t slot) {
     const std::uint64_t offset = request.offset + flight.moved;
     std::byte* const data = request.data + flight.moved;
     flight.asked = static_cast<std::uint32_t>(std::min(request.length - flight.moved, kMaxAttemptBytes));
-    flight.direct = request.file->may_go_direct(offset, data, flight.asked);
+    flight.direct = request.target->may_go_direct(offset, data, flight.asked);
     ++num_attempts_;
     num_direct_ += flight.direct;
-    queue_->enqueue({request.op, request.file.get(), offset, data, flight.asked, slot});
+    queue_->enqueue({request.op, request.target.get(), offset, data, flight.asked, slot});
 }
 
 void Device::handle(const Done& done) {
@@ -223,7 +223,7 @@ void Device::handle(const Done& done) {
             finish(slot, done.result);
         }
     } else if (done.result == -EINVAL && flight.direct) {
-        request.file->give_up_direct();
+        request.target->give_up_direct();
         start(slot);
     } else if (done.result < 0) {
         finish(slot, done.result);

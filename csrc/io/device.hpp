@@ -20,10 +20,10 @@
 
 namespace hcache::io {
 
-/// What to move. A file must not be forgotten by the device (`Device::forget`) before its requests are done.
+/// What to move. A target must not be forgotten by the device (`Device::forget`) before its requests are done.
 struct Request {
     Op op;
-    std::shared_ptr<File> file;
+    std::shared_ptr<Target> target;
     std::uint64_t offset;
     std::byte* data;
     std::uint64_t length;
@@ -74,8 +74,8 @@ class Device {
     Transfer submit(std::vector<Request> requests);
     /// Do something with the queue, on its thread; false when the device is closed.
     bool run(const std::function<void(Queue&)>& job);
-    /// Before the last reference to a file goes. Requests in progress end well.
-    void forget(File& file);
+    /// Before the last reference to a target goes. Requests in progress end well.
+    void forget(Target& target);
     /// End early what was submitted so far: what has not begun as -ECANCELED, what is in flight if the device can. For
     /// a disk that hangs. Does not block.
     void cancel();

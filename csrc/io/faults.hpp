@@ -26,6 +26,8 @@ class FaultyQueue final : public Queue {
   public:
     FaultyQueue(std::unique_ptr<Queue> inner, Fault fault) : inner_(std::move(inner)), fault_(std::move(fault)) {}
 
+    Queue& inner() { return *inner_; }
+
     unsigned depth() const override { return inner_->depth(); }
     void enqueue(const Attempt& attempt) override {
         const std::int64_t verdict = fault_(attempt);
@@ -69,7 +71,8 @@ class FaultyQueue final : public Queue {
         }
         inner_->cancel();
     }
-    void forget(File& file) override { inner_->forget(file); }
+    void forget(Target& target) override { inner_->forget(target); }
+    int flush(Target& target) override { return inner_->flush(target); }
     bool lend(std::span<std::byte> memory) override { return inner_->lend(memory); }
     void take_back(std::span<std::byte> memory) override { inner_->take_back(memory); }
 

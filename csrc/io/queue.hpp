@@ -1,7 +1,8 @@
-// The seam below the engine: what a device's own queue of commands can do. io_uring today; SPDK and faults in tests are
-// others. The engine above it (device.hpp) knows batches, short transfers, retries and threads; a queue knows none.
+// The seam below the engine: what a device's own queue of commands can do. io_uring, SPDK, and faults in tests. The
+// engine above it (device.hpp) knows batches, short transfers, retries and threads; a queue knows none.
 #pragma once
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -15,7 +16,7 @@ enum class Op : std::uint8_t { read, write };
 /// One command to the device. The memory is the caller's and stays valid until the attempt was reaped.
 struct Attempt {
     Op op;
-    File* file;
+    Target* target;
     std::uint64_t offset;
     std::byte* data;
     std::uint32_t length;
@@ -50,8 +51,11 @@ class Queue {
     /// Ask the device to end what is in flight early; every attempt is still reaped.
     virtual void cancel() = 0;
 
-    /// Before a file's last use. Attempts in flight may go on.
-    virtual void forget(File&) {}
+    /// Before a target's last use. Attempts in flight may go on.
+    virtual void forget(Target&) {}
+    /// Make what was written to a target durable; 0 or a negative errno. Blocks. For targets that the kernel cannot
+    /// sync.
+    virtual int flush(Target&) { return -ENOTSUP; }
     /// Tell the device of memory that will be used often. False when it cannot; transfers work all the same.
     virtual bool lend(std::span<std::byte>) { return false; }
     /// Take memory back. REQUIRES: no attempt on it is in flight.

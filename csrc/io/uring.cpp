@@ -57,6 +57,10 @@ bool make_table(int fd, unsigned opcode, unsigned num) {
     return enroll(fd, opcode, &table, sizeof table) == 0;
 }
 
+File& file_of(Target& target) {
+    return static_cast<File&>(target);  // a ring is given nothing else
+}
+
 unsigned load(unsigned* word) {
     return std::atomic_ref(*word).load(std::memory_order_acquire);
 }
@@ -145,14 +149,15 @@ void UringQueue::listen() {
 }
 
 void UringQueue::enqueue(const Attempt& attempt) {
-    const bool direct = attempt.file->may_go_direct(attempt.offset, attempt.data, attempt.length);
-    const int slot = slot_of(*attempt.file, direct);
+    File& file = file_of(*attempt.target);
+    const bool direct = file.may_go_direct(attempt.offset, attempt.data, attempt.length);
+    const int slot = slot_of(file, direct);
     const int region = region_of(attempt);
     const bool is_read = attempt.op == Op::read;
     io_uring_sqe& entry = next_entry();
     entry.opcode = region < 0 ? (is_read ? IORING_OP_READ : IORING_OP_WRITE)
                               : (is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED);
-    entry.fd = slot < 0 ? attempt.file->descriptor(direct) : slot;
+    entry.fd = slot < 0 ? file.descriptor(direct) : slot;
     entry.flags = slot < 0 ? 0 : IOSQE_FIXED_FILE;
     entry.off = attempt.offset;
     entry.addr = reinterpret_cast<std::uintptr_t>(attempt.data);
@@ -227,8 +232,8 @@ int UringQueue::slot_of(File& file, bool direct) {
     return slot;
 }
 
-void UringQueue::forget(File& file) {
-    for (int& slot : file.slots) {
+void UringQueue::forget(Target& target) {
+    for (int& slot : file_of(target).slots) {
         const int old = std::exchange(slot, kForgotten);
         if (old < 0) continue;
         int none = -1;

@@ -56,7 +56,7 @@ class UringQueue final : public Queue {
     std::size_t reap(std::span<Done> out) override;
     void wake() override;
     void cancel() override;
-    void forget(File& file) override;
+    void forget(Target& target) override;
     bool lend(std::span<std::byte> memory) override;
     void take_back(std::span<std::byte> memory) override;
 

@@ -9,6 +9,8 @@ namespace hcache::python {
 void bind_cufile(pybind11::module_& module);
 /// Batches of reads and writes on a device: io/device.hpp.
 void bind_device(pybind11::module_& module);
+/// NVMe namespaces without the kernel: spdk/queue.hpp.
+void bind_spdk(pybind11::module_& module);
 /// Memory and copies: io/slab.hpp, io/copier.hpp.
 void bind_dram(pybind11::module_& module);
 

@@ -134,7 +134,7 @@ void a_refused_direct_transfer_goes_through_the_page_cache() {
     const auto file = some_file();
     unsigned num_refused = 0;
     disk.script = [&](const Attempt& attempt) -> std::int64_t {
-        if (!attempt.file->may_go_direct(attempt.offset, attempt.data, attempt.length)) return kPass;
+        if (!attempt.target->may_go_direct(attempt.offset, attempt.data, attempt.length)) return kPass;
         ++num_refused;
         return -EINVAL;
     };

@@ -19,7 +19,7 @@ from mii_hcache.storage.disk_io import DiskIO
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
-from mii_hcache.storage.segment import StaleSlotError
+from mii_hcache.storage.segment_space import StaleSlotError
 from mii_hcache.storage.segments import Segments
 
 _log = logging.getLogger(__name__)

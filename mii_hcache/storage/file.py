@@ -22,13 +22,13 @@ from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
-from mii_hcache.storage.open_io import open_io
+from mii_hcache.storage.open_space import open_space
 from mii_hcache.storage.presence import AWAY_ERRNOS, DEADLINE_S, FIRST_PAUSE_S, Presence
 from mii_hcache.storage.probe import try_to_write
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Watermarks
-from mii_hcache.storage.segment import StaleSlotError
+from mii_hcache.storage.segment_space import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.slots import Places, SlotPool
 from mii_hcache.storage.state_dir import StateDir
@@ -112,13 +112,14 @@ class FileStore(ChunkStore):
             self._store_uuid = self._catalog.store_uuid
             if state_dir.read_store_uuid() is None:
                 state_dir.write_store_uuid(self._store_uuid)
-            self.io, self.io_reason = open_io(io)
+            self._space, self.io, self.io_reason = open_space(state_dir, io)
             undo.callback(self.io.close)
-            self._segments = Segments(state_dir.segments, self._store_uuid, self.io)
+            self._segments = Segments(self._space, self._store_uuid, self.io)
             undo.callback(self._segments.close)
+            segment_bytes = self._space.segment_bytes or segment_bytes
             if segment_bytes is None:
                 segment_bytes = max(_MIN_SEGMENT_BYTES, capacity_bytes // _SEGMENTS_PER_STORE)
-            pool = SlotPool(capacity_bytes, segment_bytes)
+            pool = SlotPool(capacity_bytes, segment_bytes, self._space.numbers)
             rows, self.notes = recover(self._catalog, self._segments, pool)
             self._index = FileIndex(pool, self._catalog.first_generation(), rows, evict=evict)
             self._commits = Commits(
@@ -178,8 +179,8 @@ class FileStore(ChunkStore):
         return is_kept
 
     @property
-    def drafts(self) -> FileDrafts:
-        return self._drafts
+    def drafts(self) -> FileDrafts | None:
+        return self._drafts if self._space.takes_parts else None
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         record = self._index.find(span_id)
@@ -386,6 +387,7 @@ class FileStore(ChunkStore):
         """Whether the disk reads and writes. Raises OSError."""
         self._state_dir.check()
         try_to_write(self._state_dir.path)
+        self._space.probe()
         for span, chunk_idx in self._suspects.read_again():
             self._forget_damaged(span, chunk_idx, "corrupt")
 

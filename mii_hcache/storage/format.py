@@ -137,12 +137,12 @@ class SegmentHeader:
     def pack(self) -> bytes:
         """The block."""
         fields = _SEGMENT.pack(_SEGMENT_MAGIC, FORMAT_VERSION, self.store_uuid, self.slot_bytes, self.num_slots)
-        return _seal(fields)
+        return seal(fields)
 
     @staticmethod
     def parse(block: bytes | bytearray | memoryview) -> SegmentHeader:
         """Inverse of `pack`. Raises CorruptChunkError for anything but a sound header of this version."""
-        _check_seal(block, _SEGMENT_MAGIC, "segment header")
+        check_seal(block, _SEGMENT_MAGIC, "segment header")
         _, _, store_uuid, slot_size, num_slots = _SEGMENT.unpack_from(block)
         if slot_size < 2 * BLOCK_BYTES or slot_size % BLOCK_BYTES or num_slots < 1:
             raise CorruptChunkError(f"segment header: impossible sizes {slot_size} x {num_slots}")
@@ -178,7 +178,7 @@ class SlotHeader:
 
     def pack(self) -> bytes:
         """The block."""
-        return _seal(
+        return seal(
             _SLOT.pack(
                 _SLOT_MAGIC,
                 FORMAT_VERSION,
@@ -195,7 +195,7 @@ class SlotHeader:
     @staticmethod
     def parse(block: bytes | bytearray | memoryview) -> SlotHeader:
         """Inverse of `pack`. Raises CorruptChunkError for anything but a sound header of this version."""
-        _check_seal(block, _SLOT_MAGIC, "slot header")
+        check_seal(block, _SLOT_MAGIC, "slot header")
         _, _, store_uuid, span_id, layer_idx, code, generation, num_bytes, crc = _SLOT.unpack_from(block)
         if code not in KINDS_BY_CODE:
             raise CorruptChunkError(f"slot header: unknown kind {code}")
@@ -210,12 +210,14 @@ class SlotHeader:
         )
 
 
-def _seal(fields: bytes) -> bytes:
+def seal(fields: bytes) -> bytes:
+    """A block of `fields`, zeros and their CRC."""
     body = fields.ljust(_CRC_OFFSET, b"\0")
     return body + _CRC.pack(crc32c(body))
 
 
-def _check_seal(block: bytes | bytearray | memoryview, magic: bytes, what: str) -> None:
+def check_seal(block: bytes | bytearray | memoryview, magic: bytes, what: str, version: int = FORMAT_VERSION) -> None:
+    """Raise CorruptChunkError unless a block is whole, begins with `magic` and is of `version`."""
     if len(block) != BLOCK_BYTES:
         raise CorruptChunkError(f"{what}: {len(block)} bytes instead of {BLOCK_BYTES}")
     view = memoryview(block)
@@ -223,6 +225,6 @@ def _check_seal(block: bytes | bytearray | memoryview, magic: bytes, what: str) 
         raise CorruptChunkError(f"{what}: wrong magic {bytes(view[: len(magic)])!r}")
     if crc32c(view[:_CRC_OFFSET]) != _CRC.unpack_from(block, _CRC_OFFSET)[0]:
         raise CorruptChunkError(f"{what}: wrong checksum")
-    version = int.from_bytes(view[8:12], "little")
-    if version != FORMAT_VERSION:
-        raise CorruptChunkError(f"{what}: format version {version}, this is {FORMAT_VERSION}")
+    found = int.from_bytes(view[8:12], "little")
+    if found != version:
+        raise CorruptChunkError(f"{what}: format version {found}, this is {version}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mii_hcache import _io
 
-_ABI = 3
+_ABI = 4
 """Of the `_io` that this package goes with."""
 _KERNELS = Path(__file__).parent.parent / "_gpu.fatbin"
 """What nvcc made of csrc/gpu, where there was one."""
@@ -35,6 +35,33 @@ def why_no_uring() -> str | None:
     from mii_hcache import _io
 
     return _io.why_no_uring()
+
+
+def why_no_spdk() -> str | None:
+    """None when SPDK is built into the native engine, else why not, for people."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    from mii_hcache import _io
+
+    return _io.why_no_spdk()
+
+
+def why_no_gdr() -> str | None:
+    """None when GDRCopy's library and driver can be used here, else why not, for people."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    from mii_hcache import _io
+
+    return _io.why_no_gdr()
+
+
+def new_controller(transport_id: str, depth: int, **options: Any) -> _io.NvmeController:
+    """Connect to an NVMe controller. Only where the engine is built. Raises RuntimeError with the reason."""
+    from mii_hcache import _io
+
+    return _io.NvmeController(transport_id, depth, **options)
 
 
 def new_device(depth: int) -> _io.Device:

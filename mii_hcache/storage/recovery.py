@@ -8,7 +8,7 @@ import sqlite3
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
 from mii_hcache.storage.format import slot_sizes
-from mii_hcache.storage.segment import SegmentFile
+from mii_hcache.storage.segment_space import Segment
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Run, SlotPool, SlotSet
 
@@ -54,7 +54,7 @@ def recover(catalog: Catalog, segments: Segments, pool: SlotPool) -> tuple[list[
     return kept, notes
 
 
-def _has_slots(row: SpanRow, runs: list[Run], files: dict[int, SegmentFile]) -> bool:
+def _has_slots(row: SpanRow, runs: list[Run], files: dict[int, Segment]) -> bool:
     """Whether every chunk of a row has a slot of its size in a file that is there."""
     sizes, chunk_idx = slot_sizes(row.record.layout), 0
     for run in runs:

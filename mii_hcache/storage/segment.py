@@ -7,12 +7,11 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.disk_io import DiskFile, DiskIO, PartWrite, SlotRead, SlotWrite, ThreadsIO, write_all
-from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, SlotHeader, padded_bytes
+from mii_hcache.storage.disk_io import DiskFile, DiskIO, ThreadsIO, write_all
+from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
+from mii_hcache.storage.segment_space import Segment
 from mii_hcache.storage.state_dir import open_private, sync_dir
 
 UNFINISHED_SUFFIX = ".new"
@@ -25,23 +24,13 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class StaleSlotError(CorruptChunkError):
-    """A slot holds a sound chunk, but another one than asked for: the slot was reused."""
-
-
-class SegmentFile:
-    """A segment on disk. Methods may be called from any thread and block on I/O; each raises OSError as it comes.
-
-    A new segment's file is made by the first write. Slots are read and written by a `DiskIO`, in batches over several
-    segments; this says where, and checks what arrived. The owner sees to it that no slot is written and read at once,
-    and that nothing is in progress when it calls `unlink` or `close`.
-    """
+class SegmentFile(Segment):
+    """A segment in a file of its own, which the first write makes."""
 
     def __init__(self, path: Path, header: SegmentHeader, io: DiskIO, file: DiskFile | None = None) -> None:
         """`file`: None for a segment that does not exist yet."""
+        super().__init__(str(path), header, io)
         self.path = path
-        self.header = header
-        self._io = io
         self._file = file
         self._making = threading.Lock()
         self._size_bytes = 0 if file is None else os.fstat(file.fd).st_size
@@ -71,57 +60,24 @@ class SegmentFile:
 
     @property
     def num_written(self) -> int:
-        """Slots that begin before the file's end."""
         assert self._file is not None, "the file is not there yet"
         num_bytes = os.fstat(self._file.fd).st_size - BLOCK_BYTES
         return min(self.header.num_slots, -(-num_bytes // self.header.slot_bytes)) if num_bytes > 0 else 0
 
-    def to_write(self, slot: int, header: SlotHeader, payload: memoryview) -> SlotWrite:
-        """The write of a slot, for the file that this makes and grows if it must."""
-        return SlotWrite(self._ready(slot), self._offset(slot), header.pack(), payload)
+    @property
+    def file(self) -> DiskFile | None:
+        return self._file
 
-    def to_write_ends(self, slot: int, header: SlotHeader) -> Iterator[PartWrite]:
-        """The writes of a slot's header and of what pads its payload."""
-        file, offset = self._ready(slot), self._offset(slot)
-        yield PartWrite(file, offset, memoryview(header.pack()))
-        padding = bytes(padded_bytes(header.num_bytes) - header.num_bytes)
-        if padding:
-            yield PartWrite(file, offset + BLOCK_BYTES + header.num_bytes, memoryview(padding))
-
-    def to_write_part(self, slot: int, start: int, data: memoryview) -> PartWrite:
-        """The write of a payload's bytes from `start` on."""
-        return PartWrite(self._ready(slot), self._offset(slot) + BLOCK_BYTES + start, data)
-
-    def to_read(self, slot: int, out: memoryview) -> SlotRead | None:
-        """The read of a slot; None when there is no file."""
-        return None if self._file is None else SlotRead(self._file, self._offset(slot), out)
-
-    def where(self, slot: int) -> tuple[DiskFile, int] | None:
-        """The file, and where in it the slot's payload begins; None when there is no file."""
-        return None if self._file is None else (self._file, self._offset(slot) + BLOCK_BYTES)
-
-    def check(self, slot: int, header: SlotHeader, found: bytes | memoryview | None) -> None:
-        """Check that a slot carries exactly `header`; `found` is what was read, None at the file's end. The payload's
-        CRC is the caller's to check. Raises StaleSlotError or CorruptChunkError."""
-        if found is None:
-            raise CorruptChunkError(f"{self.path}: slot {slot} ends early")
-        if found != header.pack():
-            generation = SlotHeader.parse(found).generation
-            raise StaleSlotError(f"{self.path}: slot {slot} holds generation {generation}")
-
-    def read_into(self, slot: int, header: SlotHeader, out: memoryview) -> None:
-        """Read one slot's payload and `check`. Raises StaleSlotError, CorruptChunkError."""
-        read = self.to_read(slot, out)
-        with self._io.read([] if read is None else [read]) as arriving:
-            self.check(slot, header, None if read is None else arriving.finish(0))
+    def ready(self, slot: int) -> DiskFile:
+        file = self._make()
+        self._grow(file, self._offset(slot + 1))
+        return file
 
     def sync(self) -> None:
-        """Make what was written durable."""
         if self._file is not None:
             os.fdatasync(self._file.fd)
 
     def punch(self, slot: int) -> bool:
-        """Give a slot's bytes back to the disk; it reads as zeros. False when the file system cannot."""
         if self._file is None:
             return True
         fd = self._file.fd
@@ -132,24 +88,13 @@ class SegmentFile:
         return True
 
     def unlink(self) -> None:
-        """Delete the file."""
         self.close()
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
-
-    def _offset(self, slot: int) -> int:
-        return BLOCK_BYTES + slot * self.header.slot_bytes
-
-    def _ready(self, slot: int) -> DiskFile:
-        """The file, made and grown for this slot if it must be."""
-        file = self._make()
-        self._grow(file, self._offset(slot + 1))
-        return file
 
     def _grow(self, file: DiskFile, stop: int) -> None:
         """Move the file's end behind `stop`; no bytes of the disk are taken by that."""

@@ -1,54 +1,45 @@
-"""All segment files of one store."""
+"""All segments of one store."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from pathlib import Path
 
-from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.disk_io import DiskFile, DiskIO
 from mii_hcache.storage.format import SegmentHeader, SlotHeader
-from mii_hcache.storage.segment import UNFINISHED_SUFFIX, SegmentFile
+from mii_hcache.storage.segment_space import Segment, SegmentSpace
 from mii_hcache.storage.slots import Place
 
 _log = logging.getLogger(__name__)
 
 
 class Segments:
-    """Segment files by number. Opening reads every header; files that are not this store's are left alone.
+    """Segments by number. Opening reads every header; what is not this store's is left alone.
 
     Any thread. Methods block on I/O; the owner sees to it that a place is written and read by nobody else meanwhile.
     """
 
-    def __init__(self, directory: Path, store_uuid: bytes, io: DiskIO) -> None:
-        """`io` is taken over."""
+    def __init__(self, space: SegmentSpace, store_uuid: bytes, io: DiskIO) -> None:
+        """`io`, which reads and writes in `space`, is taken over."""
         self._io = io
-        self._directory = directory
+        self._space = space
         self._store_uuid = store_uuid
-        self._files: dict[int, SegmentFile] = {}
-        self.last_number = 0
-        """Highest number that any file here bears, ours or not."""
-        self.notes: list[str] = []
-        """Sentences for people about files that were left alone."""
-        for path in directory.glob("*" + UNFINISHED_SUFFIX):
-            if path.stem.isdecimal():
-                path.unlink()
-        for path in sorted(directory.glob("*.seg")):
-            if path.stem.isdecimal():
-                self.last_number = max(self.last_number, int(path.stem))
-                self._adopt(path)
+        self._files = space.find(store_uuid)
+        self.last_number = space.last_number
+        """Highest number that any segment here bears, ours or not."""
+        self.notes = space.notes
+        """Sentences for people about segments that were left alone."""
 
     @property
-    def files(self) -> dict[int, SegmentFile]:
-        """A copy of the files by number."""
+    def files(self) -> dict[int, Segment]:
+        """A copy of the segments by number."""
         return dict(self._files)
 
     def add(self, number: int, slot_bytes: int, num_slots: int) -> None:
-        """Know a segment that is to be written; its file is made by the first write. Does not block."""
+        """Know a segment that is to be written; the first write makes it. Does not block."""
         header = SegmentHeader(store_uuid=self._store_uuid, slot_bytes=slot_bytes, num_slots=num_slots)
-        self._files.setdefault(number, SegmentFile(self._directory / f"{number:08d}.seg", header, self._io))
+        self._files.setdefault(number, self._space.new(number, header))
 
     def write(self, slots: Iterable[tuple[Place, SlotHeader, memoryview]]) -> None:
         """Write slots whole, payloads being byte views. Raises OSError."""
@@ -76,7 +67,7 @@ class Segments:
         return self._files[place.segment].where(place.slot)
 
     def punch(self, places: Iterable[Place]) -> bool:
-        """Give the places' bytes back to the disk. False when the file system cannot."""
+        """Give the places' bytes back to the disk. False when that cannot be had."""
         return all(self._files[number].punch(slot) for number, slot in places)
 
     def sync(self, numbers: Iterable[int]) -> dict[int, OSError]:
@@ -92,7 +83,7 @@ class Segments:
         return failed
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Delete segments' files."""
+        """Delete segments."""
         for number in numbers:
             try:
                 self._files.pop(number).unlink()
@@ -105,27 +96,11 @@ class Segments:
             file.close()
         self._io.close()
 
-    def _adopt(self, path: Path) -> None:
-        try:
-            file = SegmentFile.open(path, self._io)
-        except (CorruptChunkError, OSError) as error:
-            self._leave(path, str(error))
-            return
-        if file.header.store_uuid != self._store_uuid:
-            file.close()
-            self._leave(path, "it belongs to another store")
-        else:
-            self._files[int(path.stem)] = file
-
-    def _leave(self, path: Path, why: str) -> None:
-        self.notes.append(f"segment file {path.name} was left alone ({why}); its spans cannot be restored")
-        _log.warning("%s", self.notes[-1])
-
 
 class SlotsArriving:
     """Slots that are being read. After the `with` block no buffer is written to any more."""
 
-    def __init__(self, io: DiskIO, files: dict[int, SegmentFile], slots: Sequence[tuple[Place, memoryview]]) -> None:
+    def __init__(self, io: DiskIO, files: dict[int, Segment], slots: Sequence[tuple[Place, memoryview]]) -> None:
         self._slots = [(files[place.segment], place.slot) for place, _ in slots]
         reads = [file.to_read(slot, out) for (file, slot), (_, out) in zip(self._slots, slots, strict=True)]
         self._read_idx = list(accumulate((read is not None for read in reads[:-1]), initial=0))

@@ -136,13 +136,16 @@ class SlotPool:
     `give(..., blank=True)`), so that the bound holds at every moment.
     """
 
-    def __init__(self, capacity_bytes: int, segment_bytes: int) -> None:
-        """`segment_bytes`: largest size of a new segment file (at least one slot)."""
+    def __init__(self, capacity_bytes: int, segment_bytes: int, numbers: Sequence[int] | None = None) -> None:
+        """`segment_bytes`: largest size of a new segment (at least one slot). `numbers`: those that segments may have,
+        used again; then no segment may be larger. None: every segment has a new one."""
         self.capacity_bytes = capacity_bytes
         self._segment_bytes = segment_bytes
+        self._numbers = None if numbers is None else set(numbers)
         self._shelves: dict[int, _Shelf] = {}
         self._next_number = 1
         self._leaving_bytes = 0
+        self._leaving: list[int] = []
 
     @property
     def disk_bytes(self) -> int:
@@ -161,6 +164,8 @@ class SlotPool:
     def add_segment(self, number: int, slot_bytes: int, num_slots: int, taken: SlotSet, num_written: int) -> None:
         """Know an existing segment: `taken` slots hold chunks, other slots below `num_written` are free."""
         self.reserve_number(number)
+        if self._numbers is not None:
+            self._numbers.discard(number)
         fresh = max(num_written, taken.stop)
         self._shelves[number] = _Shelf(
             number=number,
@@ -179,15 +184,24 @@ class SlotPool:
     def fits(self, wanted: SlotCounts) -> bool:
         """Whether an empty store could hold these slots."""
         needed_bytes = sum(num * size + self._header_bytes(size, num) for size, num in wanted.items())
+        if self._numbers is not None:
+            if any(size + BLOCK_BYTES > self._segment_bytes for size in wanted):
+                return False
+            if self._num_segments(wanted) > len(self._numbers) + len(self._shelves) + len(self._leaving):
+                return False
         return needed_bytes <= self.capacity_bytes
 
     def missing_bytes(self, wanted: SlotCounts) -> int:
-        """Disk bytes that must be given up before `take` can succeed; at most 0 when it can."""
+        """Disk bytes that must be given up before `take` can succeed; at most 0 when it can. One byte stands for a
+        segment, where no number is left for a new one."""
         grown_bytes = 0
+        new: dict[int, int] = {}
         for size, num in self.missing_slots(wanted).items():
-            num_new = max(0, num - sum(shelf.num_blank for shelf in self._of_size(size)))
-            grown_bytes += num * size + self._header_bytes(size, num_new)
-        return grown_bytes - (self.capacity_bytes - self.disk_bytes) if grown_bytes else 0
+            new[size] = max(0, num - sum(shelf.num_blank for shelf in self._of_size(size)))
+            grown_bytes += num * size + self._header_bytes(size, new[size])
+        excess_bytes = grown_bytes - (self.capacity_bytes - self.disk_bytes) if grown_bytes else 0
+        is_short = self._numbers is not None and self._num_segments(new) > len(self._numbers)
+        return max(excess_bytes, 1) if is_short else excess_bytes
 
     def missing_slots(self, wanted: SlotCounts) -> SlotCounts:
         """Those of `wanted` that do not lie free on disk; empty when `take` can do without growth."""
@@ -238,11 +252,15 @@ class SlotPool:
         empty = [number for number, shelf in self._shelves.items() if shelf.num_taken == 0]
         for number in empty:
             self._leaving_bytes += self._shelves.pop(number).disk_bytes
+        self._leaving += empty
         return empty
 
     def forget_bytes(self) -> None:
-        """The files of `take_empty` are gone."""
+        """The segments of `take_empty` are gone."""
         self._leaving_bytes = 0
+        leaving, self._leaving = self._leaving, []
+        if self._numbers is not None:
+            self._numbers.update(leaving)
 
     def _take(self, slot_bytes: int, num: int) -> list[Place]:
         places: list[Place] = []
@@ -265,12 +283,18 @@ class SlotPool:
         """Bytes of the headers of new segments for `num` slots."""
         return -(-num // self._slots_per_segment(slot_bytes)) * BLOCK_BYTES
 
+    def _num_segments(self, slots: SlotCounts) -> int:
+        return sum(-(-num // self._slots_per_segment(size)) for size, num in slots.items())
+
     def _slots_per_segment(self, slot_bytes: int) -> int:
         return min(MAX_SLOTS, max(1, (self._segment_bytes - BLOCK_BYTES) // slot_bytes))
 
     def _new_shelf(self, slot_bytes: int) -> _Shelf:
-        number = self._next_number
-        self._next_number += 1
+        if self._numbers is not None:
+            number = min(self._numbers)
+            self._numbers.remove(number)
+        else:
+            number, self._next_number = self._next_number, self._next_number + 1
         num_slots = self._slots_per_segment(slot_bytes)
         shelf = _Shelf(number=number, slot_bytes=slot_bytes, num_slots=num_slots)
         self._shelves[number] = shelf

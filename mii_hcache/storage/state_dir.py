@@ -17,11 +17,14 @@ from mii_hcache.storage.format import UUID_BYTES
 
 TRANSCRIPTS_FILE = "transcripts.sqlite"
 PINS_FILE = "pins.sqlite"
+NAMESPACE_FILE = "namespace"
+"""Address of the NVMe namespace that holds the segments; without it they lie in `segments`."""
 PROFILE_FILE = "profile.json"
 """What the machine measured of itself and a model (`core.cost.MeasuredProfile`)."""
 _OUR_FILES = (
     *("lock", "store.id", "set.json", "segments/*.seg"),
     *("catalog*.sqlite*", "transcripts*.sqlite*", "pins*.sqlite*"),
+    NAMESPACE_FILE,
 )
 """What is made private on opening. Other files in the directory are none of our business."""
 
@@ -82,14 +85,30 @@ class StateDir:
 
     def write_store_uuid(self, store_uuid: bytes) -> None:
         """Give the store here its identity; replaces the file atomically."""
-        new = self.path / "store.id.new"
+        self._replace("store.id", store_uuid.hex().encode())
+
+    def read_namespace(self) -> str | None:
+        """Address of the NVMe namespace that holds the segments, None when they lie in `segments`."""
+        try:
+            return (self.path / NAMESPACE_FILE).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path / 'namespace'} cannot be read ({error})") from error
+
+    def write_namespace(self, address: str) -> None:
+        """Keep the segments on a namespace from now on; replaces the file atomically."""
+        self._replace(NAMESPACE_FILE, address.encode())
+
+    def _replace(self, name: str, content: bytes) -> None:
+        new = self.path / f"{name}.new"
         fd = open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            os.write(fd, store_uuid.hex().encode())
+            os.write(fd, content)
             os.fsync(fd)
         finally:
             os.close(fd)
-        new.replace(self.path / "store.id")
+        new.replace(self.path / name)
         sync_dir(self.path)
 
     def close(self) -> None:

@@ -28,8 +28,8 @@ SMALL_BYTES = 64 << 10
 _Request: TypeAlias = "tuple[bool, _io.File, int, memoryview]"
 
 
-class UringFile(DiskFile):
-    """A file that the ring knows, too."""
+class NativeFile(DiskFile):
+    """A file, or what stands for one, that a native device knows, too."""
 
     def __init__(self, fd: int, native: _io.File) -> None:
         super().__init__(fd)
@@ -40,28 +40,22 @@ class UringFile(DiskFile):
         super().close()
 
 
-class UringIO(DiskIO):
-    """One ring and one thread. The caller waits, or does other things while its reads arrive.
+class NativeIO(DiskIO):
+    """One native device and its thread. The caller waits, or does other things while its reads arrive.
 
     A large payload moves between the device and the caller's own memory when that is aligned to 4 KiB and a multiple of
     it long; the odd rest, headers and small slots pass through a few aligned, registered buffers of our own. What is
     not aligned goes through the page cache, which costs a copy and nothing else.
     """
 
-    name = "uring"
     num_threads = 2
     """The disk needs none of them: they verify, at some 10 GB/s each."""
 
-    def __init__(self, queue_depth: int = QUEUE_DEPTH) -> None:
-        """Raises OSError where there is no io_uring: ask `native.why_no_uring` first."""
-        self.device = new_device(queue_depth)
+    def __init__(self, device: _io.Device) -> None:
+        """`device` is taken over."""
+        self.device = device
         self.arenas = ArenaPool(self.device.lend)
         self._told = threading.Event()
-
-    def open(self, fd: int) -> DiskFile:
-        native = self.device.open(fd)
-        self._tell_unless_direct(native)
-        return UringFile(fd, native)
 
     def read(self, reads: Sequence[SlotRead]) -> Arriving:
         return _Reads(self, reads)
@@ -119,8 +113,23 @@ class UringIO(DiskIO):
         return batch.wait_all()
 
 
+class UringIO(NativeIO):
+    """A ring."""
+
+    name = "uring"
+
+    def __init__(self, queue_depth: int = QUEUE_DEPTH) -> None:
+        """Raises OSError where there is no io_uring: ask `native.why_no_uring` first."""
+        super().__init__(new_device(queue_depth))
+
+    def open(self, fd: int) -> DiskFile:
+        native = self.device.open(fd)
+        self._tell_unless_direct(native)
+        return NativeFile(fd, native)
+
+
 class _Reads(Arriving):
-    def __init__(self, io: UringIO, reads: Sequence[SlotRead]) -> None:
+    def __init__(self, io: NativeIO, reads: Sequence[SlotRead]) -> None:
         self._reads = reads
         self._arenas = io.arenas
         self._arena = Arena(io.arenas)
@@ -195,7 +204,7 @@ def _add_write(requests: list[_Request], arena: Arena, write: SlotWrite) -> None
 
 
 def _native(file: DiskFile) -> _io.File:
-    assert isinstance(file, UringFile), "a file of another backend"
+    assert isinstance(file, NativeFile), "a file of another backend"
     return file.native
 
 

@@ -13,6 +13,7 @@ from mii_hcache import __version__
 from mii_hcache.tools.directories import add_state_dir, chosen_dirs
 from mii_hcache.tools.findings import Finding, find_out
 from mii_hcache.tools.machine_checks import machine_checks
+from mii_hcache.tools.nvme_checks import nvme_checks
 from mii_hcache.tools.progress import Progress
 from mii_hcache.tools.software_checks import not_built_checks, software_checks
 from mii_hcache.tools.state_checks import state_checks
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
         progress.show("looking around")
         findings += find_out(software_checks(options.model), essential=True)
-        findings += find_out([*machine_checks(), *state_checks(directories), *not_built_checks()], essential=False)
+        findings += find_out([*machine_checks(), *state_checks(directories)], essential=False)
+        findings += find_out([*nvme_checks(directories), *not_built_checks()], essential=False)
     progress.clear()
     can_serve = not any(finding.prevents_serving for finding in findings)
     if options.json:

@@ -18,8 +18,6 @@ _SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "safe
 _INSTALL = "run scripts/bootstrap.sh, or pip install -c constraints.txt -e ."
 _NOT_BUILT = {
     "io_uring": "files are read and written by plain system calls",
-    "SPDK": "NVMe drives are used through the file system",
-    "GDRCopy": "state goes to the GPU through pinned host memory",
 }
 
 

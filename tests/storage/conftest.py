@@ -7,10 +7,13 @@ import pytest
 from hypothesis import settings
 
 from mii_hcache.core.layout import SpanLayout
+from mii_hcache.storage.native import why_not_built
 from tests.storage.storage_kit import LAYOUTS, StoreKit
 
 settings.register_profile("unhurried", deadline=None)  # other work on the machine is no failure
 settings.load_profile("unhurried")
+
+needs_native = pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built()))
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -19,7 +22,9 @@ def layout(request: pytest.FixtureRequest) -> SpanLayout | None:
     return LAYOUTS[request.param]
 
 
-@pytest.fixture(params=["memory", "file", "tiered", "striped2", "striped3"])
+@pytest.fixture(
+    params=["memory", "file", "tiered", "striped2", "striped3", pytest.param("namespace", marks=needs_native)]
+)
 def kit(request: pytest.FixtureRequest, tmp_path: Path, layout: SpanLayout | None) -> Iterator[StoreKit]:
     """Every kind of store in turn, with spans of every layout."""
     kit = StoreKit(request.param, tmp_path / "state", layout)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mii_hcache.storage.file import FileStore
-from mii_hcache.storage.uring import UringIO
+from mii_hcache.storage.uring import NativeIO
 
 Fault = Callable[[bool, int, int], "int | None"]
 """(is_write, offset, num_bytes) of an attempt: None lets it pass, else a negative errno, or how many bytes to move."""
@@ -20,7 +20,7 @@ Fault = Callable[[bool, int, int], "int | None"]
 
 def inject(monkeypatch: pytest.MonkeyPatch, store: FileStore, fault: Fault) -> None:
     """Ask `fault` before every transfer of a store, until the test ends or `monkeypatch` is undone."""
-    if isinstance(store.io, UringIO):
+    if isinstance(store.io, NativeIO):
         monkeypatch.setattr(store.io.device, "fault", fault)  # slots; segments' headers are written as below
     preadv, pwritev = os.preadv, os.pwritev
 
@@ -57,7 +57,7 @@ def interrupt_writes(monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    if isinstance(store.io, UringIO):
+    if isinstance(store.io, NativeIO):
         monkeypatch.setattr(store.io, "_wait_all", interrupted)
     else:
         monkeypatch.setattr(os, "pwritev", interrupted)
@@ -87,7 +87,7 @@ class SlowDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
         self.is_reading, self.may_read = threading.Event(), threading.Event()
         self._deadline_s = time.monotonic() + 20
-        self._is_ring = isinstance(store.io, UringIO)
+        self._is_ring = isinstance(store.io, NativeIO)
         inject(monkeypatch, store, self)
 
     def __call__(self, is_write: bool, offset: int, num_bytes: int) -> int | None:
@@ -116,7 +116,7 @@ class DeadDisk:
         self._answers.set()
         self._folder = str(store._state_dir.path) + "/"
         self._end_s = time.monotonic() + 60
-        if isinstance(store.io, UringIO):
+        if isinstance(store.io, NativeIO):
             monkeypatch.setattr(store.io.device, "fault", self._ask_ring)
         for name in ("preadv", "pwritev", "fsync", "fdatasync"):
             monkeypatch.setattr(os, name, self._faulty(name, getattr(os, name)))

@@ -19,8 +19,10 @@ from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import slot_sizes
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.nvme import NvmeAddress, NvmeFile
 from mii_hcache.storage.open_striped import open_striped
-from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.regions import format_namespace
+from mii_hcache.storage.state_dir import StateDir, new_store_uuid
 from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.tiered import TieredStore
 
@@ -36,6 +38,7 @@ SLOT_BYTES = 4096 + 8192
 SPAN_DISK_BYTES = NUM_CHUNKS * SLOT_BYTES
 MIXED = SpanLayout.shared((None, ChunkKind.HIDDEN, ChunkKind.KV, None, ChunkKind.HIDDEN), 1000, 13_000)
 """NUM_CHUNKS chunks, SPAN_BYTES and SPAN_DISK_BYTES like other spans here, but in two sizes, and not of every layer."""
+NAMESPACE_BYTES = 65 << 20
 LAYOUTS = {"uniform": None, "mixed": MIXED}
 """What spans of a test may be: None leaves it to `make_record`."""
 
@@ -152,10 +155,12 @@ class StoreKit:
             )
             return self._store
         self._state_dir = StateDir(self.path)
+        if self.kind == "namespace" and self._state_dir.read_namespace() is None:
+            make_namespace(self._state_dir)
         file = FileStore(
             self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO, first_pause_s=PAUSE_S, **settings
         )
-        self._store = file if self.kind == "file" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
+        self._store = file if self.kind != "tiered" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
         return self._store
 
     def record(self, name: object, **what: Any) -> SpanRecord:
@@ -180,6 +185,23 @@ class StoreKit:
         if self._state_dir is not None:
             self._state_dir.close()
         self._store = self._state_dir = None
+
+
+def make_namespace(state_dir: StateDir) -> None:
+    """Keep a state directory's segments on a namespace of its own: a file behind the fake SPDK, or the real one that
+    $MII_HCACHE_TEST_SPDK_TRID names, which is formatted anew."""
+    image = state_dir.path / "namespace.img"
+    with image.open("wb") as file:
+        file.truncate(NAMESPACE_BYTES)
+    address = os.environ.get("MII_HCACHE_TEST_SPDK_TRID") or f"trtype:FAKE traddr:{image}"
+    namespace = NvmeFile(NvmeAddress.parse(address))
+    try:
+        store_uuid = state_dir.read_store_uuid() or new_store_uuid()
+        format_namespace(namespace, store_uuid, region_bytes=1 << 20)
+    finally:
+        namespace.close()
+    state_dir.write_store_uuid(store_uuid)
+    state_dir.write_namespace(address)
 
 
 def disk_bytes(path: Path) -> int:

@@ -21,7 +21,7 @@ from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage import open_io
 from mii_hcache.storage.open import open_state
 from mii_hcache.storage.state_dir import StateDir
-from mii_hcache.tools import machine_checks, software_checks, state_checks
+from mii_hcache.tools import machine_checks, nvme_checks, software_checks, state_checks
 from mii_hcache.tools.findings import Finding, find_out, ok
 
 compat.install()  # its imports write to a stdout that is one test's own
@@ -61,9 +61,26 @@ def test_a_sound_installation(doctor, tmp_path):
     assert "without a plan hidden" in findings["method"]["reason"]
     assert findings["state directory"]["reason"].endswith("does not exist yet; a server makes it")
     assert findings["GPU"]["state"] == ("ok" if torch.cuda.is_available() else findings["GPU"]["state"])
-    for name in ("io_uring", "SPDK", "GDRCopy"):
+    for name in ("io_uring",):
         assert findings[name]["state"] == "off" and findings[name]["reason"].startswith("not built yet")
+    assert findings["SPDK"]["state"] == findings["GDRCopy"]["state"] == "off"
     assert not any(tmp_path.iterdir()), "it changes nothing"
+
+
+def test_a_namespace_is_called_experimental_wherever_it_is_chosen_or_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvme_checks, "why_no_spdk", lambda: None)
+    monkeypatch.setattr(nvme_checks, "why_no_gdr", lambda: None)
+    unverified = "experimental, unverified on hardware"
+    assert unverified in one(nvme_checks.nvme_checks([tmp_path]), "SPDK").reason
+    assert unverified in one(nvme_checks.nvme_checks([tmp_path]), "GDRCopy").reason
+    (tmp_path / "namespace").write_text("trtype:PCIe traddr:0000:81:00.0")
+    finding = one(nvme_checks.nvme_checks([tmp_path]), "SPDK")
+    assert unverified in finding.reason and "0000:81:00.0" in finding.reason and not finding.prevents_serving
+    monkeypatch.setattr(nvme_checks, "why_no_spdk", lambda: "built without SPDK")
+    finding = one(nvme_checks.nvme_checks([tmp_path]), "SPDK")
+    assert finding.prevents_serving and "built without SPDK" in finding.reason
+    (tmp_path / "namespace").write_text("nonsense")
+    assert one(nvme_checks.nvme_checks([tmp_path]), "SPDK").prevents_serving
 
 
 def test_the_text_has_a_line_for_each_and_a_verdict(capsys, tmp_path):
