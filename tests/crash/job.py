@@ -1,0 +1,75 @@
+"""What a process that is to be killed does: open, work, close, and say so."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.crash import mutations, tripwires
+from tests.crash.opened import StoreSpec, open_store
+from tests.crash.workload import Say, Workload
+
+RAISED = 17
+"""Exit status of a child whose job raised; it was said."""
+
+
+def make_job(spec: StoreSpec, workload: Workload | None, events: Path, **more: Any) -> dict[str, Any]:
+    """A job: open, work (not at all for None), close. `more`: `tripwire` (see `tripwires.lay`), `mutate`, `device`
+    (see `preloaded`)."""
+    return {"spec": asdict(spec), "workload": workload and asdict(workload), "events": str(events), **more}
+
+
+def run_and_exit(job: dict[str, Any]) -> NoReturn:
+    """In a forked child."""
+    status = RAISED
+    try:
+        os.close(0)
+        os.dup2(2, 1)  # the zygote's answers are not ours to write
+        faulthandler.dump_traceback_later(100)  # of a hang, shortly before the parent loses patience
+        fd = os.open(job["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        run(job, lambda line: _append(fd, line))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(job: dict[str, Any], say: Say) -> None:
+    """Do a job; what it raises is said."""
+    spec = StoreSpec(**{**job["spec"], "paths": tuple(job["spec"]["paths"])})
+    with mutations.mutated(job.get("mutate")):
+        if job.get("tripwire"):
+            tripwires.lay(**job["tripwire"])
+        device = None
+        if job.get("device"):
+            from tests.crash.preloaded import Device
+
+            device = Device(job["device"])
+            say = device.begin(say)
+        try:
+            opened = open_store(spec)
+            say("opened")
+            if device is not None:
+                device.opened(opened)
+            if job["workload"]:
+                workload = Workload(**job["workload"])
+                workload.run(opened, say)
+                if device is not None and device.end(opened):
+                    say("healthy")
+                    workload.after_trouble(opened, say)
+            opened.close()
+            say("closed")
+        except Exception as error:
+            say(f"raised {type(error).__name__}: {error}".replace("\n", " "))
+            raise
+
+
+def _append(fd: int, line: str) -> None:
+    os.write(fd, line.encode() + b"\n")

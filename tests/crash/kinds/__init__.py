@@ -1,0 +1,14 @@
+"""The kinds of trouble, by name: each a function that takes a `Case` and raises when a promise was broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.crash.case import Case, Unavailable
+from tests.crash.kinds import kill
+
+__all__ = ["KINDS", "Unavailable"]
+
+KINDS: dict[str, Callable[[Case], None]] = {
+    "kill": kill.run,
+}

@@ -1,0 +1,1 @@
+int crash_is_there(void) { return 1; }
