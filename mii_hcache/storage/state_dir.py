@@ -135,8 +135,12 @@ def sync_dir(path: Path) -> None:
 
 
 def _make_private_dir(path: Path) -> None:
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
+    for directory in missing:  # or a power cut takes the directory, with all that was flushed in it
+        with contextlib.suppress(PermissionError):  # a parent that may not be read
+            sync_dir(directory.parent)
 
 
 def _lock(path: Path) -> int:
