@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 ABSENT = 0
@@ -24,7 +25,9 @@ class Ledger:
     def __init__(self, num_names: int, num_threads: int, *, may_vanish: bool, is_faulty: bool = False) -> None:
         self.names = range(1, num_names + 1)
         self.may_vanish, self.is_faulty = may_vanish, is_faulty
-        self._num_threads = num_threads
+        self.has_holes = False
+        """Whether spans that are found may turn out damaged, as after a power cut."""
+        self.num_threads = num_threads
         self.now: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
         self.crash: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
         self.ever: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
@@ -37,6 +40,10 @@ class Ledger:
         self._texts_at_flush: dict[int, set[int]] = {}
         self.num_promises = 0
         """How often something had to be there, or had to be gone, and was looked for."""
+
+    def copy(self) -> Ledger:
+        """A ledger that goes its own way."""
+        return copy.deepcopy(self)
 
     def feed(self, line: str) -> None:
         """Take note of a line. Raises Broken for what may not be."""
@@ -77,7 +84,7 @@ class Ledger:
             raise Broken(f"texts {sorted(lost)} were flushed and are gone")
 
     def _own(self, thread: int) -> list[int]:
-        return [name for name in self.names if name % self._num_threads == thread]
+        return [name for name in self.names if name % self.num_threads == thread]
 
     def _may_be_absent(self, name: int) -> bool:
         return ABSENT in self.now[name] or (self.may_vanish and name not in self.held)
@@ -119,6 +126,11 @@ class Ledger:
             raise Broken(f"span {name} is gone, though nothing took it")
         self.now[name] = {ABSENT}
 
+    def _damaged(self, name: int) -> None:
+        if not self.has_holes:
+            raise Broken(f"span {name} was found and could not be read")
+        self._gone(name)
+
     def _held(self, name: int) -> None:
         """Pinned, and found after that."""
         if not self.is_faulty and name not in self.held:
@@ -149,6 +161,6 @@ class Ledger:
         self.is_faulty = False
 
     def _closed(self) -> None:
-        for thread in range(self._num_threads):
+        for thread in range(self.num_threads):
             self._flush(thread)
             self._flushed(thread)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.crash.case import Case, Unavailable
-from tests.crash.kinds import kill
+from tests.crash.kinds import kill, lost, torn
 
 __all__ = ["KINDS", "Unavailable"]
 
 KINDS: dict[str, Callable[[Case], None]] = {
     "kill": kill.run,
+    "torn": torn.run,
+    "lost": lost.run,
 }
