@@ -6,10 +6,12 @@ import argparse
 import logging
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from mii_hcache.storage.native import why_no_uring
 from tests.crash.campaign import Plan, run_campaign, say_progress
+from tests.crash.case import Case
 from tests.crash.kinds import KINDS
 from tests.crash.mutations import MUTATIONS
 from tests.crash.opened import takes_many_paths
@@ -77,9 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if report.failures else 0
 
 
-def _first_line(kind: object) -> str:
-    module = sys.modules[kind.__module__]  # type: ignore[attr-defined]
-    return (module.__doc__ or "").strip().splitlines()[0]
+def _first_line(kind: Callable[[Case], None]) -> str:
+    module = sys.modules[kind.__module__]
+    told = module.__doc__ if kind.__name__ == "run" else kind.__doc__
+    return (told or "").strip().splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mii_hcache.storage import trouble
 from tests.crash import mutations, tripwires
+from tests.crash.contest import Contest
 from tests.crash.opened import StoreSpec, open_store
 from tests.crash.workload import Say, Workload
 
@@ -29,6 +31,7 @@ def run_and_exit(job: dict[str, Any]) -> NoReturn:
     status = RAISED
     try:
         os.close(0)
+        os.dup2(os.open(job["events"] + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
         os.dup2(2, 1)  # the zygote's answers are not ours to write
         faulthandler.dump_traceback_later(100)  # of a hang, shortly before the parent loses patience
         fd = os.open(job["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -44,6 +47,7 @@ def run_and_exit(job: dict[str, Any]) -> NoReturn:
 def run(job: dict[str, Any], say: Say) -> None:
     """Do a job; what it raises is said."""
     spec = StoreSpec(**{**job["spec"], "paths": tuple(job["spec"]["paths"])})
+    trouble._SILENCE_S = 0.0  # of a case that failed, all that was logged is of interest
     with mutations.mutated(job.get("mutate")):
         if job.get("tripwire"):
             tripwires.lay(**job["tripwire"])
@@ -58,17 +62,27 @@ def run(job: dict[str, Any], say: Say) -> None:
             say("opened")
             if device is not None:
                 device.opened(opened)
-            if job["workload"]:
-                workload = Workload(**job["workload"])
-                workload.run(opened, say)
-                if device is not None and device.end(opened):
+            work = _work_of(job)
+            if work is not None:
+                work.run(opened, say)
+                if device is not None:
+                    say(f"struck {device.num_done}")
+                is_well = device is not None and device.end(opened)
+                if is_well:
                     say("healthy")
-                    workload.after_trouble(opened, say)
+                if is_well or job.get("contest"):
+                    work.after_trouble(opened, say)
             opened.close()
             say("closed")
         except Exception as error:
             say(f"raised {type(error).__name__}: {error}".replace("\n", " "))
             raise
+
+
+def _work_of(job: dict[str, Any]) -> Workload | Contest | None:
+    if job.get("contest"):
+        return Contest(**job["contest"])
+    return Workload(**job["workload"]) if job["workload"] else None
 
 
 def _append(fd: int, line: str) -> None:

@@ -22,9 +22,12 @@ class Ledger:
     promises nothing: the disk may have refused it, which is logged and not raised.
     """
 
-    def __init__(self, num_names: int, num_threads: int, *, may_vanish: bool, is_faulty: bool = False) -> None:
+    def __init__(
+        self, num_names: int, num_threads: int, *, may_vanish: bool, is_faulty: bool = False, is_tiered: bool = False
+    ) -> None:
+        """`is_tiered`: what files refused lives on in DRAM until the end, and is not tried again."""
         self.names = range(1, num_names + 1)
-        self.may_vanish, self.is_faulty = may_vanish, is_faulty
+        self.may_vanish, self.is_faulty, self.is_tiered = may_vanish, is_faulty, is_tiered
         self.has_holes = False
         """Whether spans that are found may turn out damaged, as after a power cut."""
         self.num_threads = num_threads
@@ -157,8 +160,23 @@ class Ledger:
     def _remembers(self, number: int) -> None:
         self._remembered.add(number)
 
+    def _struck(self, num_faults: int) -> None:
+        pass
+
+    def _is(self, name: int, version: int) -> None:
+        """Found when all was quiet; nobody kept count before."""
+        self.ever[name].add(version)
+        self.now[name] = {version}
+        self.crash[name].add(version)
+
     def _healthy(self) -> None:
-        self.is_faulty = False
+        """Trouble is over. What it cost is gone for good, and nothing else will be lost."""
+        if self.is_faulty:
+            for name in self.names:
+                self.now[name].add(ABSENT)
+                self.crash[name].add(ABSENT)
+            self.is_faulty = False
+            self.may_vanish = self.is_tiered
 
     def _closed(self) -> None:
         for thread in range(self.num_threads):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import resource
 import time
@@ -36,8 +35,8 @@ def rule(
 
 class Device:
     """The trouble of one process. `what`: `root` and `seed`; `rules`; `budget_bytes` (how much files may grow);
-    `file_bytes` (RLIMIT_FSIZE); `record` (path of a log: then no sync waits for the disk); `heals`: whether trouble
-    ends before the store is closed."""
+    `file_bytes` (RLIMIT_FSIZE); `ballast` (a file that takes room); `record` (path of a log: then no sync waits for the
+    disk); `early`: trouble begins before the store is opened; `heals`: it ends before the store is closed."""
 
     def __init__(self, what: dict[str, Any]) -> None:
         self._what = what
@@ -82,9 +81,10 @@ class Device:
         self._lib.crash_clear()
         with contextlib.suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        for attribute in ("_full_until_s",):
-            if opened.file is not None and hasattr(opened.file._room, attribute):
-                setattr(opened.file._room, attribute, 0.0)  # as after a few seconds
+        if self._what.get("ballast"):
+            os.unlink(self._what["ballast"])
+        if opened.file is not None:
+            opened.file._room._full_until_s = 0.0  # as after a few seconds
         return True
 
     @property
@@ -147,6 +147,3 @@ class Device:
                 lib.crash_write_ended(id_)
 
         UringIO.write = recorded  # type: ignore[method-assign]
-
-
-ERRNOS = (errno.EIO, errno.ENOSPC, errno.EAGAIN)

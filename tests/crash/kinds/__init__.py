@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.crash.case import Case, Unavailable
-from tests.crash.kinds import kill, lost, torn
+from tests.crash.kinds import flip, kill, lost, model, torn, trouble
 
 __all__ = ["KINDS", "Unavailable"]
 
@@ -13,4 +13,10 @@ KINDS: dict[str, Callable[[Case], None]] = {
     "kill": kill.run,
     "torn": torn.run,
     "lost": lost.run,
+    "flip": flip.run,
+    "full": trouble.full,
+    "eio": trouble.failing,
+    "short": trouble.short,
+    "stall": trouble.stall,
+    "model": model.run,
 }
