@@ -122,3 +122,19 @@ def test_segments_that_cannot_be_made_mean_drop(file_kit):
     segments.mkdir()
     assert put(store, make_record("a"))
     assert holds(store, make_record("a"))
+
+
+def test_a_segment_that_was_not_made_known_to_its_directory_is_made_anew(file_kit, monkeypatch):
+    """The file has its name already when that fails: it must not stand in the way of the next try."""
+    store = file_kit.open()
+
+    def broken(path):
+        raise OSError(errno.EIO, "medium error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mii_hcache.storage.segment.sync_dir", broken)
+        assert not put(store, make_record("a"))
+    assert not list((file_kit.path / "segments").iterdir())
+    assert put(store, make_record("a"))
+    store = file_kit.open()
+    assert holds(store, make_record("a"))
