@@ -20,7 +20,7 @@ from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.database import Database
 from mii_hcache.storage.format import FORMAT_VERSION, UUID_BYTES, pack_kinds, parse_kinds
-from mii_hcache.storage.slots import MAX_SLOTS, Places, SlotSet
+from mii_hcache.storage.slots import MAX_SEGMENT, MAX_SLOTS, Places, SlotSet
 from mii_hcache.storage.state_dir import new_store_uuid
 
 _APPLICATION_ID = 0x48434154  # "HCAT"
@@ -190,7 +190,7 @@ def _check_places(rows: Iterable[SpanRow]) -> None:
     claimed: dict[int, SlotSet] = {}
     for row in rows:
         for run in row.places.runs():
-            if run.stop > MAX_SLOTS:
-                raise CorruptChunkError(f"a chunk claims slot {run.stop - 1}")
+            if run.stop > MAX_SLOTS or run.segment > MAX_SEGMENT:
+                raise CorruptChunkError(f"a chunk claims slot {run.stop - 1} of segment {run.segment}")
             if not claimed.setdefault(run.segment, SlotSet()).add(run.start, run.stop):
                 raise CorruptChunkError("two chunks claim the same slot")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+import struct
 
 import pytest
 
+from mii_hcache.storage.catalog import _row_crc
 from tests.storage.damage_kit import RECORDS, held, segment_of
 from tests.storage.storage_kit import (
     SPAN_DISK_BYTES,
@@ -137,3 +140,36 @@ def test_generations_grow_even_if_the_clock_goes_back(file_kit, monkeypatch):
     file_kit.close()
     monkeypatch.setattr("time.time_ns", lambda: 1)
     assert file_kit.open()._index.next_generation() >= before
+
+
+@pytest.mark.parametrize("name", ["1.seg", "000000001.seg", "\u0660" * 7 + "\u0661.seg", "1.new"])
+def test_a_copy_does_not_stand_in_for_the_file_of_its_number(saved, name):
+    shutil.copy(segment_of(saved, 2), saved.path / "segments" / name)
+    store = saved.open()
+    assert store.notes == []
+    assert all(held(store))
+    saved.close()
+    assert (saved.path / "segments" / name).exists()
+
+
+@pytest.mark.parametrize("number", ["4294967295", "4294967294", "2147483648", "99999999999999999999"])
+def test_a_number_that_no_place_can_hold_is_not_gone_on_from(saved, number):
+    """Slots of a segment after it could not be named: every put would fail for ever."""
+    shutil.copy(segment_of(saved, 1), saved.path / "segments" / f"{number}.seg")
+    store = saved.open()
+    assert all(held(store))
+    assert put(store, make_record("more", chunk_bytes=20_000)), "wants a new segment"
+    assert holds(saved.open(), make_record("more", chunk_bytes=20_000))
+
+
+def test_a_row_may_not_claim_such_a_number(saved):
+    connection = sqlite3.connect(saved.path / "catalog.sqlite")
+    found = connection.execute("SELECT * FROM span").fetchone()
+    fields = list(found[:-2])
+    fields[8] = b"".join(struct.pack("<III", 4294967295, 0, crc) for _, _, crc in struct.iter_unpack("<III", fields[8]))
+    connection.execute("UPDATE span SET places = ?, crc = ? WHERE span_id = ?", (fields[8], _row_crc(fields), found[0]))
+    connection.commit()
+    connection.close()
+    store = saved.open()
+    assert "set aside" in store.notes[0]
+    assert all(put(store, record) for record in RECORDS)
