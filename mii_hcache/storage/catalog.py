@@ -65,6 +65,8 @@ class Catalog:
         self._last_generation = 0
         self.is_new = not path.exists()
         """Whether there was no catalog to open."""
+        self.has_undurable = False
+        """Whether a power cut may still undo the last transactions: the next durable one makes them so."""
         self._database = Database(
             path, schema=_SCHEMA, application_id=_APPLICATION_ID, version=FORMAT_VERSION, load=self._load
         )
@@ -89,6 +91,7 @@ class Catalog:
         Raises sqlite3.Error, having changed nothing. `durable` False: see `Database.transact`.
         """
         added = list(add)
+        is_late = durable and self.has_undurable
 
         def change(connection: sqlite3.Connection) -> None:
             connection.executemany("DELETE FROM span WHERE span_id = ? AND generation = ?", drop)
@@ -99,8 +102,11 @@ class Catalog:
             if added:
                 last = max(row.generation for row in added)
                 connection.execute("UPDATE store SET generation = max(generation, ?)", (last,))
+            elif is_late:  # SQLite syncs its log only when a page changed
+                connection.execute("UPDATE store SET generation = generation + 1")
 
         self._database.transact(change, durable=durable)
+        self.has_undurable = not durable
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -314,7 +314,7 @@ class FileStore(ChunkStore):
         rows = self._index.rows_of(work)
         drop = [(span.record.span_id, span.generation) for span in work.drop]
         try:
-            if rows or drop or work.used:
+            if rows or drop or work.used or (publish and self._catalog.has_undurable):
                 self._catalog.commit(add=rows, drop=drop, used=work.used, durable=publish)
         except sqlite3.Error as error:
             self._index.work_failed(work)
