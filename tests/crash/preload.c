@@ -199,6 +199,18 @@ static ssize_t move(int is_write, int fd, const struct iovec* parts, int num_par
     long call = is_write ? SYS_pwritev : SYS_preadv;
     return syscall(call, fd, cut, num_cut, (long)offset, 0L);
 }
+// Bytes in [start, stop) for which the disk has no room yet.
+static int64_t hole_bytes(int fd, off_t start, off_t stop) {
+    int64_t num_bytes = 0;
+    while (start < stop) {
+        off_t data = lseek(fd, start, SEEK_DATA);
+        if (data < 0 || data >= stop) return num_bytes + (stop - start);
+        num_bytes += data - start;
+        start = lseek(fd, data, SEEK_HOLE);
+        if (start < 0) break;
+    }
+    return num_bytes;
+}
 static ssize_t transfer(int is_write, int fd, const struct iovec* parts, int num_parts, off_t offset) {
     size_t num_bytes = total(parts, num_parts);
     double arg = 0;
@@ -217,8 +229,7 @@ static ssize_t transfer(int is_write, int fd, const struct iovec* parts, int num
     }
     if (action == ACT_SHORT) num_bytes = num_bytes > 1 ? 1 + (size_t)((double)(num_bytes - 1) * arg) : num_bytes;
     if (is_write && budget >= 0) {
-        struct stat status;
-        int64_t grown = fstat(fd, &status) ? 0 : (int64_t)offset + (int64_t)num_bytes - status.st_size;
+        int64_t grown = hole_bytes(fd, offset, offset + (off_t)num_bytes);
         if (grown > 0) {
             pthread_mutex_lock(&lock);
             if (grown > budget) num_bytes = (int64_t)num_bytes > grown - budget ? num_bytes - (grown - budget) : 0;
@@ -345,7 +356,10 @@ int ftruncate64(int fd, off_t length) {
 }
 static int allocate(int fd, int mode, off_t offset, off_t length) {
     if (failed(OP_META, names[fd])) return -1;
-    if (mode & FALLOC_FL_PUNCH_HOLE) append(REC_PUNCH, 0, inode_of(fd), offset, length, NULL, 0);
+    if (mode & FALLOC_FL_PUNCH_HOLE) {
+        append(REC_PUNCH, 0, inode_of(fd), offset, length, NULL, 0);
+        if (budget >= 0) budget += length - hole_bytes(fd, offset, offset + length);
+    }
     return (int)syscall(SYS_fallocate, fd, mode, offset, length);
 }
 int fallocate(int fd, int mode, off_t offset, off_t length) {
@@ -359,6 +373,8 @@ int unlink(const char* path) {
     REAL(int, "unlink", const char*);
     if (!under_root(path)) return real(path);
     if (failed(OP_META, last_part(path))) return -1;
+    struct stat status;
+    if (budget >= 0 && !stat(path, &status)) budget += status.st_blocks * 512;
     int result = real(path);
     if (!result) append_text(REC_UNLINK, 0, path, strlen(path));
     return result;

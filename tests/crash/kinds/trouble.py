@@ -30,7 +30,9 @@ def full(case: Case) -> None:
         _live(case, {"file_bytes": rng.randrange(50_000, 400_000)})
         case.counts["under RLIMIT_FSIZE"] += 1
     else:
-        _live(case, {"budget_bytes": rng.choice([0, rng.randrange(20_000), rng.randrange(2_000_000)])})
+        num_bytes = rng.choice([0, rng.randrange(20_000), rng.randrange(1_000_000)])
+        no_room = rule(WRITE, ".seg", FAIL, float(errno.ENOSPC), skip=num_bytes // 8000)  # a ring asks for no budget
+        _live(case, {"budget_bytes": num_bytes} | ({"rules": [no_room]} if case.io == "uring" else {}))
         case.counts["without room"] += 1
 
 
