@@ -35,6 +35,8 @@ CREATE TABLE span (
 _INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _CHUNK = struct.Struct("<III")
 _FIXED = struct.Struct("<10q")
+_MAX_COUNT = 1 << 62
+"""Counts above are not believed: generations and ticks that are counted on from must still fit SQLite's integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class Catalog:
             connection.execute("INSERT INTO store VALUES (1, ?, 0)", (self.store_uuid,))
             return
         store_uuid, generation = found
-        if not isinstance(store_uuid, bytes) or len(store_uuid) != UUID_BYTES or not isinstance(generation, int):
+        if not isinstance(store_uuid, bytes) or len(store_uuid) != UUID_BYTES or not _is_count(generation):
             raise CorruptChunkError("its identity is malformed")
         if self._expected_uuid not in (None, store_uuid):
             raise CorruptChunkError("it belongs to another store")
@@ -166,6 +168,8 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
         triples = list(_CHUNK.iter_unpack(chunks))
     except (TypeError, ValueError, struct.error) as error:
         raise CorruptChunkError(f"a row is malformed ({error})") from error
+    if not all(map(_is_count, (span_idx, generation, last_used))):
+        raise CorruptChunkError("a row has impossible numbers")
     if len(span_id) != ID_BYTES or len(triples) != record.layout.num_chunks:
         raise CorruptChunkError("a row has impossible sizes")
     return SpanRow(
@@ -175,6 +179,10 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
         crcs=array("I", (crc for _, _, crc in triples)),
         last_used=last_used,
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value <= _MAX_COUNT
 
 
 @lru_cache(maxsize=1024)
