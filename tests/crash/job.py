@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import sys
 import traceback
@@ -35,7 +36,12 @@ def run_and_exit(job: dict[str, Any]) -> NoReturn:
         os.dup2(2, 1)  # the zygote's answers are not ours to write
         faulthandler.dump_traceback_later(100)  # of a hang, shortly before the parent loses patience
         fd = os.open(job["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        run(job, lambda line: _append(fd, line))
+        if "call" in job:
+            module, _, name = job["call"].partition(":")
+            with mutations.mutated(job.get("mutate")):
+                getattr(importlib.import_module(module), name)(lambda line: _append(fd, line), **job["arguments"])
+        else:
+            run(job, lambda line: _append(fd, line))
         status = 0
     except BaseException:
         traceback.print_exc()

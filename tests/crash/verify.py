@@ -46,6 +46,29 @@ def read_one(store: ChunkStore, name: int, scale: str, findings: Findings) -> in
     return version
 
 
+def read_forged(store: ChunkStore, ledger: Ledger, scale: str) -> int:
+    """Every name, in a store whose rows may say anything: how many chunks were read, each of them as somebody put it
+    for this very span, layer and kind. Raises WrongBytes."""
+    num_chunks = 0
+    for name in ledger.names:
+        found = store.find(make_record(name, 1, scale).span_id)
+        if found is None:
+            continue
+        reads = reads_of(found)
+        outcome = store.get_into(reads)
+        versions = [make_record(name, version, scale) for version in ledger.ever[name] if version != ABSENT]
+        for chunk, read in zip(found.layout.chunks[: outcome.num_ok], reads, strict=False):
+            if not any(
+                (other.layer_idx, other.kind) == (chunk.layer_idx, chunk.kind)
+                and read.out == chunk_bytes(version, other)
+                for version in versions
+                for other in version.layout.chunks
+            ):
+                raise WrongBytes(f"span {name} layer {chunk.layer_idx} {chunk.kind}: wrong bytes served")
+            num_chunks += 1
+    return num_chunks
+
+
 def read_all(store: ChunkStore, ledger: Ledger, scale: str) -> Findings:
     """Every name. Raises WrongBytes, also for a version that nobody ever put."""
     findings = Findings()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.crash.case import Case, Unavailable
-from tests.crash.kinds import flip, kill, lost, model, torn, trouble
+from tests.crash.kinds import flip, fuzz, kill, lost, model, torn, trouble
 
 __all__ = ["KINDS", "Unavailable"]
 
@@ -19,4 +19,5 @@ KINDS: dict[str, Callable[[Case], None]] = {
     "short": trouble.short,
     "stall": trouble.stall,
     "model": model.run,
+    "fuzz": fuzz.run,
 }
