@@ -20,7 +20,6 @@ from tests.crash.kinds import KINDS, Unavailable
 from tests.crash.library import build_library
 from tests.crash.verify import WrongBytes
 
-
 _IN_MEMORY = {"flip", "fuzz"}
 """Kinds that do not ask the disk to keep anything, so that most of their cases need not wait for one."""
 _MEMORY = "/dev/shm"

@@ -92,7 +92,7 @@ MUTATIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "no-dir-sync": (_no_dir_sync, "lost"),
     "early-reuse": (_early_reuse, "kill"),
     "forgotten-deletions": (_forgotten_deletions, "kill"),
-    "short-writes": (_short_writes, "eio"),
+    "short-writes": (_short_writes, "short"),
 }
 """Each with the kind of case that must find it within a minute."""
 

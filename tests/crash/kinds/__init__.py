@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.crash.case import Case, Unavailable
-from tests.crash.kinds import flip, fuzz, kill, lost, model, torn, trouble
+from tests.crash.kinds import engine, flip, fuzz, kill, lost, model, torn, trouble
 
 __all__ = ["KINDS", "Unavailable"]
 
@@ -20,4 +20,5 @@ KINDS: dict[str, Callable[[Case], None]] = {
     "stall": trouble.stall,
     "model": model.run,
     "fuzz": fuzz.run,
+    "engine": engine.run,
 }
