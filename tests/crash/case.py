@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
+import subprocess
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +23,11 @@ ROOMY_BYTES = 1 << 30
 
 class Unavailable(Exception):
     """A kind that cannot run here, or not with this backend; says why."""
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy a directory, holes and all."""
+    subprocess.run(["cp", "-a", source, target], check=True)
 
 
 @dataclass(kw_only=True)
@@ -128,8 +133,9 @@ class Case:
     def copy_to(self, spec: StoreSpec, name: str) -> StoreSpec:
         """The store's files, copied."""
         target = self.root / name
+        target.mkdir(exist_ok=True)
         for path in spec.paths:
-            shutil.copytree(path, target / Path(path).name, dirs_exist_ok=True)
+            copy_files(Path(path), target / Path(path).name)
         return spec.moved_to(target)
 
     def workload(self, *, scale: str, num_ops: int, **more: Any) -> Workload:

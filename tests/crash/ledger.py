@@ -127,7 +127,8 @@ class Ledger:
     def _gone(self, name: int) -> None:
         if not self._may_be_absent(name):
             raise Broken(f"span {name} is gone, though nothing took it")
-        self.now[name] = {ABSENT}
+        # On a failing disk it may only be out of reach, and come back.
+        self.now[name] = self.now[name] | {ABSENT} if self.is_faulty else {ABSENT}
 
     def _damaged(self, name: int) -> None:
         if not self.has_holes:

@@ -51,6 +51,14 @@ class OpenedStore:
         self.undo.close()
 
 
+def file_stores(store: Any) -> list[Any]:
+    """The file stores in a store, one for each directory that is there."""
+    if isinstance(store, FileStore):
+        return [store]
+    inner = getattr(store, "_file", None)
+    return list(getattr(store, "stores", [])) if inner is None else file_stores(inner)
+
+
 @cache
 def takes_many_paths() -> bool:
     """Whether `open_state` stripes over several directories."""

@@ -11,9 +11,10 @@ import ctypes
 import os
 import resource
 import time
+from functools import partial
 from typing import Any, Protocol
 
-from tests.crash.opened import OpenedStore
+from tests.crash.opened import OpenedStore, file_stores
 from tests.crash.workload import Say
 
 READ, WRITE, SYNC, META = 1, 2, 4, 8
@@ -69,10 +70,9 @@ class Device:
         """The store is open: trouble begins, unless it did before."""
         if not self._what.get("early"):
             self._arm()
-        device = getattr(getattr(opened.file, "io", None), "device", None)
-        if device is not None and self._what.get("rules"):
-            self._holds: dict[tuple[bool, int], float] = {}
-            device.fault = self._fault
+        for file in file_stores(opened.store) if self._what.get("rules") else []:
+            if hasattr(file.io, "device"):
+                file.io.device.fault = partial(self._fault, {})
 
     def end(self, opened: OpenedStore) -> bool:
         """The work is done. Whether trouble is over from now on."""
@@ -83,8 +83,8 @@ class Device:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if self._what.get("ballast"):
             os.unlink(self._what["ballast"])
-        if opened.file is not None:
-            opened.file._room._full_until_s = 0.0  # as after a few seconds
+        for file in file_stores(opened.store):
+            file._room._full_until_s = 0.0  # as after a few seconds
         return True
 
     @property
@@ -101,15 +101,15 @@ class Device:
         if what.get("file_bytes") is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (what["file_bytes"], resource.RLIM_INFINITY))
 
-    def _fault(self, is_write: bool, offset: int, num_bytes: int) -> int | None:
+    def _fault(self, holds: dict[tuple[bool, int], float], is_write: bool, offset: int, num_bytes: int) -> int | None:
         """For the ring's slots, on the ring's thread: which file it is, it is not told."""
         from mii_hcache._io import HOLD
 
         key, now_s = (is_write, offset), time.monotonic()
-        if key in self._holds:
-            if now_s < self._holds[key]:
+        if key in holds:
+            if now_s < holds[key]:
                 return HOLD
-            del self._holds[key]
+            del holds[key]
             return None
         arg = ctypes.c_double()
         action = self._lib.crash_verdict(WRITE if is_write else READ, b"00000001.seg", ctypes.byref(arg))
@@ -118,7 +118,7 @@ class Device:
         if action == SHORT:
             return max(1, int(num_bytes * arg.value))
         if action == SLEEP:
-            self._holds[key] = now_s + arg.value
+            holds[key] = now_s + arg.value
             return HOLD
         if action == DIE:
             part = int(num_bytes * arg.value) // 512 * 512

@@ -42,7 +42,8 @@ class _Node:
     """A file or a directory."""
 
     is_dir: bool
-    initial: bytes = b""
+    initial: list[_Change] = field(default_factory=list)
+    """What a file was made of before the record began."""
     entries: dict[str, _Node] = field(default_factory=dict)
     """Of a directory, before the record began."""
     changes: list[_Change] = field(default_factory=list)
@@ -148,7 +149,7 @@ class Base:
         if path.is_dir():
             node = _Node(is_dir=True, entries={entry.name: self._read(entry) for entry in path.iterdir()})
         else:
-            node = _Node(is_dir=False, initial=path.read_bytes())
+            node = _Node(is_dir=False, initial=list(_extents(path)))
         self.inodes[path.stat().st_ino] = node
         return node
 
@@ -194,29 +195,40 @@ def _write_file(node: _Node, cut: int, target: Path, rng: random.Random, share: 
     if share is None:
         share = rng.choice([0.0, 0.5, 0.9, 1.0])
     is_durable = {id(change) for change in durable}
-    data = bytearray(node.initial)
-    for change in sorted(durable + pending, key=lambda change: change.began):
-        part = 1.0 if id(change) in is_durable else share
-        if part == 1.0 or rng.random() < part:
-            _apply(data, change, None if part == 1.0 or rng.random() < 0.7 else rng)
-    target.write_bytes(data)
-    target.chmod(0o600)
+    target.touch(0o600)
+    with target.open("r+b") as file:  # sparse, as it was
+        for change in node.initial:
+            _apply(file.fileno(), change, None)
+        for change in sorted(durable + pending, key=lambda change: change.began):
+            part = 1.0 if id(change) in is_durable else share
+            if part == 1.0 or rng.random() < part:
+                _apply(file.fileno(), change, None if part == 1.0 or rng.random() < 0.7 else rng)
 
 
-def _apply(data: bytearray, change: _Change, torn_by: random.Random | None) -> None:
+def _apply(fd: int, change: _Change, torn_by: random.Random | None) -> None:
     if change.kind == _TRUNCATE:
-        del data[change.size :]
-        data.extend(bytes(change.size - len(data)))
-        return
-    if change.kind == _PUNCH:
-        stop = min(change.offset + change.size, len(data))
+        os.ftruncate(fd, change.size)
+    elif change.kind == _PUNCH:
+        stop = min(change.offset + change.size, os.fstat(fd).st_size)
         if stop > change.offset:
-            data[change.offset : stop] = bytes(stop - change.offset)
-        return
-    for start in range(0, len(change.data), _SECTOR_BYTES) if torn_by else [0]:
-        if torn_by is not None and torn_by.random() < 0.5:
-            continue
-        piece = change.data[start : start + _SECTOR_BYTES] if torn_by else change.data
-        first = change.offset + start
-        data.extend(bytes(max(0, first - len(data))))
-        data[first : first + len(piece)] = piece
+            os.pwrite(fd, bytes(stop - change.offset), change.offset)
+    elif torn_by is None:
+        os.pwrite(fd, change.data, change.offset)
+    else:
+        for start in range(0, len(change.data), _SECTOR_BYTES):
+            if torn_by.random() < 0.5:
+                os.pwrite(fd, change.data[start : start + _SECTOR_BYTES], change.offset + start)
+
+
+def _extents(path: Path) -> Iterator[_Change]:
+    """What makes a file what it is."""
+    with path.open("rb") as file:
+        fd, size, stop = file.fileno(), path.stat().st_size, 0
+        yield _Change(kind=_TRUNCATE, began=-1, ended=-1, size=size)
+        while stop < size:
+            try:
+                start = os.lseek(fd, stop, os.SEEK_DATA)
+            except OSError:  # only a hole is left
+                return
+            stop = os.lseek(fd, start, os.SEEK_HOLE)
+            yield _Change(kind=_WRITE, began=-1, ended=-1, offset=start, data=os.pread(fd, stop - start, start))

@@ -36,6 +36,7 @@ def test_every_defect_is_found(mutation, tmp_path):
     if report.skipped:
         pytest.skip(str(report.skipped))
     assert report.failures, "a campaign that cannot fail proves nothing"
+    assert report.failures[0].error.startswith(("Broken", "WrongBytes")), "found by its own mistake"
 
 
 @pytest.mark.parametrize("tripwire", tripwires.TRIPWIRES)

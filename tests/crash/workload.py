@@ -14,6 +14,8 @@ from tests.crash.opened import OpenedStore
 from tests.crash.spans import ids_of, make_chunks, make_record, text_of
 from tests.crash.verify import Findings, read_one
 
+_RECOVERY_S = 20.0
+"""How long a store may take to notice that a disk is well."""
 Say = Callable[[str], None]
 
 
@@ -107,14 +109,15 @@ class Workload:
             say(f"found {name} {version}")
 
     def after_trouble(self, opened: OpenedStore, say: Say) -> None:
-        """The disk is well again: every name is put and must be kept, now and from now on."""
-        version = self.first_version + 100_000
+        """The disk is well again: every name is put and must be kept, within some seconds and from then on."""
+        version, patient_until_s = self.first_version + 100_000, time.monotonic() + _RECOVERY_S
         for name in range(1, self.num_names + 1):
             version += 1
             self._read(opened, say, name)
             record = make_record(name, version, self.scale)
             say(f"put {name} {version}")
-            kept = opened.store.put(record, make_chunks(record))
+            while not (kept := opened.store.put(record, make_chunks(record))) and time.monotonic() < patient_until_s:
+                time.sleep(0.2)
             say(f"{'accepted' if kept else 'refused'} {name} {version}")
             self._read(opened, say, name)
         for thread in range(self.num_threads):

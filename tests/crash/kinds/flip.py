@@ -7,7 +7,7 @@ import shutil
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.base import ChunkStore
 from tests.crash import mutations
-from tests.crash.case import Case
+from tests.crash.case import Case, copy_files
 from tests.crash.damage import damage
 from tests.crash.job import make_job
 from tests.crash.ledger import ABSENT, Broken, Ledger
@@ -39,7 +39,7 @@ def run(case: Case) -> None:
         lives.append(case.copy_to(spec, f"life{life}"))
     for copy_idx in range(_NUM_COPIES):
         home = case.root / f"copy{copy_idx}"
-        shutil.copytree(case.root / "life1", home)
+        copy_files(case.root / "life1", home)
         done = [damage(home, case.root / "life0", case.root / "life2", rng) for _ in range(rng.choice([1, 1, 2, 4]))]
         try:
             _use(case, spec.moved_to(home), ledger, scale)

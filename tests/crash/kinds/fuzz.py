@@ -12,7 +12,7 @@ from typing import Any
 
 from mii_hcache.errors import ConfigError, CorruptChunkError, StateDirBusyError
 from mii_hcache.storage.format import SegmentHeader, SlotHeader
-from tests.crash.case import Case
+from tests.crash.case import Case, copy_files
 from tests.crash.forge import forge
 from tests.crash.job import make_job
 from tests.crash.ledger import Broken, Ledger
@@ -67,8 +67,9 @@ def work(say: Say, *, spec: dict[str, Any], root: str, seed: int, ever: dict[str
     num_chunks = num_opened = 0
     for round_idx in range(_NUM_ROUNDS):
         home = Path(root) / f"forged{round_idx}"
+        home.mkdir()
         for path in whole.paths:
-            shutil.copytree(path, home / Path(path).name)
+            copy_files(Path(path), home / Path(path).name)
         copy = whole.moved_to(home)
         done = [forge(Path(rng.choice(copy.paths)), rng) for _ in range(rng.choice([1, 1, 2, 3]))]
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 
-from tests.crash.case import Case, Unavailable
+from tests.crash.case import Case, Unavailable, copy_files
 from tests.crash.job import RAISED, make_job
 from tests.crash.ledger import Broken, Ledger
 from tests.crash.opened import StoreSpec
@@ -37,7 +37,7 @@ def run(case: Case) -> None:
             replay.image(cut, image, rng, rng.choice([0.0, None, None, None, 1.0]))
             case.counts["power cuts"] += 1
             if cut_idx == len(cuts) - 1:  # the next life begins here, and nobody has looked
-                shutil.copytree(image, root / f"life{life + 1}")
+                copy_files(image, root / f"life{life + 1}")
             try:
                 case.verify(spec.moved_to(image), at_cut, scale, has_holes=True)
             except Exception as error:
