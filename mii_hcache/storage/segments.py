@@ -11,7 +11,7 @@ from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.disk_io import DiskFile, DiskIO
 from mii_hcache.storage.format import SegmentHeader, SlotHeader
 from mii_hcache.storage.segment import UNFINISHED_SUFFIX, SegmentFile
-from mii_hcache.storage.slots import Place
+from mii_hcache.storage.slots import MAX_SEGMENT, Place
 
 _log = logging.getLogger(__name__)
 
@@ -29,16 +29,17 @@ class Segments:
         self._store_uuid = store_uuid
         self._files: dict[int, SegmentFile] = {}
         self.last_number = 0
-        """Highest number that any file here bears, ours or not."""
+        """Highest number that any file here bears in our spelling, ours or not."""
         self.notes: list[str] = []
         """Sentences for people about files that were left alone."""
         for path in directory.glob("*" + UNFINISHED_SUFFIX):
-            if path.stem.isdecimal():
+            if _number_of(path) is not None:
                 path.unlink()
         for path in sorted(directory.glob("*.seg")):
-            if path.stem.isdecimal():
-                self.last_number = max(self.last_number, int(path.stem))
-                self._adopt(path)
+            number = _number_of(path)
+            if number is not None:
+                self.last_number = max(self.last_number, number)
+                self._adopt(path, number)
 
     @property
     def files(self) -> dict[int, SegmentFile]:
@@ -48,7 +49,7 @@ class Segments:
     def add(self, number: int, slot_bytes: int, num_slots: int) -> None:
         """Know a segment that is to be written; its file is made by the first write. Does not block."""
         header = SegmentHeader(store_uuid=self._store_uuid, slot_bytes=slot_bytes, num_slots=num_slots)
-        self._files.setdefault(number, SegmentFile(self._directory / f"{number:08d}.seg", header, self._io))
+        self._files.setdefault(number, SegmentFile(self._directory / _name_of(number), header, self._io))
 
     def write(self, slots: Iterable[tuple[Place, SlotHeader, memoryview]]) -> None:
         """Write slots whole, payloads being byte views. Raises OSError."""
@@ -105,7 +106,7 @@ class Segments:
             file.close()
         self._io.close()
 
-    def _adopt(self, path: Path) -> None:
+    def _adopt(self, path: Path, number: int) -> None:
         try:
             file = SegmentFile.open(path, self._io)
         except (CorruptChunkError, OSError) as error:
@@ -115,11 +116,22 @@ class Segments:
             file.close()
             self._leave(path, "it belongs to another store")
         else:
-            self._files[int(path.stem)] = file
+            self._files[number] = file
 
     def _leave(self, path: Path, why: str) -> None:
         self.notes.append(f"segment file {path.name} was left alone ({why}); its spans cannot be restored")
         _log.warning("%s", self.notes[-1])
+
+
+def _name_of(number: int) -> str:
+    return f"{number:08d}.seg"
+
+
+def _number_of(path: Path) -> int | None:
+    """Number of a segment file, None for a name that we would not give: somebody's copy must not stand in for the file
+    of that number, and a number that slots cannot be told by must not be the last one."""
+    number = int(path.stem) if path.stem.isdecimal() and len(path.stem) < 11 else 0
+    return number if 0 < number <= MAX_SEGMENT and path.with_suffix(".seg").name == _name_of(number) else None
 
 
 class SlotsArriving:
