@@ -23,35 +23,31 @@ def run(case: Case) -> None:
     is_tight, num_threads = rng.random() < 0.5, rng.choice([1, 3])
     spec = case.spec(is_tight=is_tight, scale=scale)
     ledger = Ledger(24, num_threads, may_vanish=is_tight)
-    root, base = case.root, None
+    home, base = case.root / "home", None
+    home.mkdir()
+    spec = spec.moved_to(home)
     for life in range(rng.choice([1, 2, 2])):
-        home = root / f"life{life}"
-        if base is None:
-            home.mkdir()
-        spec = spec.moved_to(home)
         replay = _record(case, spec, ledger, scale, life, base)
-        cuts = _moments(replay, rng)
-        for cut_idx, cut in enumerate(cuts):
-            at_cut = _ledger_at(ledger, replay, cut)
-            image = root / f"cut{life}-{cut_idx}"
-            replay.image(cut, image, rng, rng.choice([0.0, None, None, None, 1.0]))
+        home.rename(case.root / f"recorded{life}")
+        for cut in (cuts := _moments(replay, rng)):
+            ledger_then = _ledger_at(ledger, replay, cut)
+            replay.image(cut, home, rng, rng.choice([0.0, None, None, None, 1.0]))
             case.counts["power cuts"] += 1
-            if cut_idx == len(cuts) - 1:  # the next life begins here, and nobody has looked
-                copy_files(image, root / f"life{life + 1}")
+            copy_files(home, case.root / "untouched")
             try:
-                case.verify(spec.moved_to(image), at_cut, scale, has_holes=True)
+                case.verify(spec, ledger_then, scale, has_holes=True)
             except Exception as error:
-                error.args = (f"{error} (cut {cut} of {replay.num_records})",)
-                shutil.rmtree(image)
-                replay_rng = random.Random(0)
-                replay.image(cut, image, replay_rng, 0.0)
+                error.args = (f"{error} (cut {cut} of {replay.num_records}, see {case.root.name}/untouched)",)
                 raise
-            shutil.rmtree(image)
-            if cut_idx == len(cuts) - 1:
-                ledger = at_cut
-                ledger.restart(None)
-                ledger.has_holes = True
-                base = Base(root / f"life{life + 1}")
+            shutil.rmtree(home)
+            if cut == cuts[-1]:  # the next life begins here, and nobody has looked
+                (case.root / "untouched").rename(home)
+                break
+            shutil.rmtree(case.root / "untouched")
+        ledger = ledger_then
+        ledger.restart(None)
+        ledger.has_holes = True
+        base = Base(home)
 
 
 def _record(case: Case, spec: StoreSpec, ledger: Ledger, scale: str, life: int, base: Base | None) -> Replay:
@@ -62,7 +58,7 @@ def _record(case: Case, spec: StoreSpec, ledger: Ledger, scale: str, life: int, 
         num_threads=ledger.num_threads,
         first_version=1 + life * 1_000_000,
     )
-    home = case.root / f"life{life}"
+    home = case.root / "home"
     device = {"root": str(home), "seed": rng.getrandbits(32), "record": str(events)}
     status = case.nursery.preloaded.run(
         make_job(spec, workload, case.file("events"), mutate=case.mutate, device=device)
