@@ -21,7 +21,7 @@ from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.database import Database
 from mii_hcache.storage.format import FORMAT_VERSION, UUID_BYTES, pack_kinds, parse_kinds
-from mii_hcache.storage.slots import MAX_SLOTS, Places, SlotSet
+from mii_hcache.storage.slots import MAX_SEGMENT, MAX_SLOTS, Places, SlotSet
 from mii_hcache.storage.state_dir import new_store_uuid
 
 _APPLICATION_ID = 0x48434154  # "HCAT"
@@ -40,6 +40,8 @@ _COLUMNS = (
 _INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _CHUNK = struct.Struct("<III")
 _FIXED = struct.Struct("<10q")
+_MAX_COUNT = 1 << 62
+"""Counts above are not believed: generations and ticks that are counted on from must still fit SQLite's integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class Catalog:
         self._last_generation = 0
         self.is_new = not path.exists()
         """Whether there was no catalog to open."""
+        self.has_undurable = False
+        """Whether a power cut may still undo the last transactions: the next durable one makes them so."""
         self._database = Database(
             path, schema=_SCHEMA, application_id=_APPLICATION_ID, version=FORMAT_VERSION, load=self._load
         )
@@ -96,6 +100,7 @@ class Catalog:
         Raises sqlite3.Error, having changed nothing. `durable` False: see `Database.transact`.
         """
         added = list(add)
+        is_late = durable and self.has_undurable
 
         def change(connection: sqlite3.Connection) -> None:
             connection.executemany("DELETE FROM span WHERE span_id = ? AND generation = ?", drop)
@@ -106,8 +111,11 @@ class Catalog:
             if added:
                 last = max(row.generation for row in added)
                 connection.execute("UPDATE store SET generation = max(generation, ?)", (last,))
+            elif is_late:  # SQLite syncs its log only when a page changed
+                connection.execute("UPDATE store SET generation = generation + 1")
 
         self._database.transact(change, durable=durable)
+        self.has_undurable = not durable
 
     def vacuum(self) -> None:
         """See `Database.vacuum`."""
@@ -126,7 +134,7 @@ class Catalog:
             connection.execute("INSERT INTO store VALUES (1, ?, 0)", (self.store_uuid,))
             return
         store_uuid, generation = found
-        if not isinstance(store_uuid, bytes) or len(store_uuid) != UUID_BYTES or not isinstance(generation, int):
+        if not isinstance(store_uuid, bytes) or len(store_uuid) != UUID_BYTES or not _is_count(generation):
             raise CorruptChunkError("its identity is malformed")
         if self._expected_uuid not in (None, store_uuid):
             raise CorruptChunkError("it belongs to another store")
@@ -188,6 +196,8 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
         triples = list(_CHUNK.iter_unpack(chunks))
     except (TypeError, ValueError, struct.error) as error:
         raise CorruptChunkError(f"a row is malformed ({error})") from error
+    if not all(map(_is_count, (span_idx, generation, last_used))):
+        raise CorruptChunkError("a row has impossible numbers")
     if len(span_id) != ID_BYTES or not triples or len(triples) != record.layout.num_chunks:
         raise CorruptChunkError("a row has impossible sizes")
     return SpanRow(
@@ -197,6 +207,10 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
         crcs=array("I", (crc for _, _, crc in triples)),
         last_used=last_used,
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value <= _MAX_COUNT
 
 
 @lru_cache(maxsize=1024)
@@ -218,7 +232,7 @@ def _check_places(rows: Iterable[SpanRow]) -> None:
     claimed: dict[int, SlotSet] = {}
     for row in rows:
         for run in row.places.runs():
-            if run.stop > MAX_SLOTS:
-                raise CorruptChunkError(f"a chunk claims slot {run.stop - 1}")
+            if run.stop > MAX_SLOTS or run.segment > MAX_SEGMENT:
+                raise CorruptChunkError(f"a chunk claims slot {run.stop - 1} of segment {run.segment}")
             if not claimed.setdefault(run.segment, SlotSet()).add(run.start, run.stop):
                 raise CorruptChunkError("two chunks claim the same slot")

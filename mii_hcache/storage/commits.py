@@ -90,7 +90,7 @@ class Commits:
         rows = self._index.rows_of(work)
         drop = [(span.record.span_id, span.generation) for span in work.drop]
         try:
-            if rows or drop or work.used:
+            if rows or drop or work.used or (publish and self._is_strict and self._catalog.has_undurable):
                 durable = (publish and self._is_strict) or any(span.erase for span in work.drop)
                 self._catalog.commit(add=rows, drop=drop, used=work.used, durable=durable)
         except sqlite3.Error as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
@@ -23,17 +21,17 @@ from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.open_space import open_space
-from mii_hcache.storage.presence import AWAY_ERRNOS, DEADLINE_S, FIRST_PAUSE_S, Presence
+from mii_hcache.storage.presence import DEADLINE_S, FIRST_PAUSE_S, Presence
 from mii_hcache.storage.probe import try_to_write
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Watermarks
 from mii_hcache.storage.segment_space import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
-from mii_hcache.storage.slots import Places, SlotPool
+from mii_hcache.storage.slots import SlotPool
+from mii_hcache.storage.span_writer import SpanWriter
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.suspects import Suspects
-from mii_hcache.storage.trouble import Trouble
 from mii_hcache.storage.workers import StalledError, Workers
 
 _log = logging.getLogger(__name__)
@@ -105,7 +103,6 @@ class FileStore(ChunkStore):
         )
         self.has_ended = False
         """Whether `close` has released everything: False after it gave up on a disk that hangs."""
-        self._write_trouble = Trouble(_log)
         with ExitStack() as undo:
             self._catalog = Catalog(state_dir.catalog, state_dir.read_store_uuid())
             undo.callback(self._catalog.close)
@@ -133,6 +130,14 @@ class FileStore(ChunkStore):
             self._room = self._commits.room
             self._room.shrink()
             undo.pop_all()
+        self._writer = SpanWriter(
+            index=self._index,
+            room=self._room,
+            segments=self._segments,
+            header_of=self._header,
+            presence=self.presence,
+            check=state_dir.check,
+        )
         self._drafts = FileDrafts(
             index=self._index,
             room=self._room,
@@ -169,7 +174,7 @@ class FileStore(ChunkStore):
         is_wanted.set()
         is_kept = False
         try:
-            is_kept = self._call(lambda: self._write(record, chunks, crcs, is_wanted.is_set), 1) is True
+            is_kept = self._call(lambda: self._writer.write(record, chunks, crcs, is_wanted.is_set), 1) is True
         finally:
             is_wanted.clear()
             if not is_kept:
@@ -331,57 +336,6 @@ class FileStore(ChunkStore):
         finally:
             self._index.end_reads(found)
         return ReadOutcome(num_ok=num_ok, reason=reason)
-
-    def _write(
-        self,
-        record: SpanRecord,
-        chunks: Sequence[memoryview],
-        crcs: Sequence[int] | None,
-        is_wanted: Callable[[], bool],
-    ) -> bool:
-        with self._index.operation() as is_open, self.presence.operation():
-            return is_open and self._write_and_publish(record, chunks, crcs, is_wanted)
-
-    def _write_and_publish(
-        self,
-        record: SpanRecord,
-        chunks: Sequence[memoryview],
-        crcs: Sequence[int] | None,
-        is_wanted: Callable[[], bool],
-    ) -> bool:
-        """Write a span and publish it, if it is still wanted: the chunks may be others' memory when it is not.
-        False when no room could be made or the disk failed."""
-        if crcs is None:
-            crcs = [crc32c(chunk) for chunk in chunks]
-        for _ in range(2):
-            places = self._room.reserve(record.layout)
-            if places is None:
-                return False
-            generation = self._index.next_generation()
-            span = HeldSpan(record=record, generation=generation, places=Places(places), crcs=array("I", crcs))
-            try:
-                self._state_dir.check()
-                headers = [self._header(span, chunk_idx) for chunk_idx in range(len(chunks))]
-                self._segments.write(zip(places, headers, chunks, strict=True))
-            except OSError as error:
-                self._write_trouble.tell("spans cannot be written to files (%s): evicting, else dropping them", error)
-                self._room.erase(places)
-                if error.errno in AWAY_ERRNOS:
-                    self.presence.failed(error)
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    return False
-                self._room.pause_growth()
-                continue
-            except BaseException:
-                self._room.erase(places)
-                raise
-            if not is_wanted():
-                self._room.erase(places)
-                return False
-            if not self._index.publish(span):
-                self._room.give_back(places)
-            return True
-        return False
 
     def _probe(self) -> None:
         """Whether the disk reads and writes. Raises OSError."""

@@ -115,16 +115,16 @@ class SegmentFile(Segment):
                 raise FileExistsError(errno.EEXIST, "a segment file appeared", str(self.path))
             new = self.path.with_suffix(UNFINISHED_SUFFIX)  # a crash must not leave a file without a header
             fd = open_private(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            file = DiskFile(fd)
+            file, name = DiskFile(fd), new
             try:
                 file = self._io.open(fd)
                 write_all(fd, [memoryview(self.header.pack())], 0)
                 os.fsync(fd)
-                new.rename(self.path)
+                name = new.rename(self.path)
                 sync_dir(self.path.parent)
             except BaseException:
                 file.close()
-                new.unlink(missing_ok=True)
+                name.unlink(missing_ok=True)
                 raise
             self._file = file
             return file

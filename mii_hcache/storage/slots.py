@@ -13,6 +13,8 @@ from mii_hcache.storage.format import BLOCK_BYTES, SlotCounts
 
 MAX_SLOTS = 1 << 24
 """Slots per segment."""
+MAX_SEGMENT = (1 << 31) - 1
+"""Highest number of a segment that is believed: far above all that a store ever makes, far below what a place holds."""
 
 
 class Place(NamedTuple):

@@ -179,8 +179,12 @@ def sync_dir(path: Path) -> None:
 
 def make_private_dir(path: Path) -> None:
     """Make a directory that only its owner may enter, or tighten one that is there. Raises OSError."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
+    for directory in missing:  # or a power cut takes the directory, with all that was flushed in it
+        with contextlib.suppress(PermissionError):  # a parent that may not be read
+            sync_dir(directory.parent)
 
 
 def _identity_of(path: Path) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from hypothesis import settings
 
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.native import why_not_built
-from tests.storage.storage_kit import LAYOUTS, StoreKit
+from tests.storage.damage_kit import RECORDS
+from tests.storage.storage_kit import LAYOUTS, StoreKit, put
 
 settings.register_profile("unhurried", deadline=None)  # other work on the machine is no failure
 settings.load_profile("unhurried")
@@ -37,3 +38,13 @@ def file_kit(tmp_path: Path) -> Iterator[StoreKit]:
     kit = StoreKit("file", tmp_path / "state")
     yield kit
     kit.close()
+
+
+@pytest.fixture
+def saved(file_kit: StoreKit) -> StoreKit:
+    """A closed store with RECORDS in it: spans of two sizes, so two segments."""
+    store = file_kit.open()
+    for record in RECORDS:
+        assert put(store, record)
+    file_kit.close()
+    return file_kit

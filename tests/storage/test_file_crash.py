@@ -217,3 +217,28 @@ def test_a_lock_survives_nothing(tmp_path):
     """The directory of a killed writer can be opened at once."""
     run_and_kill(tmp_path, 1, 1)
     StateDir(tmp_path).close()
+
+
+def test_a_deletion_that_an_eviction_committed_is_durable_once_flushed(file_kit, monkeypatch):
+    """An eviction's commit need not survive a power cut; a flush with nothing left to do must make it."""
+    from mii_hcache.storage.database import Database
+
+    store = file_kit.open()
+    store._pulse.stop()
+    put(store, make_record("secret"))
+    store.flush()
+    commits = []
+    transact = Database.transact
+
+    def watched(self, change, *, durable=True):
+        wal = file_kit.path / "catalog.sqlite-wal"
+        before = wal.stat().st_size, wal.read_bytes()
+        transact(self, change, durable=durable)
+        commits.append((durable, (wal.stat().st_size, wal.read_bytes()) != before))
+
+    monkeypatch.setattr(Database, "transact", watched)
+    store.delete([make_record("secret").span_id])
+    assert store._commit(publish=False)
+    store.flush()
+    store.flush()
+    assert commits == [(False, True), (True, True)], "SQLite syncs its log only when it writes to it"

@@ -37,6 +37,9 @@ anything = st.one_of(
 
 @given(replaced=st.dictionaries(st.integers(0, NUM_FIELDS - 1), anything, max_size=3), last_used=anything)
 @example(replaced={}, last_used=5)
+@example(replaced={}, last_used=2**63 - 1)
+@example(replaced={7: -1}, last_used=5)
+@example(replaced={7: 2**63 - 1}, last_used=5)
 @settings(max_examples=500, deadline=None)
 def test_any_row_is_what_it_says_or_refused(replaced, last_used):
     fields = [replaced.get(idx, ROW[idx]) for idx in range(NUM_FIELDS)]
@@ -48,6 +51,8 @@ def test_any_row_is_what_it_says_or_refused(replaced, last_used):
     try:
         parsed = _parse(row)
     except CorruptChunkError:
-        assert replaced or not isinstance(last_used, int), "a sound row was refused"
+        assert replaced or not (isinstance(last_used, int) and 0 <= last_used <= 1 << 62), "a sound row was refused"
         return
     assert _pack(parsed) == row
+    assert parsed.generation + 1 < 2**63 and parsed.last_used + 1 < 2**63, "what is counted on from can be saved"
+    assert parsed.generation >= 0, "no slot's header can say it"

@@ -136,3 +136,20 @@ def test_the_stores_identity_stays(tmp_path):
         (tmp_path / "store.id").write_bytes(damage)
         assert state_dir.read_store_uuid() is None
     state_dir.close()
+
+
+def test_the_directory_itself_survives_a_power_cut(tmp_path, monkeypatch):
+    """A file that was synced is lost all the same when no directory above it knows the one below."""
+    synced = set()
+    fsync = os.fsync
+
+    def watched(fd):
+        synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    StateDir(tmp_path / "a" / "b" / "state").close()
+    assert synced >= {str(tmp_path / part) for part in ("", "a", "a/b", "a/b/state")}
+    synced.clear()
+    StateDir(tmp_path / "a" / "b" / "state").close()
+    assert not synced, "what is there needs no more"
