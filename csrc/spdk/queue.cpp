@@ -104,7 +104,8 @@ void SpdkQueue::sleep() {
 }
 
 void SpdkQueue::cancel() {
-    cancel_at_ = Clock::now() + kCancelGrace;
+    cancel_at_ = std::min(cancel_at_, Clock::now() + kCancelGrace);
+    for (Flight& flight : flights_) flight.cancelled = flight.flying;
     for (Flight* flight : std::exchange(waiting_, {})) end(*flight, -ECANCELED);
 }
 
@@ -115,7 +116,11 @@ void SpdkQueue::poll() {
         ops_.poll_admin(controller_->get());
         next_admin_at_ = now + kAdminInterval;
     }
-    if (now >= cancel_at_) drop_qpair();
+    if (now < cancel_at_) return;
+    if (std::any_of(flights_.begin(), flights_.end(), [](const Flight& flight) { return flight.cancelled; })) {
+        drop_qpair();
+    }
+    cancel_at_ = Clock::time_point::max();
 }
 
 void SpdkQueue::drop_qpair() {
@@ -130,7 +135,7 @@ void SpdkQueue::drop_qpair() {
 bool SpdkQueue::has_qpair() {
     if (qpair_ != nullptr) return true;
     const auto now = Clock::now();
-    if (now < next_qpair_at_ || now >= cancel_at_) return false;
+    if (now < next_qpair_at_) return false;
     qpair_ = ops_.alloc_qpair(controller_->get(), depth());
     if (qpair_ == nullptr && ops_.reset(controller_->get()) == 0) {
         qpair_ = ops_.alloc_qpair(controller_->get(), depth());  // a target that was started anew knows us no more
@@ -193,7 +198,7 @@ void SpdkQueue::on_done(Command& command, int error) {
     if (error == 0 && flight.bounce != nullptr && flight.attempt.op == io::Op::read) {
         std::memcpy(flight.attempt.data, flight.bounce->data(), flight.attempt.length);
     }
-    const bool is_cancelled = error != 0 && Clock::now() >= queue.cancel_at_;
+    const bool is_cancelled = std::exchange(flight.cancelled, false) && Clock::now() >= queue.cancel_at_;
     const std::int64_t failure = is_cancelled ? -ECANCELED : error;
     queue.end(flight, error == 0 ? std::int64_t{flight.attempt.length} : failure);
 }

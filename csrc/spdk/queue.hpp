@@ -40,7 +40,7 @@ class SpdkQueue final : public io::Queue {
     void submit(bool wait) override;
     std::size_t reap(std::span<io::Done> out) override;
     void wake() override;
-    /// What is in flight has a fifth of a second to end by itself; then the qpair goes.
+    /// What is in flight has a fifth of a second to end by itself; then the qpair goes, and with it what came later.
     void cancel() override;
     /// Of writes that were reaped before. -ETIMEDOUT after half a minute, and then the qpair is gone.
     int flush(io::Target& target) override;
@@ -63,6 +63,7 @@ class SpdkQueue final : public io::Queue {
         io::Attempt attempt{};
         DmaBuffer* bounce = nullptr;
         bool flying = false;
+        bool cancelled = false;
     };
 
     static void on_done(Command& command, int error);

@@ -267,6 +267,44 @@ void a_device_that_goes_and_comes_back() {
     CHECK(rig.flush() == 0);
 }
 
+void a_device_that_was_called_back_is_of_use_again() {
+    Rig rig(1 << 20, 2);
+    rig.disk->held = true;
+    rig.open();
+    std::vector<std::byte> data(10 * 512);
+    std::vector<io::Request> requests;
+    for (std::size_t idx = 0; idx < 10; ++idx) {
+        requests.push_back({Op::read, rig.target, idx * 512, &data[idx * 512], 512});
+    }
+    const io::Transfer transfer = rig.device->submit(requests);
+    CHECK(!transfer.wait(0, 20ms).has_value());
+    rig.device->cancel();
+    for (std::size_t idx = 0; idx < 10; ++idx) CHECK(transfer.wait(idx, 20s) == -ECANCELED);
+    rig.disk->held = false;
+    const auto deadline = std::chrono::steady_clock::now() + 20s;
+    while (rig.move(Op::read, 0, data) != std::int64_t(data.size())) {
+        CHECK(std::chrono::steady_clock::now() < deadline);
+        std::this_thread::sleep_for(20ms);
+    }
+}
+
+void what_lands_in_time_after_a_call_back_costs_nobody_else_anything() {
+    Rig rig;
+    rig.disk->held = true;
+    rig.open();
+    std::vector<std::byte> data(512), later(512);
+    const io::Transfer first = rig.device->submit({{Op::read, rig.target, 0, data.data(), data.size()}});
+    CHECK(!first.wait(0, 20ms).has_value());
+    rig.device->cancel();
+    rig.disk->held = false;
+    CHECK(first.wait(0, 20s) == 512);
+    rig.disk->held = true;
+    const io::Transfer second = rig.device->submit({{Op::read, rig.target, 0, later.data(), later.size()}});
+    CHECK(!second.wait(0, 400ms).has_value());
+    rig.disk->held = false;
+    CHECK(second.wait(0, 20s) == 512);
+}
+
 void closing_ends_a_device_that_stalls() {
     Rig rig(1 << 20, 2);
     rig.disk->held = true;
@@ -359,6 +397,8 @@ int main() {
     RUN(errors_are_the_requests_own);
     RUN(flush_makes_writes_outlive_the_power);
     RUN(a_device_that_goes_and_comes_back);
+    RUN(a_device_that_was_called_back_is_of_use_again);
+    RUN(what_lands_in_time_after_a_call_back_costs_nobody_else_anything);
     RUN(closing_ends_a_device_that_stalls);
     RUN(closing_lets_what_flies_land);
     RUN(many_threads_share_a_queue);
