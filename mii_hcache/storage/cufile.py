@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mii_hcache.storage.cufile_proof import prove
 from mii_hcache.storage.device_io import ArrivingOnDevice, DeviceIO, PayloadRead
-from mii_hcache.storage.disk_io import Arriving, DiskFile, DiskIO, SlotRead, SlotWrite
+from mii_hcache.storage.disk_io import Arriving, DiskFile, DiskIO, PartWrite, SlotRead, SlotWrite
 from mii_hcache.storage.format import BLOCK_BYTES
 from mii_hcache.storage.native import new_cufile
 
@@ -72,6 +72,12 @@ class CufileIO(DiskIO):
 
     def write(self, writes: Sequence[SlotWrite]) -> None:
         self.beneath.write([write._replace(file=_cufile(write.file).beneath) for write in writes])
+
+    def write_parts(self, parts: Sequence[PartWrite]) -> None:
+        self.beneath.write_parts([part._replace(file=_cufile(part.file).beneath) for part in parts])
+
+    def cancel(self) -> None:
+        self.beneath.cancel()
 
     def lend(self, buffer: memoryview) -> None:
         self.beneath.lend(buffer)

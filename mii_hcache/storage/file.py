@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
-from crc32c import crc32c
-
 from mii_hcache.core.identity import SpanId
-from mii_hcache.errors import ConfigError, CorruptChunkError
+from mii_hcache.errors import ConfigError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, DeviceReader, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.commits import Commits
@@ -19,16 +17,15 @@ from mii_hcache.storage.device_reads import DeviceReaders, FileDeviceReader
 from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
-from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.open_space import open_space
 from mii_hcache.storage.presence import DEADLINE_S, FIRST_PAUSE_S, Presence
 from mii_hcache.storage.probe import try_to_write
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Watermarks
-from mii_hcache.storage.segment_space import StaleSlotError
-from mii_hcache.storage.segments import Segments, SlotsArriving
+from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import SlotPool
+from mii_hcache.storage.span_reader import SpanReader
 from mii_hcache.storage.span_writer import SpanWriter
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.suspects import Suspects
@@ -151,8 +148,16 @@ class FileStore(ChunkStore):
             state_dir.path,
             lambda device: FileDeviceReader(device, self._index, self._segments, self._header, self._forget_damaged),
         )
-        self._lanes = Lanes(num_threads or self.io.num_threads, "hcache-read")
         self._suspects = Suspects(self._index, self._segments, self._header)
+        self._reader = SpanReader(
+            index=self._index,
+            segments=self._segments,
+            header_of=self._header,
+            presence=self.presence,
+            suspects=self._suspects,
+            forget=self._forget_damaged,
+            num_threads=num_threads or self.io.num_threads,
+        )
         self._workers = Workers(_MAX_PUTS, "hcache-file")
         """Do what may hang in the place of callers who must not."""
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
@@ -205,7 +210,7 @@ class FileStore(ChunkStore):
                 self._index.count_unavailable()
                 return ReadOutcome(num_ok=0, reason="unavailable")
             with self.presence.operation():
-                outcome = self._read(reads if is_open else ())
+                outcome = self._reader.read(reads if is_open else ())
             with self._index.lock:
                 self._index.counters.read_bytes += sum(read.out.nbytes for read in reads[: outcome.num_ok])
         if outcome.reason is None and outcome.num_ok < len(reads):
@@ -297,7 +302,7 @@ class FileStore(ChunkStore):
             self._pulse.stop()
         self._commits.run(publish=True, is_last=True)
         self._index.clear()
-        self._lanes.close()
+        self._reader.close()
         self._device_readers.close()
         self._segments.close()
         self._catalog.close()
@@ -320,23 +325,6 @@ class FileStore(ChunkStore):
                 raise
         return None
 
-    def _read(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
-        """Read what of the leading reads is here; `reason` is None when that is all that was asked for."""
-        found = self._index.begin_reads(reads)
-        try:
-            slots = [(span.places[idx], read.out) for (span, idx), read in zip(found, reads, strict=False)]
-            with self._segments.reading(slots) as arriving:
-                num_ok, reason = self._lanes.run(
-                    len(found), lambda idx: self._finish_read(arriving, idx, *found[idx], reads[idx])
-                )
-            if reason == "unavailable":
-                self._index.count_unavailable()
-            elif reason is not None:
-                self._forget_damaged(*found[num_ok], reason)
-        finally:
-            self._index.end_reads(found)
-        return ReadOutcome(num_ok=num_ok, reason=reason)
-
     def _probe(self) -> None:
         """Whether the disk reads and writes. Raises OSError."""
         self._state_dir.check()
@@ -356,23 +344,6 @@ class FileStore(ChunkStore):
             num_bytes=chunk.num_bytes,
             crc=span.crcs[chunk_idx],
         )
-
-    def _finish_read(
-        self, arriving: SlotsArriving, idx: int, span: HeldSpan, chunk_idx: int, read: ChunkRead
-    ) -> str | None:
-        try:
-            arriving.finish(idx, self._header(span, chunk_idx))
-            if crc32c(read.out) != span.crcs[chunk_idx]:
-                raise CorruptChunkError("wrong checksum")
-        except StaleSlotError:
-            return "missing"
-        except CorruptChunkError:
-            return "corrupt"
-        except OSError as error:
-            self._suspects.add(read)
-            self.presence.failed(error)
-            return "unavailable"
-        return None
 
     def _forget_damaged(self, span: HeldSpan, chunk_idx: int, reason: str) -> None:
         """Forget a span that a read found stale or damaged."""

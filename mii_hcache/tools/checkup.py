@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mii_hcache.errors import StateDirBusyError
+from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.catalog import Catalog, salvage
-from mii_hcache.storage.state_dir import StateDir, store_uuid_in
+from mii_hcache.storage.state_dir import NAMESPACE_FILE, StateDir, store_uuid_in
 from mii_hcache.storage.survey import OURS
 from mii_hcache.storage.transcripts import Transcripts
 from mii_hcache.tools.state_view import StateView, look_at, owner_of
@@ -89,8 +89,10 @@ class Checkup:
 
 def check(directory: Path, count: Callable[[int, int], None]) -> Checkup:
     """Read everything; change nothing. `count(done, all)` of chunks is called often. Raises StateDirBusyError when a
-    server has the directory, before or meanwhile, ConfigError when it is no state directory or cannot be read."""
+    server has the directory, before or meanwhile, ConfigError when it is no state directory, cannot be read, or keeps
+    its segments on a namespace."""
     refuse_if_owned(directory)
+    refuse_namespace(directory)
     view = look_at(directory)
     view.notes += [
         f"{segment.name} holds nothing that the catalog names; a server, or `gc`, gives its {size(segment.disk_bytes)} "
@@ -157,4 +159,13 @@ def refuse_if_owned(directory: Path) -> None:
         raise StateDirBusyError(
             f"{directory} is in use by the server with process id {owner}; stop it first, or look with "
             "`python -m mii_hcache inspect --verify`, which disturbs nobody"
+        )
+
+
+def refuse_namespace(directory: Path) -> None:
+    """Raise ConfigError when the segments are not here: what is not seen must not be called lost."""
+    if (directory / NAMESPACE_FILE).exists():
+        raise ConfigError(
+            f"{directory} keeps its segments on an NVMe namespace, and only files can be looked at; a server checks "
+            "what it reads"
         )

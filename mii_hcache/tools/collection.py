@@ -21,7 +21,7 @@ from mii_hcache.storage.recency import FIRST_CLOCK_TICK, TICKS_PER_S, Recency
 from mii_hcache.storage.state_dir import StateDir, sync_dir
 from mii_hcache.storage.survey import OLD, UNFINISHED
 from mii_hcache.storage.transcripts import Transcripts
-from mii_hcache.tools.checkup import refuse_if_owned
+from mii_hcache.tools.checkup import refuse_if_owned, refuse_namespace
 from mii_hcache.tools.scratch import leftovers, sweep
 from mii_hcache.tools.state_view import StateView, databases_in, look_at
 from mii_hcache.tools.table import size
@@ -102,6 +102,7 @@ def plan(
     directory, ConfigError when it is none, or is damaged: what is unreadable now would be given back with the rest, and
     `fsck` decides about that."""
     refuse_if_owned(directory)
+    refuse_namespace(directory)
     view = look_at(directory)
     if "catalog.sqlite" in view.broken or view.num_lost_spans:
         raise ConfigError(f"{directory} is damaged ({view.problems[0]}); run `python -m mii_hcache fsck` first")

@@ -13,6 +13,7 @@ from typing import Any
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.catalog import SpanRow
+from mii_hcache.tools.checkup import refuse_namespace
 from mii_hcache.tools.contexts import ContextView, contexts_of
 from mii_hcache.tools.directories import DEFAULT_WORDS, chosen_dirs
 from mii_hcache.tools.progress import Progress
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _look(directory: Path, with_chunks: bool) -> tuple[StateView, Verification | None]:
+    if with_chunks:
+        refuse_namespace(directory)
     view, found = look_at(directory), None
     if with_chunks:
         progress = Progress()

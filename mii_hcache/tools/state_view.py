@@ -23,11 +23,11 @@ from urllib.parse import quote
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
 from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, SegmentHeader
-from mii_hcache.storage.state_dir import store_uuid_in
+from mii_hcache.storage.state_dir import NAMESPACE_FILE, store_uuid_in
 from mii_hcache.storage.survey import DAMAGED, FOREIGN, OLD, UNFINISHED, FoundFile, survey
 from mii_hcache.storage.transcripts import Transcripts
 
-_OURS = ("catalog*.sqlite*", "transcripts*.sqlite*", "segments", "store.id", "lock")
+_OURS = ("catalog*.sqlite*", "transcripts*.sqlite*", "segments", "store.id", "lock", NAMESPACE_FILE)
 _WHO_CARES = {
     FOREIGN: "a server leaves it alone",
     OLD: "`gc` removes it",
@@ -161,6 +161,9 @@ def _look_at_transcripts(view: StateView) -> None:
 
 
 def _look_at_segments(view: StateView) -> None:
+    if (view.path / NAMESPACE_FILE).exists():
+        view.notes.append("the segments lie on an NVMe namespace, which only a server looks at")
+        return
     used: dict[int, set[int]] = {}
     for row in view.rows:
         for number, slot in row.places:

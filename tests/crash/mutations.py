@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from mii_hcache.storage import file, segment, segment_space, segments, state_dir
+from mii_hcache.storage import segment, segments, span_reader, state_dir
 from mii_hcache.storage.index import FileIndex
 
 
 def _no_payload_check() -> Any:
     """Reads believe the payload, whatever its checksum."""
 
-    def finish(self: Any, arriving: Any, idx: int, span: Any, chunk_idx: int, out: memoryview) -> str | None:
+    def finish(self: Any, arriving: Any, idx: int, span: Any, chunk_idx: int, read: Any) -> str | None:
         try:
-            arriving.finish(idx, self._header(span, chunk_idx))
-        except segment_space.StaleSlotError:
+            arriving.finish(idx, self._header_of(span, chunk_idx))
+        except span_reader.StaleSlotError:
             return "missing"
-        except (file.CorruptChunkError, OSError):
+        except (span_reader.CorruptChunkError, OSError):
             return "corrupt"
         return None
 
-    return mock.patch.object(file.FileStore, "_finish_read", finish)
+    return mock.patch.object(span_reader.SpanReader, "_finish", finish)
 
 
 def _no_sync() -> Any:

@@ -9,6 +9,7 @@ from hypothesis import settings
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.native import why_not_built
 from tests.storage.damage_kit import RECORDS
+from tests.storage.namespace_kit import Site
 from tests.storage.storage_kit import LAYOUTS, StoreKit, put
 
 settings.register_profile("unhurried", deadline=None)  # other work on the machine is no failure
@@ -48,3 +49,11 @@ def saved(file_kit: StoreKit) -> StoreKit:
         assert put(store, record)
     file_kit.close()
     return file_kit
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    """A namespace and its state directory."""
+    site = Site(tmp_path)
+    yield site
+    site.close()

@@ -10,16 +10,7 @@ from mii_hcache.storage.drafts import RowWrite, SpanDraft
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.native import why_no_uring
 from mii_hcache.storage.state_dir import StateDir
-from tests.storage.storage_kit import (
-    MIXED,
-    PAUSE_S,
-    SPAN_DISK_BYTES,
-    holds,
-    make_chunks,
-    make_record,
-    put,
-    wait_until_here,
-)
+from tests.storage.storage_kit import MIXED, SPAN_DISK_BYTES, holds, make_chunks, make_record, put, wait_until_here
 
 WHY_NO_URING = why_no_uring()
 IO = ["threads", pytest.param("uring", marks=pytest.mark.skipif(WHY_NO_URING is not None, reason=str(WHY_NO_URING)))]
@@ -38,7 +29,7 @@ def reopen(tmp_path, request):
     def open_store(capacity_bytes: int = 64 << 20) -> FileStore:
         close()
         state_dir = StateDir(tmp_path / "state")
-        opened.extend([FileStore(state_dir, capacity_bytes, io=request.param, first_pause_s=PAUSE_S), state_dir])
+        opened.extend([FileStore(state_dir, capacity_bytes, io=request.param), state_dir])
         return opened[0]
 
     yield open_store

@@ -17,58 +17,18 @@ import pytest
 
 from mii_hcache.errors import ConfigError, CorruptChunkError
 from mii_hcache.storage import pyspdk
-from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader, seal
 from mii_hcache.storage.native import why_not_built
 from mii_hcache.storage.nvme import NvmeAddress, NvmeFile
 from mii_hcache.storage.slots import SlotPool
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.superblock import Superblock, describe_block
-from tests.storage.storage_kit import PAUSE_S, SLOT_BYTES, SPAN_DISK_BYTES, holds, make_record, put, wait_until_here
+from tests.storage.namespace_kit import REGION_BYTES, Site
+from tests.storage.storage_kit import PAUSE_S, SLOT_BYTES, holds, make_record, put, wait_until_here
 
 pytestmark = pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built()))
 
 ROOT = Path(__file__).resolve().parents[2]
-REGION_BYTES = 1 << 20
-
-
-class Site:
-    """A state directory, and a file as the namespace that it keeps its segments on."""
-
-    def __init__(self, path: Path, num_bytes: int = 20 << 20, words: str = "") -> None:
-        self.image, self.state = path / "namespace.img", path / "state"
-        with self.image.open("wb") as file:
-            file.truncate(num_bytes)
-        self.trid = f"trtype:FAKE traddr:{self.image}{words}"
-        self._open: list[StateDir | FileStore] = []
-
-    def format(self, *words: str) -> int:
-        return pyspdk.main(["format", "--trid", self.trid, "--state-dir", str(self.state), "--region-mib", "1", *words])
-
-    def open(self, capacity_bytes: int = 100 * SPAN_DISK_BYTES, **options) -> FileStore:
-        self.close()
-        self._open = [StateDir(self.state)]
-        self._open.append(store := FileStore(self._open[0], capacity_bytes, **options))
-        return store
-
-    def close(self) -> None:
-        while self._open:
-            self._open.pop().close()
-
-    def block(self, number: int) -> bytes:
-        return self.image.read_bytes()[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-
-    def overwrite(self, offset: int, content: bytes) -> None:
-        with self.image.open("r+b") as file:
-            file.seek(offset)
-            file.write(content)
-
-
-@pytest.fixture
-def site(tmp_path):
-    site = Site(tmp_path)
-    yield site
-    site.close()
 
 
 def test_a_blank_namespace_is_formatted_and_filled(site, capsys):

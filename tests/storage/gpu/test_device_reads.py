@@ -49,7 +49,7 @@ def counts(store: FileStore) -> tuple[int, int]:
 
 
 def segment_of(store: FileStore) -> Path:
-    (path,) = (store._segments._directory).glob("*.seg")
+    (path,) = store._state_dir.segments.glob("*.seg")
     return path
 
 
