@@ -10,7 +10,7 @@ from mii_hcache.storage.drafts import RowWrite, SpanDraft
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.native import why_no_uring
 from mii_hcache.storage.state_dir import StateDir
-from tests.storage.storage_kit import MIXED, SPAN_DISK_BYTES, holds, make_chunks, make_record, put
+from tests.storage.storage_kit import MIXED, SPAN_DISK_BYTES, holds, make_chunks, make_record, put, wait_until_here
 
 WHY_NO_URING = why_no_uring()
 IO = ["threads", pytest.param("uring", marks=pytest.mark.skipif(WHY_NO_URING is not None, reason=str(WHY_NO_URING)))]
@@ -131,6 +131,7 @@ def test_a_header_that_cannot_be_written_costs_the_span_and_no_room(reopen, monk
         with pytest.raises(OSError, match="the device is gone"):
             store.drafts.publish(draft, record, make_chunks(record))
     assert store.find(record.span_id) is None
+    wait_until_here(store)
     assert put(store, record) and holds(store, record)
     assert store.disk_bytes <= 2 * SPAN_DISK_BYTES
 
