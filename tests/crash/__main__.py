@@ -14,7 +14,6 @@ from tests.crash.campaign import Plan, run_campaign, say_progress
 from tests.crash.case import Case
 from tests.crash.kinds import KINDS
 from tests.crash.mutations import MUTATIONS
-from tests.crash.opened import takes_many_paths
 
 _EPILOG = """\
 A case is one store with one kind of trouble, made from --seed and its number. Every chunk that a store serves is
@@ -57,13 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # a damaged store warns a great deal
     ios = args.io.split(",") if args.io else ["threads"] + ([] if why_no_uring() else ["uring"])
-    paths = [int(num) for num in args.paths.split(",")] if args.paths else [1] + ([2] if takes_many_paths() else [])
+    paths = [int(num) for num in args.paths.split(",")] if args.paths else [1, 2]
     kinds = args.kinds.split(",")
     unknown = set(kinds) - KINDS.keys()
     if unknown:
         parser.error(f"no such kind: {', '.join(sorted(unknown))}")
-    if max(paths) > 1 and not takes_many_paths():
-        parser.error("--paths 2 wants an open_state that takes several directories")
     plan = Plan(
         kinds=kinds,
         ios=ios,

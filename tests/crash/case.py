@@ -80,6 +80,8 @@ class Case:
             io=self.io,
             capacity_bytes=tight_bytes * self.num_paths if is_tight else ROOMY_BYTES,
             segment_bytes=self.rng.choice([100_000, 400_000]) if scale == "small" else 4 << 20,
+            # a defect is looked for where most is promised
+            durability="strict" if self.mutate else self.rng.choice(["strict", "relaxed"]),
             **more,
         )
 

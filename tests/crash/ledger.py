@@ -27,9 +27,15 @@ class Ledger:
     ) -> None:
         """`is_tiered`: what files refused lives on in DRAM until the end, and is not tried again."""
         self.names = range(1, num_names + 1)
+        self._unsure: set[int] = set()
+        """May be found, and even be put anew in vain, and turn out damaged when read: since a power cut that cost what
+        was flushed."""
         self.may_vanish, self.is_faulty, self.is_tiered = may_vanish, is_faulty, is_tiered
         self.has_holes = False
         """Whether spans that are found may turn out damaged, as after a power cut."""
+        self.outlives_power = True
+        """Whether what was flushed outlives the next death: not a power cut when durability is `relaxed`. Deletions
+        do always."""
         self.num_threads = num_threads
         self.now: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
         self.crash: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
@@ -39,7 +45,10 @@ class Ledger:
         self.texts: set[int] = set()
         self._remembered: set[int] = set()
         self.promised_texts: set[int] = set()
+        self._removed: set[int] = set()
+        """Deleted by somebody, and not put since."""
         self._at_flush: dict[int, dict[int, set[int]]] = {}
+        self._removed_at_flush: dict[int, set[int]] = {}
         self._texts_at_flush: dict[int, set[int]] = {}
         self.num_promises = 0
         """How often something had to be there, or had to be gone, and was looked for."""
@@ -59,7 +68,8 @@ class Ledger:
 
     def after_crash(self, name: int) -> set[int]:
         """What may be found of a name after a death now."""
-        return self.crash[name] | ({ABSENT} if self.may_vanish and name not in self.held else set())
+        may_be_absent = not self.outlives_power or (self.may_vanish and name not in self.held)
+        return self.crash[name] | ({ABSENT} if may_be_absent else set())
 
     def restart(self, found: dict[int, int] | None) -> None:
         """The process died; `found` is what was there afterwards, None when nobody looked."""
@@ -67,6 +77,7 @@ class Ledger:
             left = self.after_crash(name) if found is None else {found[name]}
             self.now[name], self.crash[name] = set(left), set(left)
         self.held.clear()
+        self._unsure = set() if self.outlives_power else set(self.names)
         self._remembered = set(self.promised_texts)
         self._at_flush.clear()
         self._texts_at_flush.clear()
@@ -90,7 +101,7 @@ class Ledger:
         return [name for name in self.names if name % self.num_threads == thread]
 
     def _may_be_absent(self, name: int) -> bool:
-        return ABSENT in self.now[name] or (self.may_vanish and name not in self.held)
+        return ABSENT in self.now[name] or name in self._unsure or (self.may_vanish and name not in self.held)
 
     def _opened(self) -> None:
         pass
@@ -98,6 +109,7 @@ class Ledger:
     def _put(self, name: int, version: int) -> None:
         self.crash[name].add(version)
         self.ever[name].add(version)
+        self._removed.discard(name)
 
     def _accepted(self, name: int, version: int) -> None:
         there = self.now[name] - {ABSENT}
@@ -118,11 +130,14 @@ class Ledger:
     def _deleted(self, name: int) -> None:
         self.now[name] = {ABSENT}
         self.held.discard(name)
+        self._unsure.discard(name)
+        self._removed.add(name)
 
     def _found(self, name: int, version: int) -> None:
         if version not in self.now[name]:
             raise Broken(f"span {name} reads as version {version}, not as one of {sorted(self.now[name])}")
         self.now[name] = {version}
+        self._unsure.discard(name)
 
     def _gone(self, name: int) -> None:
         if not self._may_be_absent(name):
@@ -144,13 +159,17 @@ class Ledger:
 
     def _flush(self, thread: int) -> None:
         self._at_flush[thread] = {name: set(self.now[name]) for name in self._own(thread)}
+        self._removed_at_flush[thread] = set(self._removed)
         self._texts_at_flush[thread] = set(self._remembered)
 
     def _flushed(self, thread: int) -> None:
         if not self.is_faulty:
             for name, versions in self._at_flush[thread].items():
                 # Held since a moment ago, or evicted since: what was seen last is what the flush had.
-                self.crash[name] = set(versions)
+                if self.outlives_power or name in self._removed_at_flush[thread]:
+                    self.crash[name] = set(versions)
+                else:  # evicted, it may come back; put, it may be lost
+                    self.crash[name] |= versions
                 if self.may_vanish and name not in self.held:
                     self.crash[name].add(ABSENT)
             self.promised_texts |= self._texts_at_flush[thread]

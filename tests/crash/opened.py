@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mii_hcache.storage.base import ChunkStore
@@ -29,6 +27,7 @@ class StoreSpec:
     """Of the tier in front; 0 for none."""
     segment_bytes: int = 200_000
     flush_interval_s: float | None = 0.005
+    durability: str = "strict"
 
     def moved_to(self, root: Path) -> StoreSpec:
         """The same store, its paths moved into another directory."""
@@ -59,22 +58,13 @@ def file_stores(store: Any) -> list[Any]:
     return list(getattr(store, "stores", [])) if inner is None else file_stores(inner)
 
 
-@cache
-def takes_many_paths() -> bool:
-    """Whether `open_state` stripes over several directories."""
-    with TemporaryDirectory() as home:
-        try:
-            open_state([f"{home}/a", f"{home}/b"], 1 << 20, 0, io="threads").close()  # type: ignore[arg-type]
-        except TypeError:
-            return False
-    return True
-
-
 def open_store(spec: StoreSpec) -> OpenedStore:
     """One path: the file store itself, with small segments and a quick pulse. Several: what `open_state` makes of
     them. Raises what opening raises."""
     if len(spec.paths) > 1:
-        state = open_state(list(spec.paths), spec.capacity_bytes, spec.dram_bytes, io=spec.io)  # type: ignore[arg-type]
+        state = open_state(
+            list(spec.paths), spec.capacity_bytes, spec.dram_bytes, io=spec.io, durability=spec.durability
+        )
         undo = ExitStack()
         undo.callback(state.close)
         return OpenedStore(store=state.store, transcripts=state.transcripts, notes=list(state.notes), undo=undo)
@@ -87,6 +77,7 @@ def open_store(spec: StoreSpec) -> OpenedStore:
             segment_bytes=spec.segment_bytes,
             flush_interval_s=spec.flush_interval_s,
             io=spec.io,
+            durability=spec.durability,
         )
         stack.callback(file.close)
         transcripts = Transcripts(state_dir.transcripts)

@@ -141,6 +141,7 @@ def test_a_segment_that_was_not_made_known_to_its_directory_is_made_anew(file_ki
         patch.setattr("mii_hcache.storage.segment.sync_dir", broken)
         assert not put(store, make_record("a"))
     assert not list((file_kit.path / "segments").iterdir())
+    wait_until_here(store)
     assert put(store, make_record("a"))
     store = file_kit.open()
     assert holds(store, make_record("a"))

@@ -23,6 +23,7 @@ def run(case: Case) -> None:
     is_tight, num_threads = rng.random() < 0.5, rng.choice([1, 3])
     spec = case.spec(is_tight=is_tight, scale=scale)
     ledger = Ledger(24, num_threads, may_vanish=is_tight)
+    ledger.outlives_power = spec.durability == "strict"
     home, base = case.root / "home", None
     home.mkdir()
     spec = spec.moved_to(home)

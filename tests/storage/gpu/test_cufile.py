@@ -101,15 +101,15 @@ def test_the_choice_is_explained(fakes, monkeypatch, tmp_path):
     fakes.cufile["nvfs"] = 2
     assert "nvidia-fs 2.17" in open_io.choose_io("cufile")[1]
     monkeypatch.setenv("MII_HCACHE_IO", "cufile")
-    findings = {name: check() for name, check in state_checks.state_checks(tmp_path)}
+    findings = {name: check() for name, check in state_checks.state_checks([tmp_path])}
     assert findings["I/O"].state == "ok" and findings["I/O"].reason.startswith("cufile: asked for")
     found = findings["cuFile"]
     assert (found.state, found.advice) == ("ok", "--io cufile")
     assert found.reason.startswith("Fake GPU: nvidia-fs 2.17") and "never ran it on a GPU" in found.reason
     fakes.cufile["flip_at"] = 3
-    assert "bytes wrong" in dict(state_checks.state_checks(tmp_path))["cuFile"]().reason
+    assert "bytes wrong" in dict(state_checks.state_checks([tmp_path]))["cuFile"]().reason
     fakes.cuda["gpus"] = 0
-    assert dict(state_checks.state_checks(tmp_path))["cuFile"]().reason.startswith("there is no GPU; ")
+    assert dict(state_checks.state_checks([tmp_path]))["cuFile"]().reason.startswith("there is no GPU; ")
     with pytest.raises(ConfigError, match="io: cufile cannot be had, there is no GPU; choose auto"):
         open_io.open_io("cufile")
     fakes.cuda["gpus"] = 1
