@@ -288,7 +288,8 @@ void a_device_that_was_called_back_is_of_use_again() {
     }
 }
 
-void what_lands_in_time_after_a_call_back_costs_nobody_else_anything() {
+/// False when what was called back landed too late, as on a machine that is busy.
+bool lands_in_time() {
     Rig rig;
     rig.disk->held = true;
     rig.open();
@@ -296,13 +297,22 @@ void what_lands_in_time_after_a_call_back_costs_nobody_else_anything() {
     const io::Transfer first = rig.device->submit({{Op::read, rig.target, 0, data.data(), data.size()}});
     CHECK(!first.wait(0, 20ms).has_value());
     rig.device->cancel();
+    rig.device->run([](io::Queue&) {});  // what is submitted from here on was not meant
     rig.disk->held = false;
-    CHECK(first.wait(0, 20s) == 512);
+    const auto result = first.wait(0, 20s);
+    if (result == -ECANCELED) return false;
+    CHECK(result == 512);
     rig.disk->held = true;
     const io::Transfer second = rig.device->submit({{Op::read, rig.target, 0, later.data(), later.size()}});
     CHECK(!second.wait(0, 400ms).has_value());
     rig.disk->held = false;
     CHECK(second.wait(0, 20s) == 512);
+    return true;
+}
+
+void what_lands_in_time_after_a_call_back_costs_nobody_else_anything() {
+    unsigned num_tries = 0;
+    while (!lands_in_time()) CHECK(++num_tries < 20);
 }
 
 void closing_ends_a_device_that_stalls() {
