@@ -19,7 +19,7 @@ from mii_hcache.core.identity import ID_BYTES, SpanId
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.errors import CorruptChunkError
 from mii_hcache.storage.base import SpanRecord
-from mii_hcache.storage.database import Database
+from mii_hcache.storage.database import MAX_COUNT, Database
 from mii_hcache.storage.format import FORMAT_VERSION, UUID_BYTES, pack_kinds, parse_kinds
 from mii_hcache.storage.slots import MAX_SEGMENT, MAX_SLOTS, Places, SlotSet
 from mii_hcache.storage.state_dir import new_store_uuid
@@ -40,8 +40,6 @@ _COLUMNS = (
 _INSERT = "INSERT OR REPLACE INTO span VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _CHUNK = struct.Struct("<III")
 _FIXED = struct.Struct("<10q")
-_MAX_COUNT = 1 << 62
-"""Counts above are not believed: generations and ticks that are counted on from must still fit SQLite's integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +208,7 @@ def _parse(values: tuple[Any, ...]) -> SpanRow:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value <= _MAX_COUNT
+    return isinstance(value, int) and 0 <= value <= MAX_COUNT
 
 
 @lru_cache(maxsize=1024)

@@ -15,6 +15,9 @@ from mii_hcache.storage.state_dir import open_private, sync_dir
 _log = logging.getLogger(__name__)
 _NOT_THE_FILE = ("disk I/O error", "unable to open database file", "database or disk is full")
 
+MAX_COUNT = 1 << 62
+"""Counts above are not believed: generations and ticks that are counted on from must still fit SQLite's integers."""
+
 
 class Database:
     """One connection in WAL mode. Opening makes the file when there is none, and blocks on I/O.

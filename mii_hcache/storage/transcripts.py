@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from mii_hcache.core.identity import pack_tokens, unpack_tokens
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.database import Database
+from mii_hcache.storage.database import MAX_COUNT, Database
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.recency import Recency
 from mii_hcache.storage.rolling import RollingText
@@ -287,8 +287,10 @@ class Transcripts:
         rows = []
         for values in connection.execute("SELECT * FROM transcript"):
             types = tuple(type(value) for value in values)
-            if types not in (_TYPES, (*_TYPES[:3], type(None), *_TYPES[4:])) or values[2] < 0 or values[4] < 0:
+            if types not in (_TYPES, (*_TYPES[:3], type(None), *_TYPES[4:])):
                 raise CorruptChunkError("a row is malformed")
+            if not all(0 <= number <= MAX_COUNT for number in (values[2], values[4], values[7])):
+                raise CorruptChunkError("a row has impossible numbers")
             key, anchor, num_chars, parent, num_kept, delta, seal, last_used = values
             row = _Row(
                 key=key, anchor=anchor, num_chars=num_chars, parent=parent, num_kept=num_kept, delta=delta, seal=seal

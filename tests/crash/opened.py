@@ -78,6 +78,7 @@ def open_store(spec: StoreSpec) -> OpenedStore:
             flush_interval_s=spec.flush_interval_s,
             io=spec.io,
             durability=spec.durability,
+            first_pause_s=0.02,
         )
         stack.callback(file.close)
         transcripts = Transcripts(state_dir.transcripts)

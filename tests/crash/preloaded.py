@@ -85,6 +85,9 @@ class Device:
             os.unlink(self._what["ballast"])
         for file in file_stores(opened.store):
             file._room._full_until_s = 0.0  # as after a few seconds
+            deadline_s = time.monotonic() + 60.0
+            while not file.presence.is_here and time.monotonic() < deadline_s:
+                time.sleep(0.01)
         return True
 
     @property

@@ -26,6 +26,8 @@ def run(case: Case) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise Unavailable(str(error)) from None
+    if case.num_paths > 1:
+        raise Unavailable("faults and damage are for one directory here; tests/engine/test_stripes.py has two")
     rng = case.rng
     paths = [case.root / f"state{idx}" for idx in range(case.num_paths)]
     method, dram_bytes = rng.choice(["hidden", "kv"]), rng.choice([0, 1 << 20])
