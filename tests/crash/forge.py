@@ -169,7 +169,8 @@ def _anything(value: Any, rng: random.Random) -> Any:
     if rng.random() < 0.3:
         return rng.choice([None, 0, 1.5, "text", b"", bytes(32), b"\xff" * 36, *_LIMITS])
     if isinstance(value, int):
-        return rng.choice([*_LIMITS, value + 1, value - 1, value + 4096, value ^ (1 << rng.randrange(40))])
+        near = rng.choice([*_LIMITS, value + 1, value - 1, value + 4096, value ^ (1 << rng.randrange(40))])
+        return max(-(1 << 63), min((1 << 63) - 1, near))  # SQLite holds no more
     if isinstance(value, bytes) and value:
         changed = bytearray(value)
         match rng.randrange(4):
