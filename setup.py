@@ -89,7 +89,7 @@ class BuildNative(build_ext):
 
 parts = ["csrc/io", "csrc/gpu", "csrc/cufile", "csrc/spdk", "csrc/python"]
 sources = ["csrc/bindings.cpp", *(path for part in parts for path in sorted(glob(f"{part}/*.cpp")))]
-headers = sorted(glob("csrc/*/*.hpp") + glob("csrc/*/*.cuh"))
+headers = sorted(glob("csrc/*/*.hpp") + glob("csrc/*/*.cu*"))
 spdk_compile, spdk_link = spdk_flags()
 setup(
     ext_modules=[

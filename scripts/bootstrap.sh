@@ -39,7 +39,7 @@ inputs_hash() {
     # the place is part of it: a moved checkout has to be installed anew
     {
         printf '%s\n' "$root" "$venv" "$device"
-        cat "$constraints" "$root/pyproject.toml" "$root/setup.py" "$root/scripts/bootstrap.sh" "$root"/csrc/*.cpp "$root"/csrc/*/*.?pp
+        cat "$constraints" "$root/pyproject.toml" "$root/setup.py" "$root/scripts/bootstrap.sh" "$root"/csrc/*.cpp "$root"/csrc/*/*.?pp "$root"/csrc/*/*.cu*
     } | sha256sum | cut -d ' ' -f 1
 }
 python_minor() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }

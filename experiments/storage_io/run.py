@@ -79,7 +79,7 @@ def main() -> None:
     chunk_bytes = values.chunk_kib << 10
     file_bytes = (values.mib << 20) // 2 // chunk_bytes * chunk_bytes
     about = machine() | {
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "file_system": filesystem_of(values.dir),
         "chunk_bytes": chunk_bytes,
         "queue_depth": QUEUE_DEPTH,

@@ -46,9 +46,9 @@ class CostEstimate:
         self._penalties: dict[str, _Penalty] = {}
 
     def cost(self, tiers: Sequence[str], now_s: float) -> LayerCost:
-        """What a layer costs when its spans lie in these tiers (with repetitions: one for each span); unknown tiers
-        count as the first. Factors come in steps of 5 %, so that plans can be remembered."""
-        known = [tier if tier in self._tiers else self._first for tier in tiers] or [self._first]
+        """What a layer costs when its spans lie in these tiers (with repetitions: one for each span); unknown tiers, as
+        those of spans that are nowhere, weigh nothing. Factors are in steps of 5 %, so that plans can be remembered."""
+        known = [tier for tier in tiers if tier in self._tiers] or [self._first]
         weights = {tier: known.count(tier) / len(known) for tier in dict.fromkeys(known)}
         factors = {tier: _stepped(self._io[tier] * self.penalty(tier, now_s)) for tier in weights}
 

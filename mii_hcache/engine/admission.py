@@ -197,6 +197,8 @@ class Admission:
         else:
             lookup = self._policy.find(self._store, job.spans(), max_tokens=max_reused)
         found = self.residents.best(job.seed, job.token_ids, max_reused)
+        if found is not None and found[1] > SPAN_TOKENS * lookup.num_unbroken:
+            lookup = lookup.unbroken()  # the resident holds what would have to be computed
         if found is not None and found[1] < lookup.num_tokens:
             found = None
         num_resident = found[1] if found is not None else 0

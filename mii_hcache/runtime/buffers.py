@@ -18,7 +18,10 @@ def host_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised host memory, pinned where there is a GPU to copy from, and aligned as O_DIRECT wants it: chunks go
     between it and the disk without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = torch.empty(num_bytes + _ALIGN_BYTES, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    is_pinned = torch.cuda.is_available()
+    memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+    if memory.data_ptr() % _ALIGN_BYTES:  # large pinned memory is aligned, and a page more would double it
+        memory = torch.empty(num_bytes + _ALIGN_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
     start = -memory.data_ptr() % _ALIGN_BYTES
     return memory[start : start + num_bytes].view(dtype).view(shape)
 

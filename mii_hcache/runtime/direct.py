@@ -74,21 +74,20 @@ class DirectWriter(SnapshotSink):
 
     def _write_rows(self, drafts: FileDrafts, copies: Iterable[RowCopy]) -> None:
         """Write the rows of a step. When that fails, their spans are put whole once they are."""
+        copies = list(copies)
         rows: list[RowWrite] = []
-        spans: list[OpenSpan] = []
         try:
             for copy in copies:
                 draft = self._draft_of(drafts, copy)
                 if draft is not None:
-                    spans.append(copy.target)
                     rows += self._rows_of(draft, copy)
             if rows:
                 drafts.write(rows)
         except Exception:
             _log.exception("rows of a step could not be written")
             self._counters.add("save_errors_total")
-            for span in spans:
-                self.forget(span)
+            for copy in copies:
+                self.forget(copy.target)
 
     def _draft_of(self, drafts: FileDrafts, copy: RowCopy) -> SpanDraft | None:
         span = copy.target

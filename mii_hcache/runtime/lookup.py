@@ -74,6 +74,7 @@ def look_up(
 
 
 def given_up(store: ChunkStore, records: Sequence[SpanRecord]) -> frozenset[SpanId]:
-    """Those of a lookup's spans that the store lacks by its own choice, not because they were damaged or deleted."""
+    """Those of a lookup's spans that the store evicted: saved anew they would be the next to go. `not_saved` is no
+    choice of its: rows were dropped, a disk is missing, or the reason was forgotten at a restart."""
     lacking = (record.span_id for record in records if not record.layout.num_chunks)
-    return frozenset(span_id for span_id in lacking if store.why_missing(span_id) in ("evicted", "not_saved"))
+    return frozenset(span_id for span_id in lacking if store.why_missing(span_id) == "evicted")

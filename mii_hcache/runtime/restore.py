@@ -110,13 +110,15 @@ class Restore:
         self._reads: deque[_Read] = deque()
         self._records = list(records)
         self._span_ids = [record.span_id for record in records]
+        self._saved_ids = [record.span_id for record in records if record.layout.num_chunks]
+        """Without those of gaps: others may save and pin them meanwhile."""
         self._is_open = True
         store = restorer.store
         self._tiers = [store.tier_of(span_id) or store.name for span_id in self._span_ids]
         self.outcome = RestoreOutcome()
         self.timeline = RestoreTimeline()
-        store.touch(self._span_ids)
-        store.pin(self._span_ids)
+        store.touch(self._saved_ids)
+        store.pin(self._saved_ids)
         restorer.num_open += 1
 
     @property
@@ -171,7 +173,7 @@ class Restore:
         self._restorer.num_open -= 1
         while self._reads:
             self._let_go(self._reads.popleft())
-        self._restorer.store.unpin(self._span_ids)
+        self._restorer.store.unpin(self._saved_ids)
 
     def _finish(self) -> None:
         self.cancel()

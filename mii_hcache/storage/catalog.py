@@ -70,7 +70,7 @@ class Catalog:
         self._last_generation = 0
         self.is_new = not path.exists()
         """Whether there was no catalog to open."""
-        self.has_undurable = False
+        self.has_undurable = True  # what a killed process left in SQLite's log may not be synced
         """Whether a power cut may still undo the last transactions: the next durable one makes them so."""
         self._database = Database(
             path, schema=_SCHEMA, application_id=_APPLICATION_ID, version=FORMAT_VERSION, load=self._load

@@ -45,7 +45,16 @@ class Commits:
         self.room = Room(index, segments, lambda: self.run(publish=False), watermarks)
         self._lock = threading.Lock()
         self._ticks_due_s = self._relief_due_s = 0.0
+        self._must_last = False
+        self._unsafe_before: dict[int, int] = {}
+        """By segment: spans of smaller generations may have lost bytes to a sync that failed, which the disk's cache
+        still shows."""
         self._trouble = Trouble(_log)
+
+    def deletions_must_last(self) -> None:
+        """Somebody deleted: the next transaction outlives a power cut, and all before it, for what was deleted may have
+        been evicted by one that does not."""
+        self._must_last = True
 
     def run(self, *, publish: bool, is_last: bool = False) -> bool:
         """One transaction: deletions, with `publish` also waiting spans; with `is_last` everything. False when the
@@ -80,8 +89,10 @@ class Commits:
         work = self._index.take_work(publish=publish, ticks=ticks)
         written = {place.segment for span in work.add for place in span.places} if self._is_strict else set()
         failed = self._segments.sync(written)
+        for number in failed:
+            self._unsafe_before[number] = self._index.next_generation()
         for span in work.add:
-            if any(place.segment in failed for place in span.places):
+            if any(span.generation < self._unsafe_before.get(place.segment, 0) for place in span.places):
                 self._index.remove_exactly(span, "evicted")
                 self._index.count_drop()
         for sync_error in failed.values():
@@ -89,12 +100,17 @@ class Commits:
                 self._presence.failed(sync_error)
         rows = self._index.rows_of(work)
         drop = [(span.record.span_id, span.generation) for span in work.drop]
+        must_last, self._must_last = self._must_last, False
+        is_owed = self._catalog.has_undurable and (must_last or (publish and self._is_strict))
         try:
-            if rows or drop or work.used or (publish and self._is_strict and self._catalog.has_undurable):
-                durable = (publish and self._is_strict) or any(span.erase for span in work.drop)
+            if rows or drop or work.used or is_owed:
+                durable = must_last or (publish and self._is_strict) or any(span.erase for span in work.drop)
                 self._catalog.commit(add=rows, drop=drop, used=work.used, durable=durable)
         except sqlite3.Error as error:
             self._index.work_failed(work)
+            self._must_last |= must_last
+            if ticks:
+                self._ticks_due_s = 0.0
             return error
         self._index.work_done(work)
         return None

@@ -199,8 +199,11 @@ class _Window:
                 raise CorruptChunkError("wrong checksum")
         except StaleSlotError:
             return "missing"
-        except (CorruptChunkError, OSError):
+        except CorruptChunkError:
             return "corrupt"
+        except OSError as error:
+            _log.warning("a chunk cannot be read now: %s", error)
+            return "unavailable"
         try:
             self._device.copy_in(self._reads[idx].address, buffer)
         except OSError as error:

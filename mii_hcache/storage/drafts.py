@@ -65,7 +65,7 @@ class FileDrafts:
 
     def begin(self, layout: SpanLayout) -> SpanDraft | None:
         """Take room, evicting as `put` does. None when there is none, or the disk is away."""
-        with self._index.operation() as is_open:
+        with self._index.operation() as is_open, self._presence.operation():
             places = self._room.reserve(layout) if is_open and self._presence.is_here else None
         return None if places is None else SpanDraft(layout=layout, places=places)
 

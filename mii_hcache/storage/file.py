@@ -246,7 +246,8 @@ class FileStore(ChunkStore):
 
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         num_deleted = self._index.remove(span_ids, "deleted")
-        if num_deleted and self._pulse is not None:
+        self._commits.deletions_must_last()
+        if self._pulse is not None:
             self._pulse.poke()
         return num_deleted
 
@@ -350,8 +351,9 @@ class FileStore(ChunkStore):
         is_corrupt = reason == "corrupt"
         with self._index.lock:
             self._index.counters.corrupt_chunks += is_corrupt
+        places = span.places  # which it may lose when it goes
         if self._index.remove_exactly(span, "corrupt" if is_corrupt else "evicted"):
-            segment, slot = span.places[chunk_idx]
+            segment, slot = places[chunk_idx] if places else (0, 0)
             _log.warning(
                 "file: chunk %d of span %s is %s (segment %d, slot %d); span forgotten",
                 *(chunk_idx, span.record.span_id.hex()[:16], reason, segment, slot),

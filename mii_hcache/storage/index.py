@@ -190,6 +190,10 @@ class FileIndex:
     def remove(self, span_ids: Iterable[SpanId], reason: str) -> int:
         """Make spans unreadable; how many were there."""
         with self.lock:
+            span_ids = set(span_ids)
+            if reason == "deleted":  # what was evicted a moment ago is to leave the disk, too
+                for span in self._dead:
+                    span.erase |= span.record.span_id in span_ids
             return sum(self._remove(self._spans[span_id], reason) for span_id in span_ids if span_id in self._spans)
 
     def remove_exactly(self, span: HeldSpan, reason: str) -> bool:
@@ -271,6 +275,7 @@ class FileIndex:
             for span in work.add:
                 if span.alive:
                     self._waiting[span.record.span_id] = span
+            self._order.note_moved(key for key, _ in work.used)
 
     def count_drop(self, *, is_unavailable: bool = False) -> None:
         """Count a put that was dropped; `is_unavailable`: because the device failed or was away."""

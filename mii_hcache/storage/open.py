@@ -61,6 +61,12 @@ class OpenedState:
             self.state_dir.close()
 
 
+def _let_go(state_dir: StateDir, file: FileStore) -> None:
+    """Unlock a directory, unless its disk hangs: what is written there late would hit another owner."""
+    if file.has_ended:
+        state_dir.close()
+
+
 def open_state(
     directory: Directories | None,
     capacity_bytes: int,
@@ -107,8 +113,12 @@ def open_state(
             home = stripes.seats[0].path if file.paths[0].store is not None else None
         else:
             state_dir = StateDir(paths[0])
-            undo.callback(state_dir.close)
-            file = FileStore(state_dir, capacity_bytes, **settings)
+            try:
+                file = FileStore(state_dir, capacity_bytes, **settings)
+            except BaseException:
+                state_dir.close()
+                raise
+            undo.callback(_let_go, state_dir, file)
             present, home = (paths[0],), paths[0]
         undo.callback(file.close)
         transcripts = Transcripts(None if home is None else home / TRANSCRIPTS_FILE)
@@ -118,7 +128,8 @@ def open_state(
             store = TieredStore(MemoryStore(dram_capacity_bytes, evict=evict), file, deadline_s=deadline_s)
         pins = Pins(None if home is None else home / PINS_FILE, file, store.flush)
         undo.callback(pins.close)
-        expiry = None if expire_after_s is None else Expiry(store, transcripts, expire_after_s)
+        # without the directory that keeps the pins nobody knows what must stay
+        expiry = None if expire_after_s is None or home is None else Expiry(store, transcripts, expire_after_s)
         undo.pop_all()
     notes = [*stripes.notes, *file.notes, *(note for note in (transcripts.note, pins.note) if note)]
     if home is None:

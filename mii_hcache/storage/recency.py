@@ -91,6 +91,10 @@ class Recency:
         self._moved.clear()
         return moved
 
+    def note_moved(self, keys: Iterable[bytes]) -> None:
+        """What `take_moved` gave was not written."""
+        self._moved.update(key for key in keys if key in self._order)
+
     def pin(self, keys: Iterable[bytes]) -> None:
         """Keep keys out of `victims` and `unused_since`; counted."""
         for key in keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,9 +113,11 @@ class Room:
     def erase(self, places: list[Place]) -> None:
         """Give taken places back: their bytes to the disk where it can, else as free slots."""
         if places:
-            self._can_punch = self._can_punch and self._segments.punch(places)
+            is_blank = False
+            with contextlib.suppress(OSError):  # this time; it says nothing about what the file system can do
+                is_blank = self._can_punch = self._can_punch and self._segments.punch(places)
             with self._index.lock:
-                self._index.pool.give(places, blank=self._can_punch)
+                self._index.pool.give(places, blank=is_blank)
 
     def give_back(self, places: list[Place]) -> None:
         """Give taken places back as free slots."""
@@ -133,10 +136,11 @@ class Room:
         with self._index.lock:
             relief_bytes = min(_RELIEF_BYTES, self._index.pool.disk_bytes // 16)
         self._index.evict(relief_bytes)
-        if self._segments.punch(self._index.dead_places()):
-            with self._index.lock:
-                free = self._index.pool.take_all_free()
-            self.erase(free)
+        with contextlib.suppress(OSError):
+            if self._segments.punch(self._index.dead_places()):
+                with self._index.lock:
+                    free = self._index.pool.take_all_free()
+                self.erase(free)
 
     def shrink(self) -> None:
         """Give all free bytes back to the disk, and evict until the files fit the capacity. For opening: no other

@@ -83,8 +83,11 @@ class SegmentFile(Segment):
         fd = self._file.fd
         offset, length = ctypes.c_longlong(self._offset(slot)), ctypes.c_longlong(self.header.slot_bytes)
         while _libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length) != 0:
-            if ctypes.get_errno() != errno.EINTR:
+            number = ctypes.get_errno()
+            if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
                 return False
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number), str(self.path))
         return True
 
     def unlink(self) -> None:

@@ -50,7 +50,8 @@ class Segment(ABC):
 
     @abstractmethod
     def punch(self, slot: int) -> bool:
-        """Give a slot's bytes back; it reads as zeros. False when that cannot be had here."""
+        """Give a slot's bytes back; it reads as zeros. False when that cannot be had here. Raises OSError when it only
+        failed this time."""
 
     @abstractmethod
     def unlink(self) -> None:

@@ -67,7 +67,7 @@ class Segments:
         return self._files[place.segment].where(place.slot)
 
     def punch(self, places: Iterable[Place]) -> bool:
-        """Give the places' bytes back to the disk. False when that cannot be had."""
+        """Give the places' bytes back to the disk. False when that cannot be had. Raises OSError."""
         return all(self._files[number].punch(slot) for number, slot in places)
 
     def sync(self, numbers: Iterable[int]) -> dict[int, OSError]:

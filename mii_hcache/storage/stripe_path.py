@@ -94,7 +94,8 @@ class StripePath:
         self._on_open(store)  # what happened between that and this
         if not is_wanted:
             store.close()
-            state_dir.close()
+            if store.has_ended:
+                state_dir.close()
         elif self._looked.is_set():
             _log.warning("%s is back; what lies there can be restored again", self.path)
         self._looked.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -53,6 +53,9 @@ class StripedStore(ChunkStore):
         """Puts for which there was no path at all."""
         self._deleted: OrderedDict[SpanId, None] = OrderedDict()
         self._loss: Callable[[int], float] | None = None
+        self._pins: Counter[SpanId] = Counter()
+        self._told = set(self.stores)
+        """Stores that know of all pins; one that opens later is told of them then."""
 
     @property
     def stores(self) -> list[FileStore]:
@@ -74,6 +77,9 @@ class StripedStore(ChunkStore):
         """A path's store is there, maybe long after the others: tell it what it missed."""
         with self._placed:
             deleted, loss = list(self._deleted), self._loss
+            if store not in self._told:
+                self._told.add(store)
+                store.pin_always(self._pins.elements())
         store.delete(deleted)
         if loss is not None:
             store.weigh(loss)
@@ -156,18 +162,25 @@ class StripedStore(ChunkStore):
             store.touch(span_ids)
 
     def pin(self, span_ids: Iterable[SpanId]) -> None:
-        self.pin_always([span_id for span_id in span_ids if self._holder_of(span_id) is not None])
+        self.pin_always(span_ids)  # a path that is away now may be back when they are unpinned
 
     def pin_always(self, span_ids: Iterable[SpanId]) -> None:
         """See `FileStore.pin_always`."""
         span_ids = list(span_ids)
-        for store in self.stores:
-            store.pin_always(span_ids)
+        with self._placed:
+            self._pins.update(span_ids)
+            for store in self._told:
+                store.pin_always(span_ids)
 
     def unpin(self, span_ids: Iterable[SpanId]) -> None:
         span_ids = list(span_ids)
-        for store in self.stores:
-            store.unpin(span_ids)
+        with self._placed:
+            for span_id in span_ids:
+                self._pins[span_id] -= 1
+                if self._pins[span_id] <= 0:
+                    del self._pins[span_id]
+            for store in self._told:
+                store.unpin(span_ids)
 
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         span_ids = list(span_ids)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+
+if TYPE_CHECKING:
+    from mii_hcache.storage.drafts import FileDrafts
 
 
 class ThrottledStore(ChunkStore):
@@ -39,6 +43,13 @@ class ThrottledStore(ChunkStore):
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
         return self._inner.put(record, chunks)
+
+    def put_through(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
+        return self._inner.put_through(record, chunks)
+
+    @property
+    def drafts(self) -> FileDrafts | None:
+        return self._inner.drafts
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._inner.find(span_id)

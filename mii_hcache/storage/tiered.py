@@ -230,7 +230,7 @@ class TieredStore(ChunkStore):
             if self._closing:
                 self._memory.unpin([span_id])
                 return False  # nobody would write it
-            if span_id in self._to_write or span_id in self._claimed or self._file.find(span_id) is not None:
+            if span_id in self._to_write or self._file.find(span_id) is not None:
                 self._memory.unpin([span_id])  # another writer's copy has a pin of its own
             else:
                 self._to_write[span_id] = 0
@@ -265,7 +265,12 @@ class TieredStore(ChunkStore):
                 if queue is self._to_write:
                     self._write(span_id)
                 else:
-                    self._promoters.call(partial(self._copy_up, span_id), self._deadline_s)
+                    is_wanted = threading.Event()
+                    is_wanted.set()
+                    try:
+                        self._promoters.call(partial(self._copy_up, span_id, is_wanted.is_set), self._deadline_s)
+                    finally:
+                        is_wanted.clear()  # before the claim goes: who deletes no longer waits for a copy that hangs
             except StalledError as error:
                 _log.warning("a span could not be copied from files into memory (%s)", error)
             except Exception:
@@ -291,7 +296,7 @@ class TieredStore(ChunkStore):
                 chunks = [span.chunk(chunk_idx) for chunk_idx in range(span.record.layout.num_chunks)]
                 self._file.put_checked(span.record, chunks, span.crcs)
 
-    def _copy_up(self, span_id: SpanId) -> None:
+    def _copy_up(self, span_id: SpanId, is_wanted: Callable[[], bool]) -> None:
         record = self._file.find(span_id)
         if record is None or self._memory.find(span_id) is not None:
             return
@@ -300,5 +305,5 @@ class TieredStore(ChunkStore):
             ChunkRead(span_id=span_id, layer_idx=chunk.layer_idx, out=chunk.cut(buffer), kind=chunk.kind)
             for chunk in record.layout.chunks
         ]
-        if self._file.get_into(reads).num_ok == len(reads):
+        if self._file.get_into(reads).num_ok == len(reads) and is_wanted():
             self._memory.put(record, [read.out for read in reads])

@@ -15,7 +15,7 @@ from mii_hcache.tools.findings import Finding, find_out
 from mii_hcache.tools.machine_checks import machine_checks
 from mii_hcache.tools.nvme_checks import nvme_checks
 from mii_hcache.tools.progress import Progress
-from mii_hcache.tools.software_checks import not_built_checks, software_checks
+from mii_hcache.tools.software_checks import software_checks
 from mii_hcache.tools.state_checks import state_checks
 
 _DESCRIPTION = """\
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.show("looking around")
         findings += find_out(software_checks(options.model), essential=True)
         findings += find_out([*machine_checks(), *state_checks(directories)], essential=False)
-        findings += find_out([*nvme_checks(directories), *not_built_checks()], essential=False)
+        findings += find_out(nvme_checks(directories), essential=False)
     progress.clear()
     can_serve = not any(finding.prevents_serving for finding in findings)
     if options.json:

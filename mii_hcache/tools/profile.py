@@ -12,6 +12,7 @@ from pathlib import Path
 from mii_hcache.config import DTYPE_NAMES, HCacheConfig
 from mii_hcache.core.cost import LayerCost, MeasuredProfile
 from mii_hcache.core.geometry import ChunkKind, ModelGeometry
+from mii_hcache.errors import ConfigError
 from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
 from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.tools.directories import add_state_dir, chosen_dirs
@@ -41,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     directories = chosen_dirs(options.state_dir)
     if len(directories) > 1:
-        directories = [seat.path for seat in StripeSet.of([one.absolute() for one in directories]).seats]
+        seats = StripeSet.of([one.absolute() for one in directories]).seats
+        missing = [f"{seat.path}: {seat.why_missing}" for seat in seats if seat.why_missing is not None]
+        if missing:
+            raise ConfigError(f"not all directories of the set are there ({'; '.join(missing)})")
+        directories = [seat.path for seat in seats]
     progress = Progress()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
         profile, geometry = _measure(options, directories, progress)
@@ -69,6 +74,7 @@ def _measure(
             io_bytes=options.read_mib << 20,
             repeats=options.repeats,
             anew=True,
+            io=config.io,
             on_progress=progress.show,
         )
         return profile, loaded.engine.geometry

@@ -12,13 +12,10 @@ from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import default_method
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.machine import package_version
-from mii_hcache.tools.findings import Check, Finding, off, ok, problem
+from mii_hcache.tools.findings import Check, Finding, ok, problem
 
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "safetensors", "tokenizers", "crc32c")
 _INSTALL = "run scripts/bootstrap.sh, or pip install -c constraints.txt -e ."
-_NOT_BUILT = {
-    "io_uring": "files are read and written by plain system calls",
-}
 
 
 def software_checks(model: str | None) -> list[tuple[str, Check]]:
@@ -34,11 +31,6 @@ def software_checks(model: str | None) -> list[tuple[str, Check]]:
         ("families", _families),
         ("method", partial(_method, model)),
     ]
-
-
-def not_built_checks() -> list[tuple[str, Check]]:
-    """What is planned and not there."""
-    return [(name, partial(off, name, f"not built yet: {instead}")) for name, instead in _NOT_BUILT.items()]
 
 
 def _python() -> Finding:

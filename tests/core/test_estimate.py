@@ -25,6 +25,11 @@ def test_starts_from_the_profile():
     assert _estimate().cost(["unheard of"], 0.0) == BASE
 
 
+def test_spans_that_are_nowhere_weigh_nothing():
+    """Gaps count neither for nor against a tier, or what is learned of one would drift with the share of gaps."""
+    assert _estimate().cost(["tiered", "file", "tiered"], 0.0) == _estimate().cost(["file"], 0.0)
+
+
 def test_several_tiers_are_weighted_by_their_spans():
     cost = _estimate().cost(["memory", "file", "file", "file"], 0.0)
     assert cost.io_hidden_s == pytest.approx(0.25e-6 + 3e-6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import pack_tokens, spans_of
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.runtime.lookup import look_up
+from mii_hcache.runtime.lookup import given_up, look_up
 from tests.runtime.kit import SEED, FakeStore, geometry_of, path, span_record
 
 GEOMETRY = geometry_of()
@@ -92,3 +92,12 @@ def test_a_span_of_other_tokens_under_the_same_id_ends_the_prefix(change):
 def test_nothing_asked_for_is_nothing_missing():
     lookup = look_up(_store_of(set()), [], max_tokens=0)
     assert (lookup.records, lookup.next_span, lookup.why_missing, lookup.num_tokens) == ([], None, None, 0)
+
+
+@pytest.mark.parametrize(("why", "is_given_up"), [("evicted", True), ("not_saved", False), ("unavailable", False)])
+def test_only_what_the_store_evicted_is_not_saved_again(why, is_given_up):
+    """Else a disk that was missing at the start would leave its holes for good."""
+    store = _store_of({0, 2})
+    store.why = {SPANS[1][0]: why}
+    lookup = look_up(store, SPANS, max_tokens=len(TOKENS), fill_layers=2)
+    assert given_up(store, lookup.records) == ({SPANS[1][0]} if is_given_up else frozenset())

@@ -252,3 +252,16 @@ def test_what_an_eviction_committed_is_durable_once_flushed(file_kit):
     assert store._commits.run(publish=False) and store._catalog.has_undurable
     store.flush()
     assert not store._catalog.has_undurable
+
+
+def test_what_was_evicted_and_then_deleted_stays_gone(file_kit):
+    """The eviction's commit need not outlive a power cut; the deletion of what is no longer there must see to it."""
+    store = file_kit.open(durability="relaxed")
+    store._pulse.stop()
+    put(store, make_record("secret"))
+    store.flush()
+    store._index.remove([make_record("secret").span_id], "evicted")
+    assert store._commits.run(publish=False) and store._catalog.has_undurable
+    assert store.delete([make_record("secret").span_id]) == 0
+    store.flush()
+    assert not store._catalog.has_undurable

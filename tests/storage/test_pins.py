@@ -5,11 +5,13 @@ from __future__ import annotations
 import sqlite3
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 from mii_hcache.storage.open import open_state
-from tests.storage.storage_kit import SPAN_BYTES, SPAN_DISK_BYTES, holds, make_id, make_record, put
+from mii_hcache.storage.pins import Pins
+from tests.storage.storage_kit import SPAN_BYTES, SPAN_DISK_BYTES, StoreKit, holds, make_id, make_record, put
 
 CAPACITY_BYTES = 30 * SPAN_DISK_BYTES
 CHAIN = [make_record(idx, parent=idx - 1 if idx else None, span_idx=idx) for idx in range(4)]
@@ -130,3 +132,40 @@ def test_a_damaged_list_of_pins_costs_the_pins(opened, tmp_path):
 def test_the_list_is_private(opened, tmp_path):
     with opened():
         assert (tmp_path / "state" / "pins.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+class DiskAway:
+    """A striped store, one of whose disks is away."""
+
+    def __init__(self):
+        self.pinned = []
+
+    def find(self, span_id):
+        return None
+
+    def pin_always(self, span_ids):
+        self.pinned += span_ids
+
+    def unpin(self, span_ids):
+        for span_id in span_ids:
+            self.pinned.remove(span_id)
+
+    def stats(self):
+        return SimpleNamespace(num_away=1)
+
+
+def test_what_lies_on_a_disk_that_is_away_stays_pinned(tmp_path):
+    """Every span of the context, also behind one that cannot be found now: or the rest would go meanwhile."""
+    kit = StoreKit("file", tmp_path / "state")
+    store = kit.open()
+    chain = [make_record(idx, parent=idx - 1 if idx else None, span_idx=idx) for idx in range(3)]
+    assert all(put(store, record) for record in chain)
+    pins = Pins(tmp_path / "pins.sqlite", store, store.flush)
+    assert pins.pin(chain[2].span_id) == 3
+    pins.close()
+    away = DiskAway()
+    pins = Pins(tmp_path / "pins.sqlite", away, lambda: None)
+    assert sorted(away.pinned) == sorted(record.span_id for record in chain)
+    assert pins.unpin(chain[2].span_id) and away.pinned == []
+    pins.close()
+    kit.close()
