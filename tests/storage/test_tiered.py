@@ -169,7 +169,7 @@ def test_a_context_larger_than_dram_does_not_pass_through_it_whole(make, monkeyp
     """What is copied last would drive out what was copied first, and all that was there before."""
     is_open = threading.Event()
     copy_up = TieredStore._copy_up
-    monkeypatch.setattr(TieredStore, "_copy_up", lambda store, span_id: is_open.wait(20) and copy_up(store, span_id))
+    monkeypatch.setattr(TieredStore, "_copy_up", lambda *arguments: is_open.wait(20) and copy_up(*arguments))
     store = make(8, num_writers=1)
     records = [make_record(idx) for idx in range(40)]
     for record in records:
