@@ -38,6 +38,10 @@ class Contest:
             thread.start()
         for thread in threads:
             thread.join()
+        if self.is_faulty:  # files that were away may have kept another version than DRAM, which shows after a restart
+            for name, tried in ever.items():
+                for version in tried:
+                    say(f"tried {name} {version}")
 
     def after_trouble(self, opened: OpenedStore, say: Say) -> None:
         """What is there, once all is quiet and well."""

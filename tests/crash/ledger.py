@@ -41,6 +41,8 @@ class Ledger:
         self.crash: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
         self.ever: dict[int, set[int]] = {name: {ABSENT} for name in self.names}
         """All versions that anybody ever began to put."""
+        self.tried: dict[int, set[int]] = {name: set() for name in self.names}
+        """Versions of which any may have stayed: a name stands for its contents, which differ here to be told apart."""
         self.held: set[int] = set()
         self.texts: set[int] = set()
         self._remembered: set[int] = set()
@@ -69,7 +71,7 @@ class Ledger:
     def after_crash(self, name: int) -> set[int]:
         """What may be found of a name after a death now."""
         may_be_absent = not self.outlives_power or (self.may_vanish and name not in self.held)
-        return self.crash[name] | ({ABSENT} if may_be_absent else set())
+        return self.crash[name] | self.tried[name] | ({ABSENT} if may_be_absent else set())
 
     def restart(self, found: dict[int, int] | None) -> None:
         """The process died; `found` is what was there afterwards, None when nobody looked."""
@@ -110,6 +112,10 @@ class Ledger:
         self.crash[name].add(version)
         self.ever[name].add(version)
         self._removed.discard(name)
+
+    def _tried(self, name: int, version: int) -> None:
+        self.tried[name].add(version)
+        self.ever[name].add(version)
 
     def _accepted(self, name: int, version: int) -> None:
         there = self.now[name] - {ABSENT}
