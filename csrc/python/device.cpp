@@ -56,7 +56,8 @@ void bind_device(py::module_& module) {
         .def("cancel", &PyDevice::cancel)
         .def("flush", &PyDevice::flush, py::arg("file"))
         .def("close", &PyDevice::close)
-        .def_property("fault", [](const PyDevice& self) { return self.fault; }, &PyDevice::set_fault);
+        .def_property(
+            "fault", [](const PyDevice& self) { return self.fault; }, &PyDevice::set_fault);
 }
 
 }  // namespace hcache::python

@@ -131,7 +131,7 @@ inline bool reaches(const std::byte* data, std::size_t num_bytes) {
 inline std::shared_ptr<Disk> map_file(const std::string& path) {
     const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (fd < 0) return nullptr;
-    struct stat status{};
+    struct stat status {};
     CHECK(::fstat(fd, &status) == 0);
     const auto size = static_cast<std::size_t>(status.st_size);
     void* const data = size == 0 ? MAP_FAILED : ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);

@@ -176,9 +176,10 @@ def _device_table(rows: Sequence[Row]) -> str:
         fio = best.get((point.side, point.chunk_bytes))
         beside = ["-", "-"]
         if fio is not None and point.backend != "fio":
+            fio_cpu = fio.median.cpu_s_per_gb  # in whole percents of its time: 0 of a short pass says nothing
             beside = [
                 f"{100 * median.gb_per_s / fio.median.gb_per_s:.0f} %",
-                f"{median.cpu_s_per_gb / max(fio.median.cpu_s_per_gb, 1e-9):.2f}x",
+                f"{median.cpu_s_per_gb / fio_cpu:.2f}x" if fio_cpu > 0 else "-",
             ]
         cells.append(
             [

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from mii_hcache.engine.sequence_runner import SequenceRunner
 from mii_hcache.engine.transformers_adapter import TransformersEngine, fingerprint_of
 from mii_hcache.errors import ConfigError, HCacheError, RequestError, StateDirBusyError, UnsupportedModelError
 from mii_hcache.runtime.capture import HostCapture
+from mii_hcache.storage.catalog import Catalog
+from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
 from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import VOCAB, open_client, poisoned_engine, tiny_hf_model
 
@@ -394,15 +397,16 @@ print(sorted({"deepspeed", "mii", "fastapi"} & {name.split(".")[0] for name in s
 # --- when things go wrong ---------------------------------------------------------------------------------------------
 
 
-def _flip_bits(state_dir: Path, chance: random.Random) -> None:
-    """Some bits in all that holds chunks."""
-    for path in sorted(path for path in state_dir.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20):
-        with path.open("r+b") as file:
-            written = [at for at in range(0, path.stat().st_size, 4096) if os.pread(file.fileno(), 64, at).strip(b"\0")]
-            late = written[2 * len(written) // 3 :]  # later spans: what comes before them is restored
-            for at in chance.sample(late, len(late) // 2):
-                byte = os.pread(file.fileno(), 1, at + 2000)
-                os.pwrite(file.fileno(), bytes([byte[0] ^ 16]), at + 2000)
+def _flip_bits(state_dir: Path) -> None:
+    """A bit in each chunk of the last spans, wherever they lie: what comes before them is restored."""
+    with closing(Catalog(state_dir / "catalog.sqlite", None)) as catalog:
+        rows = [row for row in catalog.rows if row.record.span_idx >= 6]
+    assert rows
+    for segment, slot in (place for row in rows for place in row.places):
+        with (state_dir / "segments" / f"{segment:08d}.seg").open("r+b") as file:
+            slot_bytes = SegmentHeader.parse(os.pread(file.fileno(), BLOCK_BYTES, 0)).slot_bytes
+            at = BLOCK_BYTES + slot * slot_bytes + BLOCK_BYTES + 100
+            os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, at)[0] ^ 16]), at)
 
 
 @pytest.mark.parametrize("method", ["hidden", "kv"])
@@ -411,7 +415,7 @@ def test_damage_changes_no_answer(tmp_path, method):
     told = plain(model, prompt)
     with attach(model, tmp_path, method=method) as attached:
         attached.save(prompt)
-    _flip_bits(tmp_path, random.Random(0))
+    _flip_bits(tmp_path)
     with attach(model, tmp_path, method=method) as attached:
         result = attached.generate(prompt, max_new_tokens=NUM_NEW)
         assert result.token_ids == told

@@ -132,7 +132,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys, options, complaint
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_behind(tmp_path, number):
     command = [sys.executable, "-m", "mii_hcache", "bench", "storage", "--state-dir", str(tmp_path / "state")]
-    process = subprocess.Popen([*command, "--seconds", "60", "--bytes", "8M"], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "--seconds", "60", "--bytes", "8M"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore interrupts
+    )
     try:
         deadline_s = time.monotonic() + 60
         while not list(tmp_path.glob("state/.scratch-*/b")):
