@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.native import why_no_uring
 from mii_hcache.storage.open_striped import open_striped
@@ -28,14 +29,14 @@ NEEDS_URING = pytest.mark.skipif(_why_not is not None, reason=_why_not or "")
 
 
 @contextmanager
-def running(model_dir, folder, io_name, dram_bytes) -> Iterator[tuple[Client, StripedStore]]:
+def running(model_dir, folder, io_name, dram_bytes) -> Iterator[tuple[Client, StripedStore, ChunkStore]]:
     stripes = StripeSet.of([folder / "a", folder / "b"])
     files = open_striped(stripes, 256 << 20, io=io_name, deadline_s=DEADLINE_S, first_look_s=0.01)
     store = TieredStore(MemoryStore(dram_bytes), files, deadline_s=DEADLINE_S) if dram_bytes else files
     engine = poisoned_engine(model_dir, num_blocks=200, max_batch_tokens=256)
     client = open_client(engine, store=store, keep="none", disk_deadline_s=DEADLINE_S)
     try:
-        yield client, files
+        yield client, files, store
     finally:
         client.service.close()
         store.close()
@@ -49,11 +50,11 @@ def test_one_of_two_disks_hangs_and_fails_in_a_conversation(tiny_model, tmp_path
     expected = [oracle.ask(prompt, 12).token_ids for prompt in prompts]
     long_expected = oracle.ask(PROMPTS[0][:100], 200).token_ids
     oracle.service.close()
-    with running(model_dir, tmp_path, io_name, dram_bytes) as (client, files):
+    with running(model_dir, tmp_path, io_name, dram_bytes) as (client, files, store):
         for prompt in PROMPTS:
             client.ask(prompt, 2)
         client.service.drain_saves()
-        files.flush()
+        store.flush()  # also what DRAM has not given to the files yet
         num_saved = [64 * (len(prompt) // 64) for prompt in PROMPTS]
         assert all(store.stats().num_spans >= 5 for store in files.stores)
         disk = DeadDisk(monkeypatch, files.stores[1])
@@ -91,7 +92,7 @@ def test_one_of_two_disks_hangs_and_fails_in_a_conversation(tiny_model, tmp_path
 
 @pytest.mark.parametrize("io_name", [pytest.param("uring", marks=NEEDS_URING), "threads"])
 def test_a_server_with_a_hanging_disk_still_closes(tiny_model, tmp_path, monkeypatch, io_name):
-    with running(tiny_model("llama"), tmp_path, io_name, 0) as (client, files):
+    with running(tiny_model("llama"), tmp_path, io_name, 0) as (client, files, _):
         client.ask(PROMPTS[0], 2)
         disk = DeadDisk(monkeypatch, files.stores[1])
         disk.hang()
