@@ -3,69 +3,11 @@
 #include <random>
 #include <stdexcept>
 
-#include "../io/device.hpp"
 #include "../io/slab.hpp"
-#include "../spdk/queue.hpp"
 #include "check.hpp"
-#include "fake_ops.hpp"
-
-using namespace hcache;
-using namespace hcache::spdk;
-using namespace std::chrono_literals;
-using io::Op;
+#include "spdk_rig.hpp"
 
 namespace {
-
-/// A device of the fake world with an engine on it.
-struct Rig {
-    explicit Rig(std::size_t num_bytes = 1 << 20, unsigned depth = 8) : bytes(num_bytes), wanted_depth(depth) {
-        disk->bytes = bytes;
-        fake::world().disks["rig"] = disk;
-    }
-    ~Rig() {
-        device.reset();
-        target.reset();
-        controller.reset();
-        CHECK(disk->num_qpairs == 0 && disk->num_connections == 0);
-        fake::world().disks.clear();
-        CHECK(fake::world().memory.empty());
-    }
-    void open() {
-        controller = std::make_shared<Controller>(fake::kOps, EnvOptions{}, "trtype:FAKE traddr:rig", wanted_depth);
-        target = std::make_shared<Namespace>(controller, 1);
-        device = std::make_unique<io::Device>([this] {
-            auto made = std::make_unique<SpdkQueue>(controller);
-            queue = made.get();
-            return made;
-        });
-    }
-    std::int64_t move(Op op, std::uint64_t offset, std::span<std::byte> data) {
-        const io::Transfer transfer = device->submit({{op, target, offset, data.data(), data.size()}});
-        const auto result = transfer.wait(0, 20s);
-        CHECK(result.has_value());
-        return *result;
-    }
-    int flush() {
-        int result = 1;
-        CHECK(device->run([&](io::Queue& own) { result = own.flush(*target); }));
-        return result;
-    }
-
-    std::vector<std::byte> bytes;
-    unsigned wanted_depth;
-    std::shared_ptr<fake::Disk> disk = std::make_shared<fake::Disk>();
-    std::shared_ptr<Controller> controller;
-    std::shared_ptr<Namespace> target;
-    SpdkQueue* queue = nullptr;
-    std::unique_ptr<io::Device> device;
-};
-
-std::vector<std::byte> noise(std::size_t num_bytes, unsigned seed) {
-    std::mt19937 random(seed);
-    std::vector<std::byte> bytes(num_bytes);
-    for (auto& byte : bytes) byte = static_cast<std::byte>(random());
-    return bytes;
-}
 
 void bytes_lie_where_they_were_put() {
     for (const std::uint32_t sector_bytes : {512U, 4096U}) {
@@ -267,87 +209,6 @@ void a_device_that_goes_and_comes_back() {
     CHECK(rig.flush() == 0);
 }
 
-void a_device_that_was_called_back_is_of_use_again() {
-    Rig rig(1 << 20, 2);
-    rig.disk->held = true;
-    rig.open();
-    std::vector<std::byte> data(10 * 512);
-    std::vector<io::Request> requests;
-    for (std::size_t idx = 0; idx < 10; ++idx) {
-        requests.push_back({Op::read, rig.target, idx * 512, &data[idx * 512], 512});
-    }
-    const io::Transfer transfer = rig.device->submit(requests);
-    CHECK(!transfer.wait(0, 20ms).has_value());
-    rig.device->cancel();
-    for (std::size_t idx = 0; idx < 10; ++idx) CHECK(transfer.wait(idx, 20s) == -ECANCELED);
-    rig.disk->held = false;
-    const auto deadline = std::chrono::steady_clock::now() + 20s;
-    while (rig.move(Op::read, 0, data) != std::int64_t(data.size())) {
-        CHECK(std::chrono::steady_clock::now() < deadline);
-        std::this_thread::sleep_for(20ms);
-    }
-}
-
-/// False when what was called back landed too late, as on a machine that is busy.
-bool lands_in_time() {
-    Rig rig;
-    rig.disk->held = true;
-    rig.open();
-    std::vector<std::byte> data(512), later(512);
-    const io::Transfer first = rig.device->submit({{Op::read, rig.target, 0, data.data(), data.size()}});
-    CHECK(!first.wait(0, 20ms).has_value());
-    rig.device->cancel();
-    rig.device->run([](io::Queue&) {});  // what is submitted from here on was not meant
-    rig.disk->held = false;
-    const auto result = first.wait(0, 20s);
-    if (result == -ECANCELED) return false;
-    CHECK(result == 512);
-    rig.disk->held = true;
-    const io::Transfer second = rig.device->submit({{Op::read, rig.target, 0, later.data(), later.size()}});
-    CHECK(!second.wait(0, 400ms).has_value());
-    rig.disk->held = false;
-    CHECK(second.wait(0, 20s) == 512);
-    return true;
-}
-
-void what_lands_in_time_after_a_call_back_costs_nobody_else_anything() {
-    unsigned num_tries = 0;
-    while (!lands_in_time()) CHECK(++num_tries < 20);
-}
-
-void closing_ends_a_device_that_stalls() {
-    Rig rig(1 << 20, 2);
-    rig.disk->held = true;
-    rig.open();
-    std::vector<std::byte> data(10 * 512);
-    std::vector<io::Request> requests;
-    for (std::size_t idx = 0; idx < 10; ++idx) {
-        requests.push_back({Op::read, rig.target, idx * 512, &data[idx * 512], 512});
-    }
-    const io::Transfer transfer = rig.device->submit(requests);
-    CHECK(!transfer.wait(0, 20ms).has_value());
-    rig.device->close();
-    for (std::size_t idx = 0; idx < 10; ++idx) CHECK(transfer.wait(idx, 0ms) == -ECANCELED);
-    CHECK(rig.disk->num_commands == 2);
-}
-
-void closing_lets_what_flies_land() {
-    Rig rig;
-    rig.disk->held = true;
-    rig.open();
-    auto data = noise(512, 7);
-    const io::Transfer transfer = rig.device->submit({{Op::write, rig.target, 0, data.data(), data.size()}});
-    CHECK(!transfer.wait(0, 20ms).has_value());
-    std::thread later([&] {
-        std::this_thread::sleep_for(20ms);
-        rig.disk->held = false;
-    });
-    rig.device->close();
-    later.join();
-    CHECK(transfer.wait(0, 0ms) == 512);
-    CHECK(std::equal(data.begin(), data.end(), rig.bytes.begin()));
-}
-
 void many_threads_share_a_queue() {
     Rig rig(1 << 20, 3);
     rig.disk->room = 2;
@@ -407,10 +268,6 @@ int main() {
     RUN(errors_are_the_requests_own);
     RUN(flush_makes_writes_outlive_the_power);
     RUN(a_device_that_goes_and_comes_back);
-    RUN(a_device_that_was_called_back_is_of_use_again);
-    RUN(what_lands_in_time_after_a_call_back_costs_nobody_else_anything);
-    RUN(closing_ends_a_device_that_stalls);
-    RUN(closing_lets_what_flies_land);
     RUN(many_threads_share_a_queue);
     RUN(what_cannot_be_used_is_refused_with_the_reason);
 }
