@@ -7,8 +7,7 @@ leaves free slots. It becomes a span when all its bytes are there, by headers an
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
-from mii_hcache.storage.presence import AWAY_ERRNOS, Presence
+from mii_hcache.storage.presence import Presence
 from mii_hcache.storage.room import Room
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Place, Places
@@ -77,7 +76,7 @@ class FileDrafts:
                 raise OSError("the store is closed")
             if not self._presence.is_here:
                 raise OSError("the disk is away")
-            with self._watched():
+            with self._presence.operation():
                 self._segments.write_parts([(row.draft.places[row.chunk_idx], row.start, row.data) for row in rows])
 
     def publish(self, draft: SpanDraft, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
@@ -95,7 +94,7 @@ class FileDrafts:
             )
             try:
                 headers = [self._header_of(span, chunk_idx) for chunk_idx in range(len(chunks))]
-                with self._watched():
+                with self._presence.operation():
                     self._segments.write_ends(list(zip(draft.places, headers, strict=True)))
             except BaseException:
                 self._room.erase(draft.places)
@@ -110,14 +109,3 @@ class FileDrafts:
         with self._index.operation() as is_open:
             if is_open:
                 self._room.erase(draft.places)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Around writes: a disk that fails or hangs is away from then on."""
-        try:
-            with self._presence.operation():
-                yield
-        except OSError as error:
-            if error.errno in AWAY_ERRNOS:
-                self._presence.failed(error)
-            raise

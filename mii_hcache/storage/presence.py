@@ -82,7 +82,7 @@ class Presence:
 
     @contextmanager
     def operation(self) -> Iterator[None]:
-        """Around everything that waits for the disk."""
+        """Around everything that waits for the disk; what it raises as only a device does sends the disk away."""
         with self._changed:
             number = self._next_number
             self._next_number += 1
@@ -90,6 +90,10 @@ class Presence:
             self._note_oldest()
         try:
             yield
+        except OSError as error:
+            if error.errno in AWAY_ERRNOS:
+                self.failed(error)
+            raise
         finally:
             with self._changed:
                 del self._started_s[number]
