@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from mii_hcache.storage.disk_io import DiskIO
 from mii_hcache.storage.open_io import open_io
 from mii_hcache.storage.segment_files import SegmentFiles
 from mii_hcache.storage.segment_space import SegmentSpace
 from mii_hcache.storage.state_dir import StateDir
+
+_log = logging.getLogger(__name__)
 
 
 def open_space(state_dir: StateDir, io: str) -> tuple[SegmentSpace, DiskIO, str]:
@@ -20,6 +24,12 @@ def open_space(state_dir: StateDir, io: str) -> tuple[SegmentSpace, DiskIO, str]
     from mii_hcache.storage.regions import Regions
     from mii_hcache.storage.spdk import SpdkIO
 
+    if io != "auto":
+        _log.warning(
+            "%s keeps its segments on an NVMe namespace, which SPDK alone reads and writes: io %s is not used",
+            state_dir.path,
+            io,
+        )
     spdk_io = SpdkIO(address)
     try:
         return Regions(spdk_io), spdk_io, f"the state directory keeps its segments on {address} (experimental)"
