@@ -1,0 +1,159 @@
+"""Streams of the device that an engine computes on: what is launched on one runs in order, beside the others.
+
+The seam between the runtime and CUDA. On a CPU everything is done when a call returns. The tests' fake device
+(`tests/fake_device.py`) runs launched work later and in any order that streams and events allow, to catch races.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+
+class Event(ABC):
+    """A moment on a stream: everything launched on it before `record`."""
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether the moment has passed. Does not block."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block the calling thread until it has. Any thread."""
+
+
+class Stream(ABC):
+    """One queue of work. Engine thread only."""
+
+    @abstractmethod
+    def launch(self, work: Callable[[], None]) -> None:
+        """Queue what `work` launches by its torch calls, which go to this stream.
+
+        A GPU's queue takes those calls before this returns, and does them later; the fake device calls `work` itself
+        later. So `work` must not be relied on to have run, must look at no result, and must not see names that are
+        bound anew afterwards (`functools.partial`, not a closure in a loop). Memory that it touches stays alive and is
+        left alone until an event behind it is done: no other stream's allocation may come from what it frees.
+        """
+
+    @abstractmethod
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Launch a copy between host and device, or within the device; `target` and `source` of one shape and dtype.
+        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command."""
+
+    @abstractmethod
+    def record(self) -> Event:
+        """The moment after everything launched so far."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """What is launched from now on runs after `event`. Does not block the thread."""
+
+
+class Streams(ABC):
+    """A device's streams. Engine thread only."""
+
+    main: Stream
+    """The one that the engine's own calls go to: forwards, captures, reads from blocks."""
+
+    @abstractmethod
+    def new(self, *, is_urgent: bool = False) -> Stream:
+        """Another stream; `is_urgent` asks that its work comes first where both could run."""
+
+
+class _Now(Event):
+    """A moment that has passed."""
+
+    is_done = True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostStream(Stream):
+    """The CPU's: a call is over when it returns."""
+
+    def launch(self, work: Callable[[], None]) -> None:
+        work()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def record(self) -> Event:
+        return _Now()
+
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+
+class HostStreams(Streams):
+    """For an engine on the CPU."""
+
+    def __init__(self) -> None:
+        self.main = HostStream()
+
+    def new(self, *, is_urgent: bool = False) -> Stream:
+        return HostStream()
+
+
+class _CudaEvent(Event):
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+
+
+class CudaStream(Stream):
+    """A stream of a GPU. `stream` None: whichever is current on the calling thread. Not run on hardware yet."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._device = device
+        self._own = stream
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """torch's."""
+        return torch.cuda.current_stream(self._device) if self._own is None else self._own
+
+    def launch(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def record(self) -> Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self.stream)
+        return _CudaEvent(event)
+
+    def wait(self, event: Event) -> None:
+        if isinstance(event, _CudaEvent):
+            self.stream.wait_event(event.event)
+        else:
+            event.synchronize()
+
+
+class CudaStreams(Streams):
+    """For an engine on a GPU. Its streams do not block each other, nor wait for the legacy default stream's turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.main = CudaStream(device, None)
+
+    def new(self, *, is_urgent: bool = False) -> Stream:
+        stream = torch.cuda.Stream(self._device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
+        return CudaStream(self._device, stream)
+
+
+def streams_of(device: torch.device) -> Streams:
+    """The streams of an engine's device."""
+    return HostStreams() if device.type == "cpu" else CudaStreams(device)
