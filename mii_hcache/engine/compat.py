@@ -163,7 +163,7 @@ _installed = False
 
 
 def install() -> None:
-    """Apply the table above and register the portable modules. Raises HCacheError naming what upstream lacks."""
+    """Apply the table above, once per process. Raises HCacheError naming what upstream lacks."""
     global _installed
     if _installed:
         return
@@ -187,8 +187,4 @@ def install() -> None:
 
     inference_logger(level=logging.WARNING)
     _init_single_process_group()
-
-    from mii_hcache.engine import modules
-
-    modules.register()
     _installed = True
