@@ -72,6 +72,19 @@ class SequenceBlocks:
         _, slots = self._slots(start, out.shape[0])
         out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
 
+    @torch.inference_mode()
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        _, slots = self._slots(start, out.shape[1])
+        pool, rows = self._engine.kv_pool, out.flatten(2)
+        flat = pool.view(pool.shape[0], -1, rows.shape[2])
+        first = 0
+        while first < len(layers):  # one call for layers that follow each other, often for all
+            stop = first + 1
+            while stop < len(layers) and layers[stop] == layers[stop - 1] + 1:
+                stop += 1
+            torch.index_select(flat[layers[first] : layers[stop - 1] + 1], 1, slots, out=rows[first:stop])
+            first = stop
+
     def commit(self, num_tokens: int) -> None:
         if self._sequence.seen_tokens != 0:
             raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
@@ -141,6 +154,11 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         """Most sequences that can hold a tracking slot."""
         return int(self._config.state_manager.max_tracked_sequences)
 
+    @property
+    def kv_pool(self) -> torch.Tensor:
+        """`[num_layers, num_blocks, block_size, 2, num_kv_heads, head_size]`."""
+        return self._state_manager._kv_cache._caches[0]  # type: ignore[no-any-return]
+
     def kv_cache(self, layer_idx: int) -> torch.Tensor:
         """`[num_blocks, block_size, 2, num_kv_heads, head_size]` of one layer."""
         return self._state_manager.get_cache(layer_idx)
@@ -191,7 +209,7 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def poison_free_blocks(self) -> None:
         """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
         finite, and its request fails. For tests and for hunting corruption; costs a write per freed block."""
-        cache = self._state_manager._kv_cache._caches[0]
+        cache = self.kv_pool
 
         def poison(blocks: list[int]) -> None:
             cache[:, blocks] = float("nan")

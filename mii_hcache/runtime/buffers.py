@@ -38,20 +38,21 @@ class RowLease:
     """Rows `[start, start + num_rows)` of a ring, for every layer."""
 
     rows: torch.Tensor
-    """`[num_layers, num_rows, row_elements]`; each layer's part is contiguous."""
+    """`[num_layers, num_rows, row_elements]`, contiguous as a whole: one copy from the device fills it."""
     start: int
     num_rows: int
     _done: bool = field(default=False)
 
 
 class RowRing:
-    """Stage 1 of saving: a bounded ring of host rows `[num_layers, capacity_rows, row_elements]`.
+    """Stage 1 of saving: a bounded ring of host rows, each of `num_layers` layers. A lease's rows lie together, all of
+    its first layer before those of the next: where one lease ends and another begins depends on no layer.
 
     One thread acquires, any thread releases, in any order; space comes back in the order it was taken.
     """
 
     def __init__(self, *, num_layers: int, capacity_rows: int, row_elements: int, dtype: torch.dtype) -> None:
-        self._rows = host_empty(num_layers, capacity_rows, row_elements, dtype=dtype)
+        self._memory = host_empty(capacity_rows, num_layers, row_elements, dtype=dtype)
         self._capacity = capacity_rows
         self._head = 0  # next row to hand out; == tail only when nothing is leased
         self._leases: deque[RowLease] = deque()
@@ -73,7 +74,9 @@ class RowRing:
                 if left <= 0:
                     return None
                 self._freed.wait(left)
-            lease = RowLease(rows=self._rows[:, start : start + num_rows], start=start, num_rows=num_rows)
+            _, num_layers, row_elements = self._memory.shape
+            rows = self._memory[start : start + num_rows].view(num_layers, num_rows, row_elements)
+            lease = RowLease(rows=rows, start=start, num_rows=num_rows)
             self._head = start + num_rows
             self._leases.append(lease)
             return lease

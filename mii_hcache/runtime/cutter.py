@@ -17,6 +17,7 @@ from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import RowCopy, Snapshot, SpanPut
+from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan, SequenceTrack
 
@@ -37,9 +38,10 @@ class SpanCutter:
         patience: Patience,
         is_settled: Callable[[SequenceTrack, int], bool],
         max_kv_buffers: int,
+        stage: Stage | None = None,
     ) -> None:
         """`hidden_rows`: row in the ring and in open spans of each layer that is tapped. `is_settled`: whether a span
-        needs no saving. `max_kv_buffers` spans' K and V may wait for the store."""
+        needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `stage`: None on a CPU."""
         self._geometry = adapter.geometry
         self._plan = plan
         self._hidden_rows = hidden_rows
@@ -54,7 +56,11 @@ class SpanCutter:
         )
         num_kv_layers = max(kinds.count(ChunkKind.KV) for kinds in (plan.kinds, plan.other_kinds or plan.kinds))
         self._kv_blocks = BlockReader(
-            adapter, counters, num_layers=num_kv_layers, max_buffers=max_kv_buffers if num_kv_layers else 0
+            adapter,
+            counters,
+            num_layers=num_kv_layers,
+            max_buffers=max_kv_buffers if num_kv_layers else 0,
+            stage=stage,
         )
 
     def cut(
@@ -97,7 +103,7 @@ class SpanCutter:
         if needs_hidden and rows is None:
             return
         if not needs_hidden or num_rows == SPAN_TOKENS:
-            put = self._put_of(track, span_idx, rows) if is_wanted else None
+            put = self._put_of(snapshot, track, span_idx, rows) if is_wanted else None
             if put is not None:
                 snapshot.whole.append(put)
             return
@@ -113,28 +119,31 @@ class SpanCutter:
         if is_last:
             track.close_open_span()
             release = partial(self._give_back, open_span)
-            completes = self._put_of(track, span_idx, open_span.rows, release) if is_wanted else None
+            completes = self._put_of(snapshot, track, span_idx, open_span.rows, release) if is_wanted else None
             if completes is None:
                 snapshot.discard.append(release)
         snapshot.copies.append(RowCopy(source=rows, target=open_span, span_row=span_row, completes=completes))
 
     def _put_of(
         self,
+        snapshot: Snapshot,
         track: SequenceTrack,
         span_idx: int,
         hidden: torch.Tensor | None = None,
         release: Callable[[], None] | None = None,
     ) -> SpanPut | None:
         """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
-        from its blocks now. None, with `release` not called, when there is no room for those."""
+        from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is no room for those."""
         layout = self._layout_of(span_idx)
         kv_layers = [chunk.layer_idx for chunk in layout.chunks if chunk.kind is ChunkKind.KV]
         kv = None
         if kv_layers:
             kv = self._patience.wait_for(self._kv_blocks.acquire)
-            if kv is None or not self._kv_blocks.read(track.uid, span_idx, kv_layers, kv):
+            ready = None if kv is None else self._kv_blocks.read(track.uid, span_idx, kv_layers, kv)
+            if ready is None:
                 self._counters.add("dropped_rows_total", SPAN_TOKENS)
                 return None
+            snapshot.ready += ready
         back = None if kv is None else partial(self._kv_blocks.release, kv)
         releases = [action for action in (release, back) if action is not None]
         kv_rows = iter(() if kv is None else kv)

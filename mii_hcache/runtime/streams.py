@@ -41,7 +41,8 @@ class Stream(ABC):
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Launch a copy between host and device, or within the device; `target` and `source` of one shape and dtype.
-        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command."""
+        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command. Where memory
+        could not be pinned a copy is as right, and holds up the calling thread until it is over."""
 
     @abstractmethod
     def record(self) -> Event:
@@ -127,11 +128,14 @@ class CudaStream(Stream):
             work()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        if self._own is None:  # current already: a step makes a call for each of its layers
+            target.copy_(source, non_blocking=True)
+            return
+        with torch.cuda.stream(self._own):
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a thread that waits shall sleep
         event.record(self.stream)
         return _CudaEvent(event)
 
