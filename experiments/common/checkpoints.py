@@ -14,8 +14,15 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
-"""All Llama with multi-head attention, as in the paper."""
+"""All Llama, with multi-head attention as in the paper where nothing else is said."""
 
 
 def make_model(name: str, folder: Path) -> Path:

@@ -5,7 +5,7 @@ A checkpoint of 7 billion parameters is 13 GB to write and to read; what is meas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,19 +18,27 @@ MAX_CONTEXT_TOKENS = 16384
 
 
 def random_engine(
-    shape: str, *, dtype: str, num_blocks: int, num_kv_heads: int | None = None, seed: int = 0, **settings: Any
+    shape: str,
+    *,
+    dtype: str,
+    num_blocks: int,
+    num_kv_heads: int | None = None,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> HCacheEngine:
     """An engine with a Llama of `SHAPES[shape]`, seeded; the same settings as `build_engine`. `num_kv_heads`: fewer
-    than heads, for grouped queries.
+    than heads, for grouped queries. `changes`: other fields of the config, as fewer layers or a longer context.
 
     `build_engine` opens its checkpoint with DeepSpeed's reader; for the time of this call the reader is one that draws.
     """
     from deepspeed.inference.v2 import checkpoint
 
     original = checkpoint.HuggingFaceCheckpointEngine
+    changes = {**(changes or {}), **({"num_key_value_heads": num_kv_heads} if num_kv_heads else {})}
 
     def reader(_: str) -> RandomCheckpoint:
-        return RandomCheckpoint(shape, num_kv_heads, seed)
+        return RandomCheckpoint(shape, seed, changes)
 
     checkpoint.HuggingFaceCheckpointEngine = reader
     try:
@@ -42,18 +50,19 @@ def random_engine(
 class RandomCheckpoint:
     """What the engine asks of a checkpoint's reader: a config, and parameters by name."""
 
-    def __init__(self, shape: str, num_kv_heads: int | None, seed: int) -> None:
+    def __init__(self, shape: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> None:
         from transformers import LlamaConfig
 
-        settings: dict[str, Any] = dict(SHAPES[shape])
-        self.model_config: Any = LlamaConfig(
-            **settings,
-            num_key_value_heads=num_kv_heads or settings["num_attention_heads"],
-            vocab_size=VOCAB_SIZE,
-            max_position_embeddings=MAX_CONTEXT_TOKENS,
-            tie_word_embeddings=False,
-        )
-        self.model_config.max_seq_length = MAX_CONTEXT_TOKENS
+        settings: dict[str, Any] = {
+            "vocab_size": VOCAB_SIZE,
+            "max_position_embeddings": MAX_CONTEXT_TOKENS,
+            "tie_word_embeddings": False,
+            **SHAPES[shape],
+            **(changes or {}),
+        }
+        settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
+        self.model_config: Any = LlamaConfig(**settings)
+        self.model_config.max_seq_length = settings["max_position_embeddings"]
         self._local_checkpoint_dir = shape
         self._seed = seed
 
