@@ -335,14 +335,12 @@ class FileStore(ChunkStore):
             self._forget_damaged(span, chunk_idx, "corrupt")
 
     def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
-        chunk = span.record.layout.chunks[chunk_idx]
-        return SlotHeader(
+        return SlotHeader.of(
+            span.record.layout,
+            chunk_idx,
             store_uuid=self._store_uuid,
             span_id=span.record.span_id,
-            layer_idx=chunk.layer_idx,
-            kind=chunk.kind,
             generation=span.generation,
-            num_bytes=chunk.num_bytes,
             crc=span.crcs[chunk_idx],
         )
 
