@@ -17,6 +17,7 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.core.layout import SpanLayout
 
 if TYPE_CHECKING:
+    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
     from mii_hcache.storage.drafts import FileDrafts
 
 
@@ -219,6 +220,16 @@ class ChunkStore(ABC):
         A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew. One that
         the device does not give is not.
         """
+
+    def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
+        """To chunks that another process of this machine reads, in order of importance; counts as use. Call `end` on
+        them. None where only this process can read. Does not block on I/O."""
+        return None
+
+    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+        """Room for a span whose chunks several processes write; as `put`, it may evict, and block on I/O. None when no
+        room could be made, the device is away, or only this process can write."""
+        return None
 
     def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
         """Tell of memory that many reads will go to: a hint, which may make them cheaper. The store may keep it alive
