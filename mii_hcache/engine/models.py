@@ -249,7 +249,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         last = num_layers - 1
         plan = self.attn.plan
         _, hidden = self._run_layers(wrapped_batch, last, None)
-        self.restore_kv(last, hidden, plan.positions, plan.slots, self.state_manager.get_cache(last))
+        self.restore_kv(last, hidden, plan.positions, plan.slots)
 
     def logits_of(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of chosen rows (`[num_rows]`, int64) of the last layer's output: `[num_rows, vocab_size]`."""
@@ -277,20 +277,19 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         embedded = self.embed_tokens(token_ids, positions)
         return self.norm.normalize(embedded, first.attn_norm_gamma, first.attn_norm_beta)  # type: ignore[no-any-return]
 
-    def restore_kv(
-        self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, kv_cache: torch.Tensor
-    ) -> None:
+    def restore_kv(self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """Write K (normed and rotated) and V of saved rows (HCache equation 3) into the blocks, as a forward would.
 
         hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute; slots:
-        `[num_tokens]`, rows of the cache seen as `[num_blocks * block_size, ...]`; both int64. Runs on the current
+        `[num_tokens]`, rows of the layer's cache seen as `[num_blocks * block_size, ...]`; both int64. Runs on the current
         stream: the projection's output is of that stream's allocations, and nothing else uses it.
         """
         layer = self.layers[layer_idx]
         num_q = self.n_heads_q_local * self.head_size
         bias = None if layer.qkv_b is None else layer.qkv_b[num_q:]
-        kv = F.linear(hidden, layer.qkv_w[num_q:], bias).view(-1, 2, self.n_heads_kv_local, self.head_size)
-        self.attn.place_kv(kv, kv_cache, positions, slots, self.inv_freq, layer.k_norm_gamma, self.norm_eps)
+        kv = F.linear(hidden, layer.qkv_w[num_q:], bias)
+        kv_cache = self.state_manager.get_cache(layer_idx)
+        self.attn.place(kv, kv_cache, positions, slots, self.inv_freq, layer.k_norm_gamma, self.norm_eps)
 
 
 class LlamaModel(DecoderMixin, Llama2InferenceModel):  # type: ignore[misc]

@@ -55,12 +55,12 @@ class SequenceBlocks:
             return
         positions, slots = self._slots(start, token_ids.numel())
         hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
-        self._model.restore_kv(0, hidden, positions, slots, self._engine.kv_cache(0))
+        self._model.restore_kv(0, hidden, positions, slots)
 
     @torch.inference_mode()
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         positions, slots = self._slots(start, hidden.shape[0])
-        self._model.restore_kv(layer_idx, hidden, positions, slots, self._engine.kv_cache(layer_idx))
+        self._model.restore_kv(layer_idx, hidden, positions, slots)
 
     @torch.inference_mode()
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:

@@ -8,10 +8,10 @@ qkv: `[num_tokens, (num_heads + 2 * num_kv_heads) * head_size]`; kv_cache: `[num
 head_size]`; inv_freq: `[rotary_dim / 2]` float32, or None for models without rotary embedding. Rotates q and k, writes
 k and v into the blocks, attends. Returns `[num_tokens, num_heads * head_size]`. qkv is the module's to overwrite.
 
-    attn.place_kv(kv, kv_cache, positions, slots, inv_freq, k_gamma=None, eps=0.0)
+    attn.place(kv, kv_cache, positions, slots, inv_freq, k_gamma=None, eps=0.0)
 
-writes restored rows, with the same arithmetic: kv `[num_tokens, 2, num_kv_heads, head_size]`, contiguous, as projected
-(bias in; may be overwritten); positions, slots `[num_tokens]`, int64: absolute, and in the cache seen as `[num_blocks *
+writes restored rows, with the same arithmetic: kv `[num_tokens, 2 * num_kv_heads * head_size]` as projected (bias in;
+overwritten at will); positions, slots `[num_tokens]`, int64: absolute, and in the cache seen as `[num_blocks *
 block_size, ...]`; k_gamma `[head_size]`: weight of the norm over each key head, None for models without. No plan is
 needed, and nothing of the module's is written but the blocks: it may run on another stream, beside a step.
 
@@ -75,7 +75,7 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
             ragged_batch.descriptors, block_tables, self._block_size, self._upload, token_ids=ragged_batch.token_ids
         )
 
-    def place_kv(
+    def place(
         self,
         kv: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -85,11 +85,13 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
         k_gamma: torch.Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
+        rows = kv_cache.view(-1, *kv_cache.shape[2:])
+        kv = kv.view(-1, *rows.shape[1:])
         if k_gamma is not None:
             kv[:, 0] = rms_norm(kv[:, 0], k_gamma, eps)
         if inv_freq is not None:
             kv[:, 0] = rotate(kv[:, 0], *rotary_tables(positions, inv_freq))
-        kv_cache.view(-1, *kv_cache.shape[2:])[slots] = kv
+        rows[slots] = kv
 
     def forward(
         self,

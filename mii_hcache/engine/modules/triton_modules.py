@@ -97,7 +97,7 @@ class TritonAttention(PagedAttention):
             if self._partials[idx].numel() < floats:
                 self._partials[idx] = torch.empty(1 << (floats - 1).bit_length(), device=device)
 
-    def place_kv(
+    def place(
         self,
         kv: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -107,7 +107,7 @@ class TritonAttention(PagedAttention):
         k_gamma: torch.Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        rope_scatter(kv.flatten(1), kv_cache, positions, slots, self._rotary, query_heads=0, k_gamma=k_gamma, eps=eps)
+        rope_scatter(kv, kv_cache, positions, slots, self._rotary, query_heads=0, k_gamma=k_gamma, eps=eps)
 
     def forward(
         self,
