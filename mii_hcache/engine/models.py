@@ -281,8 +281,8 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         """Write K (normed and rotated) and V of saved rows (HCache equation 3) into the blocks, as a forward would.
 
         hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute; slots:
-        `[num_tokens]`, rows of the layer's cache seen as `[num_blocks * block_size, ...]`; both int64. Runs on the current
-        stream: the projection's output is of that stream's allocations, and nothing else uses it.
+        `[num_tokens]`, rows of the layer's cache seen as `[num_blocks * block_size, ...]`; both int64. Runs on the
+        current stream: the projection's output is of that stream's allocations, and nothing else uses it.
         """
         layer = self.layers[layer_idx]
         num_q = self.n_heads_q_local * self.head_size
