@@ -28,7 +28,6 @@ from deepspeed.inference.v2.modules.configs import (
 
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.norm import rms_norm
-from mii_hcache.engine.modules.rope import rotary_tables, rotate
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
 
 _DTYPES = {torch.float32: DtypeEnum.fp32, torch.bfloat16: DtypeEnum.bf16, torch.float16: DtypeEnum.fp16}
@@ -250,8 +249,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         last = num_layers - 1
         plan = self.attn.plan
         _, hidden = self._run_layers(wrapped_batch, last, None)
-        kv_cache = self.state_manager.get_cache(last)
-        kv_cache.view(-1, *kv_cache.shape[2:])[plan.slots] = self.project_kv(last, hidden, plan.positions)
+        self.restore_kv(last, hidden, plan.positions, plan.slots, self.state_manager.get_cache(last))
 
     def logits_of(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of chosen rows (`[num_rows]`, int64) of the last layer's output: `[num_rows, vocab_size]`."""
@@ -279,10 +277,13 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         embedded = self.embed_tokens(token_ids, positions)
         return self.norm.normalize(embedded, first.attn_norm_gamma, first.attn_norm_beta)  # type: ignore[no-any-return]
 
-    def project_kv(self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """K (normed and rotated) and V of saved rows (HCache equation 3): `[num_tokens, 2, num_kv_heads, head_size]`.
+    def restore_kv(
+        self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, kv_cache: torch.Tensor
+    ) -> None:
+        """Write K (normed and rotated) and V of saved rows (HCache equation 3) into the blocks, as a forward would.
 
-        hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute.
+        hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute; slots:
+        `[num_tokens]`, rows of the cache seen as `[num_blocks * block_size, ...]`; both int64.
         """
         layer = self.layers[layer_idx]
         num_q = self.n_heads_q_local * self.head_size
@@ -291,9 +292,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         kv = projected.view(hidden.shape[0], 2, self.n_heads_kv_local, self.head_size)
         if layer.k_norm_gamma is not None:
             kv[:, 0] = rms_norm(kv[:, 0], layer.k_norm_gamma, self.norm_eps)
-        if self.inv_freq is not None:
-            kv[:, 0] = rotate(kv[:, 0], *rotary_tables(positions, self.inv_freq))
-        return kv
+        self.attn.place_kv(kv, kv_cache, positions, slots, self.inv_freq)
 
 
 class LlamaModel(DecoderMixin, Llama2InferenceModel):  # type: ignore[misc]

@@ -53,12 +53,12 @@ class SequenceBlocks:
             return
         positions, slots = self._slots(start, token_ids.numel())
         hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
-        self._rows(0)[slots] = self._model.project_kv(0, hidden, positions)
+        self._model.restore_kv(0, hidden, positions, slots, self._engine.kv_cache(0))
 
     @torch.inference_mode()
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         positions, slots = self._slots(start, hidden.shape[0])
-        self._rows(layer_idx)[slots] = self._model.project_kv(layer_idx, hidden, positions)
+        self._model.restore_kv(layer_idx, hidden, positions, slots, self._engine.kv_cache(layer_idx))
 
     @torch.inference_mode()
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:

@@ -7,6 +7,11 @@ The protocol, fixed for every implementation:
 qkv: `[num_tokens, (num_heads + 2 * num_kv_heads) * head_size]`; kv_cache: `[num_blocks, block_size, 2, num_kv_heads,
 head_size]`; inv_freq: `[rotary_dim / 2]` float32, or None for models without rotary embedding. Rotates q and k, writes
 k and v into the blocks, attends. Returns `[num_tokens, num_heads * head_size]`.
+
+    attn.place_kv(kv, kv_cache, positions, slots, inv_freq)
+
+kv: `[num_tokens, 2, num_kv_heads, head_size]`, contiguous, k not rotated yet; may be overwritten. The same rotation and
+the same writing for restored rows, at any positions; needs no planned batch.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase
 
 from mii_hcache.engine.modules.attend import attend_gathered, attend_in_place, can_attend_in_place
 from mii_hcache.engine.modules.batch_plan import BatchPlan, make_plan
-from mii_hcache.engine.modules.rope import rotate
+from mii_hcache.engine.modules.rope import rotary_tables, rotate
 
 
 class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
@@ -95,3 +100,15 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
                 chosen = query_positions[own] if query_positions is not None else None
                 out[own] = attend_gathered(q[own], kv_cache, sequence, chosen, scale, softcap, window)
         return out.view(num_tokens, num_heads * head_size)
+
+    def place_kv(
+        self,
+        kv: torch.Tensor,
+        kv_cache: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        inv_freq: torch.Tensor | None,
+    ) -> None:
+        if inv_freq is not None:
+            kv[:, 0] = rotate(kv[:, 0], *rotary_tables(positions, inv_freq))
+        kv_cache.view(-1, *kv_cache.shape[2:])[slots] = kv
