@@ -14,7 +14,9 @@ from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.batch_plan import token_slots
+from mii_hcache.engine.ragged_batch import StepBatch
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.runtime.streams import streams_of
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +55,12 @@ class SequenceBlocks:
             return
         positions, slots = self._slots(start, token_ids.numel())
         hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
-        self._model.restore_kv(0, hidden, positions, slots, self._engine.kv_cache(0))
+        self._model.restore_kv(0, hidden, positions, slots)
 
     @torch.inference_mode()
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         positions, slots = self._slots(start, hidden.shape[0])
-        self._model.restore_kv(layer_idx, hidden, positions, slots, self._engine.kv_cache(layer_idx))
+        self._model.restore_kv(layer_idx, hidden, positions, slots)
 
     @torch.inference_mode()
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
@@ -87,6 +89,8 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         self.dtype: torch.dtype = self._model.activation_dtype.value
         self.device: torch.device = self.kv_cache(0).device
         self.block_size: int = self._model.attn.kv_block_size
+        streams = streams_of(self.device)
+        self._batch = StepBatch(engine_config.state_manager, streams, for_stock=kernels == "stock")
 
     @property
     def geometry(self) -> ModelGeometry:

@@ -129,7 +129,7 @@ def test_restored_k_has_the_bits_of_served_k(wide_model, calls, name):
     order = torch.randperm(130, generator=torch.Generator().manual_seed(0))
     target = engine.target(2)
     positions, slots = target._slots(70, 130)
-    attn.place_kv(kv[order].contiguous(), engine.kv_cache(0), positions[order], slots[order], model.inv_freq)
+    attn.place(kv[order].contiguous(), engine.kv_cache(0), positions[order], slots[order], model.inv_freq)
     restored = torch.empty_like(served)
     target.read_kv(0, 70, restored)
     assert torch.equal(restored, served)
@@ -159,8 +159,26 @@ def test_long_prompts_have_more_atoms_than_sequences(wide_model, calls):
         str(wide_model("llama")), dtype="float16", kernels="stock", num_blocks=20, max_batch_tokens=700, max_sequences=1
     )
     logits = engine.put([1], token_tensors([_prompt(700)]))
-    assert engine.model().attn._atoms.shape[0] == 6
+    assert engine.model().attn.plan.extra[0].shape == (6, 8)
     assert bool(logits.isfinite().all())
+
+
+def test_the_models_epsilon_is_that_of_every_norm(wide_model, calls):
+    """Rows so small that the epsilon decides."""
+    engine = _engine(wide_model("llama"))
+    model = engine.model()
+    rows = 2e-3 * torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(engine.dtype)
+    gamma = model.layers[0].attn_norm_gamma
+    expected = torch.nn.functional.rms_norm(rows.float(), (256,), gamma.float(), 1e-6)
+    added, normed = model.norm(rows.clone(), torch.zeros_like(rows), gamma)
+    for found in (normed, model.norm.normalize(rows, gamma, None), model.norm(rows, None, gamma)[1]):
+        assert torch.allclose(found.float(), expected, rtol=0.01, atol=0.01)
+    logits = torch.nn.functional.linear(
+        torch.nn.functional.rms_norm(rows.float(), (256,), model.final_norm_gamma.float(), 1e-6),
+        model.word_unembed.float(),
+    )
+    assert torch.equal(added, rows)
+    assert torch.allclose(model.logits_of(rows, torch.arange(3)).float(), logits, rtol=0.01, atol=0.05)
 
 
 def test_greedy_tokens_of_opt_are_those_of_the_portable_modules(wide_model, calls):

@@ -28,7 +28,9 @@ from deepspeed.inference.v2.modules.configs import PositionalEmbeddingType
 from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase
 
 from mii_hcache.engine.modules.batch_plan import BatchPlan, make_plan
+from mii_hcache.engine.modules.norm import rms_norm
 from mii_hcache.engine.modules.stock_rows import batch_of_rows
+from mii_hcache.engine.modules.upload import StepUpload
 from mii_hcache.errors import HCacheError
 
 _ATOM_INTS = 8
@@ -48,7 +50,7 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
         self._build_atoms = AtomBuilder()
         self._kv_block_size = int(get_kv_block_size(config.head_size))
         self._q_block_size = int(get_q_block_size(config.head_size))
-        self._atoms: torch.Tensor | None = None
+        self._upload: StepUpload | None = None
         self._longest = 0
         self.plan: BatchPlan | None = None
 
@@ -71,20 +73,23 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
     def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
         """Plan a finalized batch. `block_tables[i]`: host block ids of sequence `i` of the batch."""
         assert block_tables is not None
-        num_sequences = ragged_batch.current_sequences
-        rows = ragged_batch.inflight_seq_descriptors(on_device=False)[:num_sequences].tolist()
-        device = ragged_batch.input_ids().device
-        self.plan = make_plan(
-            [(start, count, seen) for start, count, seen, _ in rows], block_tables, self._kv_block_size, device
-        )
-        self._longest = max(seen + count for _, count, seen, _ in rows)
+        if self._upload is None:
+            self._upload = StepUpload(ragged_batch.input_ids().device)
+        rows = ragged_batch.descriptors
+        self._longest = max(seen + count for _, count, seen in rows)
         # The host's module has room for one atom a sequence, which a few long prompts overrun.
-        most = sum(-(-count // self._q_block_size) for _, count, _, _ in rows)
-        # Pinned memory of its own for every batch: the copy to the GPU may still run when the next batch is planned.
-        on_host = torch.zeros(most, _ATOM_INTS, dtype=torch.int32, pin_memory=device.type == "cuda")
-        on_host, num_atoms = self._build_atoms(on_host, ragged_batch, self._q_block_size, self._kv_block_size)
+        most = sum(-(-count // self._q_block_size) for _, count, _ in rows)
+        atoms = torch.zeros(most, _ATOM_INTS, dtype=torch.int32)
+        _, num_atoms = self._build_atoms(atoms, ragged_batch, self._q_block_size, self._kv_block_size)
         assert num_atoms == most
-        self._atoms = on_host.to(device, non_blocking=True)
+        self.plan = make_plan(
+            rows,
+            block_tables,
+            self._kv_block_size,
+            self._upload,
+            token_ids=ragged_batch.token_ids,
+            extra=[atoms],
+        )
 
     def forward(
         self,
@@ -111,19 +116,24 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
             self._place(kv_cache, qkv, batch)
         q = qkv[:, : self._config.n_heads_q * self._config.head_size]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._attend(out, q, kv_cache[:, :, 0], kv_cache[:, :, 1], self._atoms, scale)
+        self._attend(out, q, kv_cache[:, :, 0], kv_cache[:, :, 1], self.plan.extra[0], scale)
         return out
 
-    def place_kv(
+    def place(
         self,
         kv: torch.Tensor,
         kv_cache: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
         inv_freq: torch.Tensor | None,
+        k_gamma: torch.Tensor | None = None,
+        eps: float = 0.0,
     ) -> None:
         """As the protocol says."""
         rows = kv_cache.view(-1, *kv_cache.shape[2:])
+        kv = kv.view(-1, *rows.shape[1:])
+        if k_gamma is not None:
+            kv[:, 0] = rms_norm(kv[:, 0], k_gamma, eps)
         if inv_freq is None:
             rows[slots] = kv
             return
