@@ -316,6 +316,8 @@ def build_engine(
     max_context_tokens = max_context_tokens or model_tokens
     config.max_seq_length = max_context_tokens
     policy = policy_for(config, checkpoint)
+    if kernels == "stock":
+        block_size = _stock_block_size(config, model_path, max_context_tokens, num_blocks)
     if num_blocks is None:
         num_blocks = _default_num_blocks(config, block_size, max_context_tokens, kernels)
     engine_config = RaggedInferenceEngineConfig(
@@ -331,6 +333,22 @@ def build_engine(
         return HCacheEngine(policy, engine_config, kernels)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
+
+
+def _stock_block_size(config: Any, model_path: str, max_context_tokens: int, num_blocks: int | None) -> int:
+    """Tokens per block with DeepSpeed's kernels, which leave no choice. Raises when they cannot compute the model."""
+    from mii_hcache.engine.modules import stock_limits
+
+    reason = stock_limits.refusal_of(config, max_context_tokens)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"model {model_path!r} cannot be computed by DeepSpeed's kernels (kernels='stock'): {reason}; take "
+            "kernels='portable'"
+        )
+    most = stock_limits.most_blocks(config)
+    if num_blocks is not None and num_blocks > most:
+        raise ConfigError(f"kv_blocks is {num_blocks}; with kernels='stock' and this model at most {most} are found")
+    return stock_limits.block_size_of(config)
 
 
 def _pick_dtype(name: str, configured: Any) -> torch.dtype:
