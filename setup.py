@@ -82,9 +82,11 @@ class BuildNative(build_ext):
         code += [f"-gencode=arch=compute_{gpu},code=compute_{gpu}" for gpu in gpus[-1:]]  # for GPUs yet to come
         target = os.path.join(folder, "_gpu.fatbin")
         os.makedirs(folder, exist_ok=True)
-        command = [nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", target, "csrc/gpu/crc32c.cu"]
+        command = [nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", target, "csrc/gpu/kernels.cu"]
         if not gpus or subprocess.run(command).returncode != 0:
             print("mii_hcache: the GPU's kernels are not built (nvcc failed)")
+        else:
+            print(f"mii_hcache: the GPU's kernels are built for {', '.join(f'sm_{gpu}' for gpu in gpus)}")
 
 
 parts = ["csrc/io", "csrc/gpu", "csrc/cufile", "csrc/spdk", "csrc/python"]
