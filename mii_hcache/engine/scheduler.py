@@ -135,6 +135,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Sizes at this moment."""
         return {
             "blocks": self._engine.num_blocks,
+            "block_tokens": self._engine.block_size,
             "blocks_free": self._engine.num_free_blocks,
             "requests_waiting": len(self._admission.waiting),
             "requests_restoring": len(self._admission.restoring),
