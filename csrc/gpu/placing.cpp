@@ -15,14 +15,16 @@ void check(const RopeScatter& params, unsigned element_bytes) {
     check(params.num_kv_heads > 0 && params.head_size > 0, "no head takes a place");
     check(params.rotary_dim % 2 == 0 && params.rotary_dim <= params.head_size, "rotary_dim is odd or beyond the head");
     check(params.rotary_dim / 2 <= kMaxRotaryPairs, "rotary_dim is above 512");
-    check(params.rotary_dim == 0 || params.inv_freq != 0, "there is no inv_freq");
+    check((params.sines == 0) == (params.cosines == 0), "sines without cosines");
+    check(params.rotary_dim == 0 || params.sines != 0 || params.inv_freq != 0, "there are no angles");
     const std::int64_t num_heads = std::int64_t{params.num_heads} + 2 * std::int64_t{params.num_kv_heads};
     check(num_heads <= 1 << 16 && params.head_size <= 1 << 16, "heads are too many, or too large");
     check(params.row_stride >= num_heads * params.head_size || params.num_tokens == 1, "rows overlap");
     check(params.num_tokens <= std::numeric_limits<std::int32_t>::max(), "more tokens than a grid has blocks");
     check(params.rows != 0 && params.cache != 0 && params.positions != 0 && params.slots != 0, "an address is null");
     check(fits_vectors(params, element_bytes, 1), "an address is not aligned to its elements");
-    check(params.inv_freq % sizeof(float) == 0 && (params.positions | params.slots) % sizeof(std::int64_t) == 0,
+    check((params.inv_freq | params.sines | params.cosines) % sizeof(float) == 0 &&
+              (params.positions | params.slots) % sizeof(std::int64_t) == 0,
           "an address is not aligned to its elements");
 }
 

@@ -15,7 +15,7 @@ __device__ __forceinline__ void scatter(const RopeScatter& params) {
     __shared__ float sines[kMaxRotaryPairs], cosines[kMaxRotaryPairs];
     const std::int64_t token = blockIdx.x;
     const std::int64_t slot = at<const std::int64_t>(params.slots)[token];
-    if (!is_in_cache(params, slot)) __trap();
+    if (!is_sound(params, token)) __trap();
     const Work work(params);
     for (unsigned idx = threadIdx.x; idx < work.half; idx += kScatterThreads) {
         turn_of(params, token, idx, sines[idx], cosines[idx]);

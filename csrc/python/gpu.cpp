@@ -67,12 +67,15 @@ struct PyKernels {
 
     void place_rows(const std::string& dtype, std::uint64_t rows, std::int64_t row_stride, std::uint64_t cache,
                     std::int64_t num_slots, std::uint64_t positions, std::uint64_t slots, std::int64_t num_tokens,
-                    std::uint64_t inv_freq, std::uint32_t rotary_dim, std::uint32_t num_heads,
-                    std::uint32_t num_kv_heads, std::uint32_t head_size, std::uint64_t q_gamma, std::uint64_t k_gamma,
-                    float eps, std::uint64_t stream) const {
+                    std::uint64_t sines, std::uint64_t cosines, std::int64_t num_positions, std::uint64_t inv_freq,
+                    std::uint32_t rotary_dim, std::uint32_t num_heads, std::uint32_t num_kv_heads,
+                    std::uint32_t head_size, std::uint64_t q_gamma, std::uint64_t k_gamma, float eps,
+                    std::uint64_t stream) const {
         if (!kernels) throw py::value_error("closed");
         const gpu::RopeScatter params{.rows = rows,
                                       .cache = cache,
+                                      .sines = sines,
+                                      .cosines = cosines,
                                       .inv_freq = inv_freq,
                                       .positions = positions,
                                       .slots = slots,
@@ -80,6 +83,7 @@ struct PyKernels {
                                       .k_gamma = k_gamma,
                                       .num_tokens = num_tokens,
                                       .num_slots = num_slots,
+                                      .num_positions = num_positions,
                                       .row_stride = row_stride,
                                       .num_heads = num_heads,
                                       .num_kv_heads = num_kv_heads,
@@ -134,9 +138,9 @@ void bind_gpu(py::module_& module) {
         .def(py::init<const PyGpu&, std::string_view>(), py::arg("gpu"), py::arg("image"))
         .def("place_rows", &PyKernels::place_rows, py::kw_only(), py::arg("dtype"), py::arg("rows"),
              py::arg("row_stride"), py::arg("cache"), py::arg("num_slots"), py::arg("positions"), py::arg("slots"),
-             py::arg("num_tokens"), py::arg("inv_freq"), py::arg("rotary_dim"), py::arg("num_heads"),
-             py::arg("num_kv_heads"), py::arg("head_size"), py::arg("q_gamma"), py::arg("k_gamma"), py::arg("eps"),
-             py::arg("stream"))
+             py::arg("num_tokens"), py::arg("sines"), py::arg("cosines"), py::arg("num_positions"), py::arg("inv_freq"),
+             py::arg("rotary_dim"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_size"),
+             py::arg("q_gamma"), py::arg("k_gamma"), py::arg("eps"), py::arg("stream"))
         .def("close", &PyKernels::close);
 }
 

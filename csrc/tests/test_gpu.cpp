@@ -303,7 +303,8 @@ void sizes_that_cannot_be_are_refused() {
     CHECK(refused([](RopeScatter& params) { params.rotary_dim = 31; }, "rotary_dim is odd"));
     CHECK(refused([](RopeScatter& params) { params.rotary_dim = 66; }, "beyond the head"));
     CHECK(refused([](RopeScatter& params) { params.head_size = params.rotary_dim = 1024; }, "above 512"));
-    CHECK(refused([](RopeScatter& params) { params.inv_freq = 0; }, "no inv_freq"));
+    CHECK(refused([](RopeScatter& params) { params.inv_freq = 0; }, "no angles"));
+    CHECK(refused([](RopeScatter& params) { params.sines = params.inv_freq; }, "without cosines"));
     CHECK(refused([](RopeScatter& params) { params.row_stride = 127; }, "rows overlap"));
     CHECK(refused([](RopeScatter& params) { params.num_tokens = std::int64_t{1} << 31; }, "more tokens"));
     CHECK(refused([](RopeScatter& params) { params.slots = 0; }, "is null"));

@@ -70,13 +70,17 @@ std::function<void()> rope_scatter(const Launch& launch) {
         move(params.rows, ((num_tokens - 1) * static_cast<std::uint64_t>(params.row_stride) + row) * kElement);
         move(params.cache,
              static_cast<std::uint64_t>(params.num_slots) * 2 * params.num_kv_heads * head_size * kElement);
-        move(params.inv_freq, params.rotary_dim / 2 * sizeof(float));
+        const std::uint64_t half = params.rotary_dim / 2;
+        move(params.sines, static_cast<std::uint64_t>(params.num_positions) * half * sizeof(float));
+        move(params.cosines, static_cast<std::uint64_t>(params.num_positions) * half * sizeof(float));
+        move(params.inv_freq, half * sizeof(float));
         move(params.positions, num_tokens * sizeof(std::int64_t));
         move(params.slots, num_tokens * sizeof(std::int64_t));
         move(params.q_gamma, head_size * kElement);
         move(params.k_gamma, head_size * kElement);
         for (std::int64_t token = params.num_tokens - 1; token >= 0; --token) {
-            if (!place_token<Number, kCount>(params, token)) misuse("a slot is outside the cache: trap");
+            if (!place_token<Number, kCount>(params, token))
+                misuse("a slot outside the cache, or a position outside the tables: trap");
         }
     };
 }
