@@ -120,8 +120,8 @@ def why_no_gpu() -> str | None:
 
 
 def new_gpu(gpu_idx: int) -> _io.Gpu:
-    """Copies to a GPU, and pinned memory. Only where `why_no_gpu` is None. Takes the GPU's primary context, which is the
-    one that frameworks use. Raises OSError."""
+    """Copies to a GPU, and pinned memory. Only where `why_no_gpu` is None. Takes the GPU's primary context, which is
+    the one that frameworks use. Raises OSError."""
     from mii_hcache import _io
 
     return _io.Gpu(gpu_idx)
@@ -136,8 +136,8 @@ def why_no_kernels() -> str | None:
 
 
 def new_kernels(gpu: _io.Gpu) -> _io.GpuKernels:
-    """The compiled kernels on a GPU. Only where `why_no_kernels` is None. Raises OSError, also when there is no code for
-    this GPU among them."""
+    """The compiled kernels on a GPU. Only where `why_no_kernels` is None. Raises OSError, also when there is no code
+    for this GPU among them."""
     from mii_hcache import _io
 
     return _io.GpuKernels(gpu, _KERNELS.read_bytes())
