@@ -37,10 +37,15 @@ struct RopeScatter {
     std::uint64_t rows;
     /// [num_slots, 2, num_kv_heads, head_size], contiguous: all blocks of one layer.
     std::uint64_t cache;
-    /// [rotary_dim / 2], float32.
+    /// Angles, one of two ways. [num_positions, rotary_dim / 2] each, float32: what the CPU worked out once, the same
+    /// bits on every device. Or null, and inv_freq is [rotary_dim / 2], float32: nothing to read but that, worked out
+    /// here.
+    std::uint64_t sines;
+    std::uint64_t cosines;
     std::uint64_t inv_freq;
     /// [num_tokens], int64: absolute positions, and rows of the cache. No two tokens share a slot. A slot that is not
-    /// in the cache ends the context (trap): what it would overwrite is another's.
+    /// in the cache, or a position that is not in the tables, ends the context (trap): what would be overwritten is
+    /// another's.
     std::uint64_t positions;
     std::uint64_t slots;
     /// [head_size] each, or 0: not normed.
@@ -48,6 +53,7 @@ struct RopeScatter {
     std::uint64_t k_gamma;
     std::int64_t num_tokens;
     std::int64_t num_slots;
+    std::int64_t num_positions;
     std::int64_t row_stride;
     std::uint32_t num_heads;
     std::uint32_t num_kv_heads;
@@ -66,12 +72,22 @@ HCACHE_ANYWHERE inline Element* at(std::uint64_t address) {
 /// Sine and cosine of pair `idx` of a token's heads.
 HCACHE_ANYWHERE inline void turn_of(const RopeScatter& params, std::int64_t token, unsigned idx, float& sine,
                                     float& cosine) {
-    const auto position = static_cast<float>(at<const std::int64_t>(params.positions)[token]);
-    turn_by(multiply_once(position, at<const float>(params.inv_freq)[idx]), sine, cosine);
+    const std::int64_t position = at<const std::int64_t>(params.positions)[token];
+    if (params.sines != 0) {
+        const std::int64_t entry = position * (params.rotary_dim / 2) + idx;
+        sine = at<const float>(params.sines)[entry];
+        cosine = at<const float>(params.cosines)[entry];
+        return;
+    }
+    turn_by(multiply_once(static_cast<float>(position), at<const float>(params.inv_freq)[idx]), sine, cosine);
 }
 
-HCACHE_ANYWHERE inline bool is_in_cache(const RopeScatter& params, std::int64_t slot) {
-    return slot >= 0 && slot < params.num_slots;
+/// Whether a token's slot is in the cache, and its position in the tables where there are any.
+HCACHE_ANYWHERE inline bool is_sound(const RopeScatter& params, std::int64_t token) {
+    const std::int64_t slot = at<const std::int64_t>(params.slots)[token];
+    const std::int64_t position = at<const std::int64_t>(params.positions)[token];
+    const bool has_turn = params.sines == 0 || (position >= 0 && position < params.num_positions);
+    return has_turn && slot >= 0 && slot < params.num_slots;
 }
 
 /// One head of a token: where it comes from, where it goes to, and its gamma (null: not normed).
@@ -208,13 +224,13 @@ inline bool fits_vectors(const RopeScatter& params, unsigned element_bytes, unsi
     return addresses % (std::uint64_t{element_bytes} * count) == 0 && sizes % count == 0;
 }
 
-/// A token as the kernel's threads do it, one after the other on the CPU. False, and nothing done, when its slot is not
-/// in the cache.
+/// A token as the kernel's threads do it, one after the other on the CPU. False, and nothing done, when it is not
+/// sound.
 template <typename Number, unsigned kCount>
 bool place_token(const RopeScatter& params, std::int64_t token) {
     using Bits = typename Number::Bits;
     const std::int64_t slot = at<const std::int64_t>(params.slots)[token];
-    if (!is_in_cache(params, slot)) return false;
+    if (!is_sound(params, token)) return false;
     float sines[kMaxRotaryPairs], cosines[kMaxRotaryPairs];
     for (unsigned idx = 0; idx < params.rotary_dim / 2; ++idx) turn_of(params, token, idx, sines[idx], cosines[idx]);
     const Turning<Number, kCount> turning(params);

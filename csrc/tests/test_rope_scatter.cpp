@@ -266,6 +266,43 @@ void a_slot_outside_the_cache_takes_nothing() {
     }
 }
 
+void a_position_outside_the_tables_takes_nothing() {
+    Case<Float16> made(2, 2, 64, 64, true);
+    const std::vector<float> table(32 * 4'096);
+    made.params.sines = made.params.cosines = reinterpret_cast<std::uint64_t>(table.data());
+    made.params.num_positions = 4'095;
+    CHECK((place_token<Float16, 8>(made.params, 1)));
+    const auto rows = made.rows, cache = made.cache;
+    made.positions[1] = -1;
+    for (const std::int64_t token : {1, 2, 3}) CHECK((!place_token<Float16, 8>(made.params, token)));
+    CHECK(rows == made.rows && cache == made.cache);
+}
+
+/// Both ways to angles: the same to the bit where one libm made both.
+void angles_may_come_from_tables() {
+    Case<Bfloat16> made(3, 2, 128, 128, true);
+    constexpr std::int64_t kPositions = 4'096;
+    std::vector<float> sines, cosines;
+    for (std::int64_t position = 0; position < kPositions; ++position) {
+        for (const float inv_freq : made.inv_freq) {
+            sines.push_back(std::sin(static_cast<float>(position) * inv_freq));
+            cosines.push_back(std::cos(static_cast<float>(position) * inv_freq));
+        }
+    }
+    const Memory<Bfloat16> before{made.rows, made.cache};
+    for (std::int64_t token = 0; token < 3; ++token) CHECK((place_token<Bfloat16, 8>(made.params, token)));
+    const Memory<Bfloat16> after{made.rows, made.cache};
+    CHECK(after != before);
+    std::copy(before.first.begin(), before.first.end(), made.rows.begin());
+    std::copy(before.second.begin(), before.second.end(), made.cache.begin());
+    made.params.inv_freq = 0;
+    made.params.sines = reinterpret_cast<std::uint64_t>(sines.data());
+    made.params.cosines = reinterpret_cast<std::uint64_t>(cosines.data());
+    made.params.num_positions = kPositions;
+    emulated::launch(3, kScatterThreads, [&] { hcache_rope_scatter_bfloat16(made.params); });
+    CHECK(made.rows == after.first && made.cache == after.second);
+}
+
 void vectors_are_chosen_where_everything_is_aligned() {
     const Case<Float16> made(2, 2, 64, 64, true);
     CHECK(fits_vectors(made.params, 2, 8));
@@ -313,6 +350,8 @@ int main() {
     RUN(numbers_round_to_the_nearest_even);
     RUN(heads_are_those_of_torch);
     RUN(a_slot_outside_the_cache_takes_nothing);
+    RUN(a_position_outside_the_tables_takes_nothing);
+    RUN(angles_may_come_from_tables);
     RUN(vectors_are_chosen_where_everything_is_aligned);
     RUN(angles_are_right_at_a_million_tokens);
 }
