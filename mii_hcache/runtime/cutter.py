@@ -133,7 +133,8 @@ class SpanCutter:
         release: Callable[[], None] | None = None,
     ) -> SpanPut | None:
         """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
-        from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is no room for those."""
+        from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is
+        no room for those."""
         layout = self._layout_of(span_idx)
         kv_layers = [chunk.layer_idx for chunk in layout.chunks if chunk.kind is ChunkKind.KV]
         kv = None
