@@ -12,7 +12,7 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime.block_reader import BlockReader
-from mii_hcache.runtime.buffers import SpanBuffers
+from mii_hcache.runtime.buffers import IDLE_S, SpanBuffers
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.sink import SnapshotSink
@@ -53,6 +53,7 @@ class SpanCutter:
             shape=(len(hidden_rows), SPAN_TOKENS, self._geometry.row_elements(ChunkKind.HIDDEN)),
             dtype=adapter.dtype,
             max_buffers=1 << 20,  # one a live sequence, and what waits for the store: bounded elsewhere
+            idle_s=IDLE_S,
         )
         num_kv_layers = max(kinds.count(ChunkKind.KV) for kinds in (plan.kinds, plan.other_kinds or plan.kinds))
         self._kv_blocks = BlockReader(
