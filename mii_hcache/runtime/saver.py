@@ -207,14 +207,13 @@ class Saver:
     def _snapshot(self, cutter: SpanCutter, segments: list[StepSegment], num_tokens: int) -> None:
         snapshot = Snapshot()
         rows = None if self._capture is None else self._take_rows(self._capture, snapshot, num_tokens)
-        first_row = 0
-        for segment in segments:
-            num_rows = len(segment.token_ids)
+        parts: Sequence[torch.Tensor | None] = [None] * len(segments)
+        if rows is not None:
+            parts = rows.split_with_sizes([len(segment.token_ids) for segment in segments], 1)
+        for segment, own_rows in zip(segments, parts, strict=True):
             track = self._tracks.get(segment.uid)
             if track is not None:
-                own_rows = rows[:, first_row : first_row + num_rows] if rows is not None else None
                 cutter.cut(snapshot, track, segment.token_ids, own_rows)
-            first_row += num_rows
         self._submit(snapshot)
 
     def _take_rows(self, capture: StepCapture, snapshot: Snapshot, num_rows: int) -> torch.Tensor | None:
