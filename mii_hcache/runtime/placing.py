@@ -195,6 +195,7 @@ class _StreamPlacing(Placing):
         self._timeline.add_tile_work("load", began, copied, tile, kv.nbytes)
 
     def join(self) -> None:
-        for event in (self._copied, self._projected):
-            if event is not None:
-                self._main.wait(event)
+        if self._copied is not None:
+            self._main.wait(self._copied)
+        if self._projected is not None:
+            self._main.wait(self._projected)
