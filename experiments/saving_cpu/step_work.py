@@ -87,6 +87,8 @@ class NoEngine:
 class LikeDevice(Streams):
     """Streams that do everything at once, but are not the host's: rows take the way that they take on a GPU."""
 
+    has_own_memory = True
+
     def __init__(self) -> None:
         self.main = HostStream()
 

@@ -34,7 +34,7 @@ from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import Snapshot
 from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.runtime.streams import HostStreams, Streams, streams_of
+from mii_hcache.runtime.streams import Streams, streams_of
 from mii_hcache.runtime.track import SequenceTrack
 from mii_hcache.storage.base import ChunkStore
 
@@ -100,7 +100,7 @@ class Saver:
             self._sink = Flusher(store=store, counters=counters, scatter=scatter, num_threads=num_threads)
         ring_rows = (1 if is_direct else ring_batches) * max_batch_tokens
         stage = None
-        if plan is not None and not isinstance(self._streams, HostStreams):
+        if plan is not None and self._streams.has_own_memory:
             num_bytes = stage_bytes(adapter.geometry, plan, len(self._hidden_rows), max_batch_tokens)
             stage = Stage(streams=self._streams, device=adapter.device, num_bytes=num_bytes)
         self._capture = None if not self._hidden_rows else self._make_capture(ring_rows, stage)

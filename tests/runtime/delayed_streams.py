@@ -22,11 +22,20 @@ class DelayedEvent(Event):
     def __init__(self, device: DelayedStreams) -> None:
         self._device = device
         self.has_passed = False
+        self.at_s = 0.0
+
+    @property
+    def passed_s(self) -> float:
+        assert self.has_passed
+        return self.at_s
 
     @property
     def is_done(self) -> bool:
         self._device.do_some()
         return self.has_passed
+
+    def pass_by(self) -> None:
+        self.has_passed, self.at_s = True, time.perf_counter()
 
     def synchronize(self) -> None:
         time.sleep(self._device.patience_s)  # in which the engine runs ahead
@@ -55,9 +64,9 @@ class DelayedStream(Stream):
         assert target.shape == source.shape and target.dtype is source.dtype
         self._queue(partial(target.copy_, source))
 
-    def record(self) -> DelayedEvent:
+    def record(self, *, is_timed: bool = False) -> DelayedEvent:
         event = DelayedEvent(self._device)
-        self._queue(partial(setattr, event, "has_passed", True))
+        self._queue(event.pass_by)
         return event
 
     def wait(self, event: Event) -> None:
@@ -69,6 +78,7 @@ class DelayedStreams(Streams):
     """Any thread: a lock covers all queues. The same seed and the same calls give the same order."""
 
     main: DelayedStream
+    has_own_memory = True
 
     def __init__(self, seed: int) -> None:
         self.lock = threading.RLock()
