@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
-from mii_hcache.engine.modules.batch_plan import token_slots
+from mii_hcache.engine.modules.batch_plan import runs_of, token_slots
 from mii_hcache.engine.ragged_batch import StepBatch
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
-from mii_hcache.runtime.streams import streams_of
+from mii_hcache.runtime.streams import Stream, streams_of
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +38,35 @@ class SequenceBlocks:
         self._model = engine.model()
         sequence = engine.sequence(uid)
         self._sequence = sequence
-        num_blocks = sequence.cur_allocated_blocks
-        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, :num_blocks].to(torch.int64).to(engine.device)
+        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
+
+    @cached_property
+    def _all_slots(self) -> torch.Tensor:
+        """Row in the cache of every token, on the device. Not for saving, which asks in the middle of decoding for one
+        span of what may be a long sequence: this copies to the device, and waits for it."""
+        positions = torch.arange(self._block_ids.numel() * self._engine.block_size)
+        return token_slots(self._block_ids, positions, self._engine.block_size).to(self._engine.device)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring rows in the cache: first row and length."""
+        size = self._engine.block_size
+        return [(block * size, count * size) for block, count in runs_of(self._block_ids)]
 
     def _slots(self, start: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = torch.arange(start, start + num_tokens, device=self._block_ids.device)
-        return positions, token_slots(self._block_ids, positions, self._engine.block_size)
+        """Positions and rows in the cache: views of what was made once, for every tile of every layer."""
+        stop = start + num_tokens
+        return self._engine.all_positions[start:stop], self._all_slots[start:stop]
+
+    def _row_runs(self, start: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """The rows of `[start, start + num_tokens)` as runs of neighbours: first token (from `start`), first row,
+        length."""
+        at, stop = 0, start + num_tokens
+        for first_row, num_rows in self._runs:
+            first, last = max(start, at), min(stop, at + num_rows)
+            if first < last:
+                yield first - start, first_row + first - at, last - first
+            at += num_rows
 
     def _rows(self, layer_idx: int) -> torch.Tensor:
         cache = self._engine.kv_cache(layer_idx)
@@ -63,9 +87,10 @@ class SequenceBlocks:
         self._model.restore_kv(layer_idx, hidden, positions, slots)
 
     @torch.inference_mode()
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
-        _, slots = self._slots(start, kv.shape[0])
-        self._rows(layer_idx)[slots] = kv
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        rows = self._rows(layer_idx)
+        runs = self._row_runs(start, kv.shape[0])
+        stream.copy_many([(rows[row : row + count], kv[token : token + count]) for token, row, count in runs])
 
     @torch.inference_mode()
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
@@ -74,16 +99,22 @@ class SequenceBlocks:
 
     @torch.inference_mode()
     def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
-        _, slots = self._slots(start, out.shape[1])
-        pool, rows = self._engine.kv_pool, out.flatten(2)
-        flat = pool.view(pool.shape[0], -1, rows.shape[2])
-        first = 0
-        while first < len(layers):  # one call for layers that follow each other, often for all
-            stop = first + 1
-            while stop < len(layers) and layers[stop] == layers[stop - 1] + 1:
-                stop += 1
-            torch.index_select(flat[layers[first] : layers[stop - 1] + 1], 1, slots, out=rows[first:stop])
-            first = stop
+        size, stop = self._engine.block_size, start + out.shape[1]
+        pool = self._engine.kv_pool
+        rows = pool.view(pool.shape[0], -1, *pool.shape[3:])
+        first_layer = 0
+        while first_layer < len(layers):  # a copy for all layers that follow each other, and blocks that do
+            end = first_layer + 1
+            while end < len(layers) and layers[end] == layers[end - 1] + 1:
+                end += 1
+            source, target = rows[layers[first_layer] : layers[end - 1] + 1], out[first_layer:end]
+            at = start // size * size
+            for block, count in runs_of(self._block_ids[at // size : -(-stop // size)]):
+                first, last = max(start, at), min(stop, at + count * size)
+                row = block * size + first - at
+                target[:, first - start : last - start].copy_(source[:, row : row + last - first])
+                at += count * size
+            first_layer = end
 
     def commit(self, num_tokens: int) -> None:
         if self._sequence.seen_tokens != 0:
@@ -104,6 +135,10 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         self.block_size: int = self._model.attn.kv_block_size
         streams = streams_of(self.device)
         self._batch = StepBatch(engine_config.state_manager, streams, for_stock=kernels == "stock")
+        self.all_positions = torch.arange(
+            self.blocks_for(self.max_context_tokens) * self.block_size, device=self.device
+        )
+        """Every position that a sequence's blocks may have, int64."""
 
     @property
     def geometry(self) -> ModelGeometry:

@@ -19,6 +19,8 @@ from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
 from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest
+from mii_hcache.runtime.pieces import pieces_on
+from mii_hcache.runtime.pinned import gauges as pinned_gauges
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
@@ -61,6 +63,7 @@ class EngineService:
             max_context_tokens=self._max_context_tokens,
             counters=self._counters,
             max_fill_tokens=engine.max_fill_tokens,
+            pieces=pieces_on(engine.device),
         )
         losses_s = self.policy.losses_s(list(costs or ("",))[-1], 1 + self._max_context_tokens // SPAN_TOKENS)
         if losses_s:
@@ -177,6 +180,7 @@ class EngineService:
             **counters,
             "saved_bytes_per_restored_token": counters.get("saved_bytes_total", 0.0) / max(1.0, restored_tokens),
             **self._scheduler.gauges(),
+            **pinned_gauges(),
             "store_spans": store.num_spans,
             "store_bytes": store.num_bytes,
             "store_capacity_bytes": store.capacity_bytes,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS
-from mii_hcache.runtime.buffers import SpanBuffers
+from mii_hcache.runtime.buffers import IDLE_S, SpanBuffers
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
@@ -45,6 +45,7 @@ class BlockReader:
             shape=(num_layers, SPAN_TOKENS, 2, geometry.num_kv_heads, geometry.head_size),
             dtype=adapter.dtype,
             max_buffers=max_buffers,
+            idle_s=IDLE_S,
         )
 
     @property

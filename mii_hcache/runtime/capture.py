@@ -1,8 +1,8 @@
 """Stage 1 of saving: each layer's rows of a running step, copied in stream order on their way into the host ring.
 
 The engine's norm reuses its output buffer, so a row must be copied on the main stream before the next norm runs: one
-small copy for each saved layer, into the stage (`stage.py`). When the step has been launched, all its rows leave for the
-host in one copy, on another stream. On a CPU the ring itself takes the rows.
+small copy for each saved layer, into the stage (`stage.py`). When the step has been launched, all its rows leave for
+the host in one copy, on another stream. On a CPU the ring itself takes the rows.
 
 Nothing here waits for a device: only the events that `end` returns are waited for, by background threads.
 """

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.core.layout import SpanLayout
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
+from mii_hcache.core.layout import LayerKinds, SpanLayout
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime.block_reader import BlockReader
-from mii_hcache.runtime.buffers import SpanBuffers
+from mii_hcache.runtime.buffers import IDLE_S, SpanBuffers
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.sink import SnapshotSink
@@ -44,6 +44,8 @@ class SpanCutter:
         needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `stage`: None on a CPU."""
         self._geometry = adapter.geometry
         self._plan = plan
+        self._pattern = _Pattern(self._geometry, plan.kinds)
+        self._other_pattern = _Pattern(self._geometry, plan.other_kinds or plan.kinds)
         self._hidden_rows = hidden_rows
         self._sink = sink
         self._counters = counters
@@ -53,6 +55,7 @@ class SpanCutter:
             shape=(len(hidden_rows), SPAN_TOKENS, self._geometry.row_elements(ChunkKind.HIDDEN)),
             dtype=adapter.dtype,
             max_buffers=1 << 20,  # one a live sequence, and what waits for the store: bounded elsewhere
+            idle_s=IDLE_S,
         )
         num_kv_layers = max(kinds.count(ChunkKind.KV) for kinds in (plan.kinds, plan.other_kinds or plan.kinds))
         self._kv_blocks = BlockReader(
@@ -75,7 +78,8 @@ class SpanCutter:
             while at < stop:
                 span_idx, span_row = divmod(at, SPAN_TOKENS)
                 num_rows = min(SPAN_TOKENS - span_row, stop - at)
-                own_rows = rows[:, at - start : at - start + num_rows] if rows is not None else None
+                is_all = num_rows == stop - start  # so in decoding: a view of it would be another
+                own_rows = rows if rows is None or is_all else rows.narrow(1, at - start, num_rows)
                 self._take(snapshot, track, span_idx, span_row, num_rows, own_rows)
                 at += num_rows
         except Exception:
@@ -98,11 +102,10 @@ class SpanCutter:
         """Rows of one span: put it at once if it is whole here, else copy its hidden rows to the open span."""
         is_last = span_row + num_rows == SPAN_TOKENS
         is_wanted = is_last and not self._is_settled(track, span_idx)
-        layout = self._layout_of(span_idx)
-        needs_hidden = ChunkKind.HIDDEN in layout.kind_counts
-        if needs_hidden and rows is None:
+        pattern = self._pattern_of(span_idx)
+        if pattern.needs_hidden and rows is None:
             return
-        if not needs_hidden or num_rows == SPAN_TOKENS:
+        if not pattern.needs_hidden or num_rows == SPAN_TOKENS:
             put = self._put_of(snapshot, track, span_idx, rows) if is_wanted else None
             if put is not None:
                 snapshot.whole.append(put)
@@ -111,7 +114,7 @@ class SpanCutter:
         if span_row == 0:
             buffer = self._open_buffers.acquire()
             assert buffer is not None
-            track.open_span = OpenSpan(span_idx=span_idx, rows=buffer, layout=layout)
+            track.open_span = OpenSpan(span_idx=span_idx, rows=buffer, layout=pattern.layout)
         open_span = track.open_span
         if open_span is None or open_span.span_idx != span_idx:
             return  # an earlier row of this span was dropped or lies in a saved span: healed from the blocks
@@ -133,10 +136,10 @@ class SpanCutter:
         release: Callable[[], None] | None = None,
     ) -> SpanPut | None:
         """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
-        from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is no room for those."""
-        layout = self._layout_of(span_idx)
-        kv_layers = [chunk.layer_idx for chunk in layout.chunks if chunk.kind is ChunkKind.KV]
-        kv = None
+        from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is
+        no room for those."""
+        pattern = self._pattern_of(span_idx)
+        layout, kv_layers, kv = pattern.layout, pattern.kv_layers, None
         if kv_layers:
             kv = self._patience.wait_for(self._kv_blocks.acquire)
             ready = None if kv is None else self._kv_blocks.read(track.uid, span_idx, kv_layers, kv)
@@ -165,5 +168,15 @@ class SpanCutter:
         self._sink.forget(open_span)
         self._open_buffers.release(open_span.rows)
 
-    def _layout_of(self, span_idx: int) -> SpanLayout:
-        return SpanLayout.of(self._geometry, self._plan.kinds_of(span_idx))
+    def _pattern_of(self, span_idx: int) -> _Pattern:
+        kinds = self._plan.kinds_of(span_idx)
+        return self._pattern if kinds is self._plan.kinds else self._other_pattern
+
+
+class _Pattern:
+    """How a span is saved: asked for by every sequence in every step, so worked out once."""
+
+    def __init__(self, geometry: ModelGeometry, kinds: LayerKinds) -> None:
+        self.layout = SpanLayout.of(geometry, kinds)
+        self.needs_hidden = ChunkKind.HIDDEN in self.layout.kind_counts
+        self.kv_layers = [chunk.layer_idx for chunk in self.layout.chunks if chunk.kind is ChunkKind.KV]

@@ -34,7 +34,7 @@ from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import Snapshot
 from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.runtime.streams import HostStreams, Streams, streams_of
+from mii_hcache.runtime.streams import Streams, streams_of
 from mii_hcache.runtime.track import SequenceTrack
 from mii_hcache.storage.base import ChunkStore
 
@@ -100,7 +100,7 @@ class Saver:
             self._sink = Flusher(store=store, counters=counters, scatter=scatter, num_threads=num_threads)
         ring_rows = (1 if is_direct else ring_batches) * max_batch_tokens
         stage = None
-        if plan is not None and not isinstance(self._streams, HostStreams):
+        if plan is not None and self._streams.has_own_memory:
             num_bytes = stage_bytes(adapter.geometry, plan, len(self._hidden_rows), max_batch_tokens)
             stage = Stage(streams=self._streams, device=adapter.device, num_bytes=num_bytes)
         self._capture = None if not self._hidden_rows else self._make_capture(ring_rows, stage)
@@ -207,14 +207,13 @@ class Saver:
     def _snapshot(self, cutter: SpanCutter, segments: list[StepSegment], num_tokens: int) -> None:
         snapshot = Snapshot()
         rows = None if self._capture is None else self._take_rows(self._capture, snapshot, num_tokens)
-        first_row = 0
-        for segment in segments:
-            num_rows = len(segment.token_ids)
+        parts: Sequence[torch.Tensor | None] = [None] * len(segments)
+        if rows is not None:
+            parts = rows.split_with_sizes([len(segment.token_ids) for segment in segments], 1)
+        for segment, own_rows in zip(segments, parts, strict=True):
             track = self._tracks.get(segment.uid)
             if track is not None:
-                own_rows = rows[:, first_row : first_row + num_rows] if rows is not None else None
                 cutter.cut(snapshot, track, segment.token_ids, own_rows)
-            first_row += num_rows
         self._submit(snapshot)
 
     def _take_rows(self, capture: StepCapture, snapshot: Snapshot, num_rows: int) -> torch.Tensor | None:

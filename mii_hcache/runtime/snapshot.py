@@ -23,7 +23,7 @@ class SpanPut:
     """Called when the rows are no longer needed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowCopy:
     """Rows on their way from a snapshot into an open span."""
 

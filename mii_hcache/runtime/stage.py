@@ -81,7 +81,10 @@ class Stage:
         num_here = self.room_bytes // row_bytes
         if not 0 < num_here < num_layers:
             return [self.take(num_layers * row_bytes)]
-        return [self.take(num_here * row_bytes), self.take((num_layers - num_here) * row_bytes)]
+        parts = [self.take(num_here * row_bytes), self.take((num_layers - num_here) * row_bytes)]
+        if self._head - parts[0].start > self.num_bytes:  # the second lies over the first
+            raise ValueError(f"{num_layers} times {row_bytes} bytes wanted of a stage of {self.num_bytes}")
+        return parts
 
     def send(self, pairs: Sequence[tuple[torch.Tensor, StagedPart]]) -> Event:
         """Launch copies to the host: `(target, part)`, the target's bytes being as many, contiguous, pinned. They come

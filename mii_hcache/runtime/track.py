@@ -73,7 +73,8 @@ class SequenceTrack:
     def extend(self, token_ids: Sequence[int]) -> None:
         """Tokens that a step is about to run."""
         self.token_ids.extend(token_ids)
-        self._name_spans()
+        if len(self.token_ids) // SPAN_TOKENS > len(self.span_ids):
+            self._name_spans()
 
     def truncate(self, num_tokens: int) -> OpenSpan | None:
         """Forget tokens from `num_tokens` on. Returns the open span if it is of no use any more.
