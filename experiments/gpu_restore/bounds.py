@@ -72,10 +72,13 @@ def work_of(
     recompute_layers: int,
     is_prefill: bool = False,
 ) -> Work:
-    """Of a plan. `read_bytes` as counted by the restore; `hidden_rows`: (token, layer) pairs whose K and V are projected
-    from hidden states that were read. Of the other tokens, `recompute_layers` layers go through a forward whose last
-    layer is only a projection; `geometry` knows its feed-forward weights. `is_prefill`: all tokens go through all of every
-    layer, as recomputation by an engine does."""
+    """Of a plan.
+
+    read_bytes: as counted by the restore. hidden_rows: (token, layer) pairs whose K and V are projected from hidden
+    states that were read. Of the tokens behind `recompute_tokens`, `recompute_layers` layers go through a forward whose
+    last layer is only a projection. `geometry` knows its feed-forward weights. `is_prefill`: all tokens go through all
+    of every layer, as recomputation by an engine does.
+    """
     width, kv_width = geometry.num_heads * geometry.head_size, geometry.num_kv_heads * geometry.head_size
     projection = 4.0 * geometry.hidden_size * kv_width
     layer = 2.0 * (2 * geometry.hidden_size * (width + kv_width) + geometry.ffn_weights)

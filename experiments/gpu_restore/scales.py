@@ -111,9 +111,7 @@ TINY = Scale(
     name="tiny",
     models=(
         Model(shape="demo", dtype="bfloat16", contexts=(256, 512), pool_tokens=4096),
-        Model(
-            shape="demo", dtype="bfloat16", contexts=(512,), pool_tokens=2048, changes={"num_key_value_heads": 2}
-        ),
+        Model(shape="demo", dtype="bfloat16", contexts=(512,), pool_tokens=2048, changes={"num_key_value_heads": 2}),
     ),
     gate_dtypes=("bfloat16", "float16"),
     gate_tokens=320,
