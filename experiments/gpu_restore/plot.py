@@ -23,6 +23,13 @@ NAMES: Mapping[str, str] = {
 }
 """The colours that other figures give to our methods."""
 
+MOST_RATIO = 4.0
+"""What is further above its bound is not drawn: the table has it."""
+
+
+def _length(num_tokens: float) -> str:
+    return f"{num_tokens / 1024:g}k" if num_tokens >= 1024 else f"{num_tokens:g}"
+
 
 def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """By the image's name. Only what was measured is drawn."""
@@ -71,10 +78,14 @@ def _restores(rows: Sequence[Row], numbers: Numbers, where: str) -> Figure | Non
         above.set_yscale("log")
         below.set_xscale("log", base=2)
         below.axhline(1.1, color="#777777", linewidth=0.8, linestyle="--")
-        below.set_ylim(bottom=0)
+        below.set_ylim(0, min(MOST_RATIO, below.get_ylim()[1]))
         below.set_xlabel("tokens")
+        lengths = sorted({x for values in _methods(numbers, "restore", model).values() for x in values})
+        for axes in (above, below):
+            axes.set_xticks(lengths, [_length(x) for x in lengths])
+            axes.minorticks_off()
     grid[0][0].set_ylabel("restore, ms (dotted: bound)")
-    grid[1][0].set_ylabel("over its bound (target: 1.1)")
+    grid[1][0].set_ylabel(f"over its bound (target: 1.1; cut at {MOST_RATIO:g})")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(f"Restores from host memory, measured on {where}", fontsize=8)
@@ -108,7 +119,7 @@ def _first_tokens(axes: Axes, numbers: Numbers, model: str) -> None:
     axes.set_xlabel("history, tokens")
     axes.set_ylabel("first token, ms")
     axes.set_title(f"(a) {model}: restore and a short prompt", fontsize=8, loc="left")
-    axes.legend(fontsize=6, frameon=False, ncols=2)
+    axes.legend(fontsize=6, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def _saving(axes: Axes, numbers: Numbers, batches: Sequence[float | str]) -> None:

@@ -114,6 +114,10 @@ def _restores(rows: Sequence[Row], numbers: Numbers, panel: str) -> Iterator[str
         yield "## Restores from host memory"
     else:
         yield "## Restores from an emulated device (throttled reads: **emulated**, not measured)"
+    yield (
+        "Bound: the bytes of the plan over the fastest copy, or its FLOPs over the fastest product and attention, "
+        "whichever is longer. Store alone: the same bytes by the readers from the store into pinned memory, nothing behind it."
+    )
     lines = []
     for series, x, note in sorted(places, key=lambda place: (place[0].split()[0], float(place[1]))):
         model, method = series.rsplit(" ", 1)
@@ -138,6 +142,7 @@ def _restores(rows: Sequence[Row], numbers: Numbers, panel: str) -> Iterator[str
                 f"{flop / took / 1e12:.0f}",
                 _ms(numbers.get(*here[".bound"])),
                 _times(numbers.ratio(here[""], here[".bound"])),
+                _ms(numbers.get(f"{panel}.store-bound", series, x)),
                 *others,
                 note.split("; ")[0].split(", ", 1)[-1],
             )
@@ -154,6 +159,7 @@ def _restores(rows: Sequence[Row], numbers: Numbers, panel: str) -> Iterator[str
         "TFLOP/s",
         "bound, ms",
         "over bound",
+        "store alone, ms",
         "kv /",
         "cake /",
         "recompute /",

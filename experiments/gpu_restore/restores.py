@@ -99,6 +99,11 @@ def _race(
             ("planned", way.planned_s, "s"),
             ("difference", way.difference, "logit"),
         ]
+        store_bytes_per_s = max(
+            numbers().get("store", f"{rig.name} {kind.value}", "memory") or 0.0 for kind in ChunkKind
+        )
+        if store_bytes_per_s and read_bytes_per_s is None:
+            extras.append(("store-bound", work.read_bytes / store_bytes_per_s, "s"))
         if ceilings is not None:
             extras += [("bound", ceilings.bound_s(work), "s"), ("compute-bound", ceilings.compute_s(work), "s")]
         for statistic, value, unit in extras:

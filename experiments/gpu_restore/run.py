@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from experiments.gpu_restore.ledger import FIGURE, Cell, Deadline, GateFailed, Ledger, Number
