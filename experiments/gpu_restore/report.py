@@ -116,7 +116,7 @@ def _restores(rows: Sequence[Row], numbers: Numbers, panel: str) -> Iterator[str
         yield "## Restores from an emulated device (throttled reads: **emulated**, not measured)"
     yield (
         "Bound: the bytes of the plan over the fastest copy, or its FLOPs over the fastest product and attention, "
-        "whichever is longer. Store alone: the same bytes by the readers from the store into pinned memory, nothing behind it."
+        "whichever is longer. Store alone: the same bytes by the readers from the store into pinned memory."
     )
     lines = []
     for series, x, note in sorted(places, key=lambda place: (place[0].split()[0], float(place[1]))):
