@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.attention import PagedAttention
-from mii_hcache.engine.modules.batch_plan import token_slots
+from mii_hcache.engine.modules.batch_plan import runs_of, token_slots
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.runtime.streams import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +35,25 @@ class SequenceBlocks:
         self._model = engine.model()
         sequence = engine.sequence(uid)
         self._sequence = sequence
-        num_blocks = sequence.cur_allocated_blocks
-        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, :num_blocks].to(torch.int64).to(engine.device)
+        block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
+        num_tokens = block_ids.numel() * engine.block_size
+        self._all_slots = token_slots(block_ids, torch.arange(num_tokens), engine.block_size).to(engine.device)
+        self._runs = [(block * engine.block_size, count * engine.block_size) for block, count in runs_of(block_ids)]
 
     def _slots(self, start: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = torch.arange(start, start + num_tokens, device=self._block_ids.device)
-        return positions, token_slots(self._block_ids, positions, self._engine.block_size)
+        """Positions and rows in the cache: views of what was made once, for every tile of every layer."""
+        stop = start + num_tokens
+        return self._engine.all_positions[start:stop], self._all_slots[start:stop]
+
+    def _row_runs(self, start: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """The rows of `[start, start + num_tokens)` as runs of neighbours: first token (from `start`), first row,
+        length."""
+        at, stop = 0, start + num_tokens
+        for first_row, num_rows in self._runs:
+            first, last = max(start, at), min(stop, at + num_rows)
+            if first < last:
+                yield first - start, first_row + first - at, last - first
+            at += num_rows
 
     def _rows(self, layer_idx: int) -> torch.Tensor:
         cache = self._engine.kv_cache(layer_idx)
@@ -60,9 +74,10 @@ class SequenceBlocks:
         self._rows(layer_idx)[slots] = self._model.project_kv(layer_idx, hidden, positions)
 
     @torch.inference_mode()
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
-        _, slots = self._slots(start, kv.shape[0])
-        self._rows(layer_idx)[slots] = kv
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        rows = self._rows(layer_idx)
+        runs = self._row_runs(start, kv.shape[0])
+        stream.copy_many([(rows[row : row + count], kv[token : token + count]) for token, row, count in runs])
 
     @torch.inference_mode()
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
@@ -84,6 +99,10 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         self.dtype: torch.dtype = self._model.activation_dtype.value
         self.device: torch.device = self.kv_cache(0).device
         self.block_size: int = self._model.attn.kv_block_size
+        self.all_positions = torch.arange(
+            self.blocks_for(self.max_context_tokens) * self.block_size, device=self.device
+        )
+        """Every position that a sequence's blocks may have, int64."""
 
     @property
     def geometry(self) -> ModelGeometry:

@@ -19,6 +19,7 @@ from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
 from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest
+from mii_hcache.runtime.pieces import pieces_on
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
@@ -61,6 +62,7 @@ class EngineService:
             max_context_tokens=self._max_context_tokens,
             counters=self._counters,
             max_fill_tokens=engine.max_fill_tokens,
+            pieces=pieces_on(engine.device),
         )
         losses_s = self.policy.losses_s(list(costs or ("",))[-1], 1 + self._max_context_tokens // SPAN_TOKENS)
         if losses_s:

@@ -7,13 +7,17 @@ from typing import Protocol
 import torch
 
 from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.runtime.streams import Stream
 
 
 class KVTarget(Protocol):
     """The blocks of one sequence, addressed by absolute token position.
 
-    Engine thread and the engine's compute stream only. Blocks for every position used must have been reserved.
-    Ranges are half-open.
+    Engine thread only. Blocks for every position used must have been reserved. Ranges are half-open.
+
+    Everything is launched on the stream that is current, the engine's own unless a caller makes it another (as
+    `placing.py` does, which says who waits for whom). Whatever the calls below read of the target was made when the
+    target was, on the engine's own stream, and is never changed.
     """
 
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
@@ -28,8 +32,10 @@ class KVTarget(Protocol):
         """Project and write K and V from `hidden`: `[num_tokens, hidden_size]`, the engine's dtype and device."""
         ...
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
-        """Write `kv`: `[num_tokens, 2, num_kv_heads, head_size]`, keys rotated, the engine's dtype and device."""
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        """Launch on `stream` the copies of `kv` into the blocks, as few as their order allows: `[num_tokens, 2,
+        num_kv_heads, head_size]`, contiguous, keys rotated, the engine's dtype; host memory (pinned when the engine has
+        a GPU), or the device's."""
         ...
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:

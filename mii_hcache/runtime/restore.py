@@ -4,47 +4,39 @@ Paper sections 3.1 and 4.1. Reader threads keep tiles in flight; the engine thre
 tokens by a forward while nothing has. So both resources work whenever they can, in whatever order the bytes come.
 Tokens count as present only after every layer of every span has arrived and been verified; damage cuts the restored
 prefix at its span, and the rest is prefilled.
+
+On a GPU placing and filling are launched, not done, when a call returns (`placing.py`): a restore is over when what
+follows on the engine's own stream comes behind them, and its timeline is true when they are done (`is_settled`).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.runtime.ports import KVTarget
-from mii_hcache.runtime.timeline import Activity, RestoreTimeline
-from mii_hcache.runtime.work import Fill, Tile, plan_fills, plan_tiles
-from mii_hcache.storage.base import ChunkRead, ReadOutcome, SpanRecord
+from mii_hcache.runtime.streams import Event
+from mii_hcache.runtime.tiles import TileRead
+from mii_hcache.runtime.timeline import RestoreTimeline
+from mii_hcache.runtime.work import Fill, plan_fills, plan_tiles
+from mii_hcache.storage.base import SpanRecord
 
 if TYPE_CHECKING:
     from mii_hcache.runtime.restorer import Restorer
 
-SHARED_FILL_TOKENS = 64
-"""Most tokens that a forward fills at a time while others decode."""
-ALONE_FILL_TOKENS = 256
-"""The same while nothing else runs."""
+MAX_FILLS_AHEAD = 2
+"""Fills that a device may have before it: one that runs, and one for it to go on with. Others' steps queue behind."""
 _LOOK_S = 0.05
 """How often who waits looks whether a read hangs."""
-
-
-@dataclass(kw_only=True)
-class _Read:
-    tile: Tile
-    buffer: torch.Tensor
-    started_s: float = math.inf
-    """When a reader thread took it up."""
-    outcome: Future[ReadOutcome] = field(default_factory=Future)
+_DEVICE_LOOK_S = 0.0002
+"""How often who waits for the device looks at it."""
 
 
 @dataclass(kw_only=True)
@@ -104,10 +96,11 @@ class Restore:
             layouts,
             recompute_tokens=recompute_tokens,
             recompute_layers=recompute_layers,
-            tile_spans=restorer.tile_spans,
+            tile_spans=restorer.pieces.tile_spans,
         )
         self._next_tile = next(self._tiles, None)
-        self._reads: deque[_Read] = deque()
+        self._reads: deque[TileRead] = deque()
+        self._filling: deque[Event] = deque()
         self._records = list(records)
         self._span_ids = [record.span_id for record in records]
         self._saved_ids = [record.span_id for record in records if record.layout.num_chunks]
@@ -117,6 +110,7 @@ class Restore:
         self._tiers = [store.tier_of(span_id) or store.name for span_id in self._span_ids]
         self.outcome = RestoreOutcome()
         self.timeline = RestoreTimeline()
+        self._source = restorer.open_tiles(target, self._span_ids, self.timeline)
         store.touch(self._saved_ids)
         store.pin(self._saved_ids)
         restorer.num_open += 1
@@ -125,15 +119,27 @@ class Restore:
     def can_work(self) -> bool:
         """Whether `step` would find something to do without waiting."""
         if self._reads:
-            return self._is_head_ready() or bool(self._fills)
-        return bool(self._fills) or self._next_tile is None
+            return self._is_head_ready() or self._may_fill()
+        return self._may_fill() or (self._next_tile is not None and self._may_read()) or self._is_all_launched()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the device has done all that this restore launched: its `timeline` is complete then. On a CPU always,
+        on a GPU soon after the outcome. Does not block; ask now and then."""
+        return self.timeline.settle()
+
+    def _is_all_launched(self) -> bool:
+        return not (self._reads or self._fills or self._next_tile is not None)
+
+    def _may_read(self) -> bool:
+        return len(self._reads) + self._source.num_held < self._restorer.tiles_ahead
 
     def read_ahead(self) -> None:
         """Start the reads that come next, as far as may be; `step` does so too. Does not block."""
-        while self._next_tile is not None and len(self._reads) < self._restorer.tiles_ahead:
+        while self._next_tile is not None and self._may_read():
             tile, self._next_tile = self._next_tile, next(self._tiles, None)
             if tile.first_span < self._num_spans:
-                self._reads.append(self._start_read(tile))
+                self._reads.append(self._source.start(tile))
 
     def step(self, budget_s: float, *, wait: bool) -> RestoreOutcome | None:
         """Work for about `budget_s` (a piece at least, when one can be done). The outcome when done, else None.
@@ -143,6 +149,7 @@ class Restore:
         """
         if not self._is_open:
             raise RuntimeError("this restore is over")
+        pieces = self._restorer.pieces
         started_s = time.perf_counter()
         left_s = budget_s
         try:
@@ -150,12 +157,12 @@ class Restore:
                 self.read_ahead()
                 if self._reads and self._is_head_ready():
                     self._place_tile()
-                elif self._fills:
-                    self._fill(ALONE_FILL_TOKENS if wait else SHARED_FILL_TOKENS)
-                elif not self._reads and self._next_tile is None:
+                elif self._may_fill():
+                    self._fill(pieces.alone_fill_tokens if wait else pieces.shared_fill_tokens)
+                elif self._is_all_launched():
                     self._finish()
                     return self.outcome
-                elif not (wait and self._reads and self._wait(left_s)):
+                elif not (wait and self._wait(left_s)):
                     return None
                 left_s = budget_s - (time.perf_counter() - started_s)
                 if left_s <= 0:
@@ -165,15 +172,19 @@ class Restore:
             raise
 
     def cancel(self) -> None:
-        """Give buffers and pins back; the target holds nothing valid. Idempotent. Does not block: a buffer that is
-        still read into is given back when that read ends."""
+        """Give buffers and pins back; the target holds nothing valid, and its blocks may be freed: whatever is launched
+        on the engine's own stream from now on comes behind what was launched into them. Idempotent. Does not block: a
+        buffer that is still read into, or copied from, is given back when that ends."""
         if not self._is_open:
             return
         self._is_open = False
         self._restorer.num_open -= 1
-        while self._reads:
-            self._let_go(self._reads.popleft())
-        self._restorer.store.unpin(self._saved_ids)
+        try:
+            self._source.join()
+        finally:
+            while self._reads:
+                self._reads.popleft().release()
+            self._restorer.store.unpin(self._saved_ids)
 
     def _finish(self) -> None:
         self.cancel()
@@ -193,66 +204,35 @@ class Restore:
 
     # --- reading ------------------------------------------------------------------------------------------------
 
-    def _start_read(self, tile: Tile) -> _Read:
-        restorer = self._restorer
-        buffer = restorer.buffers.acquire()
-        assert buffer is not None
-        chunk_bytes = restorer.adapter.geometry.chunk_bytes(tile.kind)
-        view = as_bytes(buffer)
-        reads = [
-            ChunkRead(
-                span_id=self._span_ids[tile.first_span + idx],
-                layer_idx=tile.layer_idx,
-                out=view[idx * chunk_bytes : (idx + 1) * chunk_bytes],
-                kind=tile.kind,
-            )
-            for idx in range(tile.num_spans)
-        ]
-        read = _Read(tile=tile, buffer=buffer)
-        try:
-            read.outcome = restorer.submit_read(lambda: self._read(read, reads))
-        except BaseException:
-            restorer.buffers.release(buffer)
-            raise
-        return read
-
-    def _read(self, read: _Read, chunks: list[ChunkRead]) -> ReadOutcome:
-        """On a reader thread."""
-        read.started_s = started_s = time.perf_counter()
-        outcome = self._restorer.store.get_into(chunks)
-        self._note("read", started_s, read.tile, sum(chunk.out.nbytes for chunk in chunks))
-        return outcome
-
     def _wait(self, left_s: float) -> bool:
-        """Whether the next read ended in time, or is not worth waiting for any more."""
+        """Whether there came something to do in time."""
         started_s = time.perf_counter()
         stop_s = started_s + left_s
-        while not self._is_head_ready():
+        while not self.can_work:
             now_s = time.perf_counter()
             if now_s >= stop_s:
                 break
-            wait_for([self._reads[0].outcome], timeout=min(stop_s - now_s, self._restorer.read_deadline_s, _LOOK_S))
+            is_device_behind = bool(self._fills) or (self._next_tile is not None and self._source.num_held > 0)
+            look_s = min(stop_s - now_s, _DEVICE_LOOK_S if is_device_behind else _LOOK_S)
+            if self._reads:
+                wait_for([self._reads[0].outcome], timeout=min(look_s, self._restorer.read_deadline_s))
+            else:
+                time.sleep(look_s)
         self.timeline.add("wait", started_s)
-        return self._is_head_ready()
+        return self.can_work
 
     def _is_head_ready(self) -> bool:
         """Whether something can be done about the next tile: its read has ended, hangs, or is of no use any more."""
         read = self._reads[0]
         return read.outcome.done() or self._is_overdue(read) or read.tile.first_span >= self._num_spans
 
-    def _is_overdue(self, read: _Read) -> bool:
+    def _is_overdue(self, read: TileRead) -> bool:
         return time.perf_counter() - read.started_s > self._restorer.read_deadline_s
 
-    def _let_go(self, read: _Read) -> None:
-        """Nobody waits for a read: its buffer is given back when it ends, and another thread reads in its place."""
-        if not read.outcome.cancel():
-            self._restorer.let_go(read.outcome)
-        read.outcome.add_done_callback(partial(self._give_back, read))
-
-    def _do_without(self, read: _Read) -> None:
+    def _do_without(self, read: TileRead) -> None:
         """A read hangs, or lies behind a cut. What of its tile comes before the first span that cannot be read now is
         read again."""
-        self._let_go(read)
+        read.release()
         tile = read.tile
         if tile.first_span >= self._num_spans:
             return
@@ -261,7 +241,7 @@ class Restore:
         num_there = next((idx for idx, span_id in enumerate(ids) if find(span_id) is None), 0)
         self._cut(tile.first_span + num_there, "stalled")
         if num_there:
-            self._reads.appendleft(self._start_read(replace(tile, num_spans=num_there)))
+            self._reads.appendleft(self._source.start(replace(tile, num_spans=num_there)))
 
     def _cut(self, num_spans: int, reason: str | None) -> None:
         """Nothing from there on comes back."""
@@ -272,20 +252,28 @@ class Restore:
 
     # --- the engine thread's work -------------------------------------------------------------------------------
 
+    def _may_fill(self) -> bool:
+        while self._filling and self._filling[0].is_done:
+            self._filling.popleft()
+        return bool(self._fills) and len(self._filling) < MAX_FILLS_AHEAD
+
     def _fill(self, most_tokens: int) -> None:
         fill = self._fills.popleft()
         stop = min(fill.stop, self._num_spans * SPAN_TOKENS)  # nothing behind a cut is of use
         if fill.num_layers > 1:
             most_tokens = min(most_tokens, self._restorer.adapter.max_fill_tokens)
         else:
-            most_tokens = self._restorer.tile_spans * SPAN_TOKENS
+            most_tokens = self._restorer.pieces.tile_spans * SPAN_TOKENS
         middle = min(stop, fill.start + most_tokens)
         if fill.start >= stop:
             return
-        started_s = time.perf_counter()
+        main = self._restorer.streams.main
+        began = main.record(is_timed=True)
         self._target.fill(fill.start, self._token_ids[fill.start : middle], fill.num_layers)
-        self.timeline.add(
-            "fill", started_s, num_layers=fill.num_layers, start=fill.start, num_tokens=middle - fill.start
+        ended = main.record(is_timed=True)
+        self._filling.append(ended)
+        self.timeline.add_work(
+            "fill", began, ended, num_layers=fill.num_layers, start=fill.start, num_tokens=middle - fill.start
         )
         if middle < stop:
             self._fills.appendleft(Fill(start=middle, stop=stop, num_layers=fill.num_layers))
@@ -303,36 +291,7 @@ class Restore:
                 self._cut(tile.first_span + outcome.num_ok, outcome.reason)
             num_spans = min(tile.num_spans, self._num_spans - tile.first_span)
             if num_spans > 0:
-                self._write(tile, read.buffer, num_spans)
+                read.place(num_spans)
+                self.outcome.read_bytes += num_spans * self._restorer.adapter.geometry.chunk_bytes(tile.kind)
         finally:
-            self._give_back(read)
-
-    def _write(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
-        started_s = time.perf_counter()
-        adapter = self._restorer.adapter
-        geometry = adapter.geometry
-        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
-        num_bytes = num_spans * geometry.chunk_bytes(tile.kind)
-        rows = buffer[:num_bytes].view(adapter.dtype).view(num_tokens, -1).to(adapter.device, non_blocking=True)
-        if tile.kind is ChunkKind.HIDDEN:
-            self._target.project_hidden(tile.layer_idx, start, rows)
-        else:
-            kv = rows.view(num_tokens, 2, geometry.num_kv_heads, geometry.head_size)
-            self._target.write_kv(tile.layer_idx, start, kv)
-        if adapter.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
-        self.outcome.read_bytes += num_bytes
-        self._note("project" if tile.kind is ChunkKind.HIDDEN else "place", started_s, tile, num_bytes)
-
-    def _note(self, activity: Activity, started_s: float, tile: Tile, num_bytes: int) -> None:
-        self.timeline.add(
-            activity,
-            started_s,
-            first_layer=tile.layer_idx,
-            start=tile.first_span * SPAN_TOKENS,
-            num_tokens=tile.num_spans * SPAN_TOKENS,
-            num_bytes=num_bytes,
-        )
-
-    def _give_back(self, read: _Read, _: Future[ReadOutcome] | None = None) -> None:
-        self._restorer.buffers.release(read.buffer)
+            read.release()

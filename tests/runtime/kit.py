@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.scatter import NativeScatter, Scatter, TorchScatter
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Stream
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.native import why_not_built
 
@@ -136,7 +138,10 @@ class FakeBlocks:
         assert hidden.shape[1:] == (self._engine.geometry.hidden_size,) and hidden.dtype is self._engine.dtype
         self._write("hidden", layer_idx, start, hidden)
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        stream.launch(partial(self._write_kv, layer_idx, start, kv))
+
+    def _write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
         geometry = self._engine.geometry
         assert kv.shape[1:] == (2, geometry.num_kv_heads, geometry.head_size) and kv.dtype is self._engine.dtype
         self._write("kv", layer_idx, start, kv.reshape(kv.shape[0], -1))
