@@ -72,25 +72,28 @@ def work_of(
     recompute_layers: int,
     is_prefill: bool = False,
 ) -> Work:
-    """Of a plan. `read_bytes` as counted by the restore; `hidden_rows`: (token, layer) pairs whose K and V are projected
-    from hidden states that were read. Of the other tokens, `recompute_layers` layers go through a forward whose last
-    layer is only a projection; `geometry` knows its feed-forward weights. `is_prefill`: all tokens go through all of every
-    layer, as recomputation by an engine does."""
+    """Of a plan.
+
+    read_bytes: as counted by the restore. hidden_rows: (token, layer) pairs whose K and V are projected from hidden
+    states that were read. Of the tokens behind `recompute_tokens`, `recompute_layers` layers go through a forward whose
+    last layer is only a projection. `geometry` knows its feed-forward weights. `is_prefill`: all tokens go through all
+    of every layer, as recomputation by an engine does.
+    """
     width, kv_width = geometry.num_heads * geometry.head_size, geometry.num_kv_heads * geometry.head_size
     projection = 4.0 * geometry.hidden_size * kv_width
     layer = 2.0 * (2 * geometry.hidden_size * (width + kv_width) + geometry.ffn_weights)
+    all_pairs = num_tokens * (num_tokens + 1) / 2
+    if is_prefill:
+        return Work(
+            read_bytes=read_bytes,
+            product_flop=num_tokens * geometry.num_layers * layer,
+            attention_flop=4.0 * width * geometry.num_layers * all_pairs,
+        )
     others = num_tokens - recompute_tokens
     whole = max(0, recompute_layers - 1)
     product = hidden_rows * projection
     product += recompute_tokens * ((geometry.num_layers - 1) * layer + projection)
     product += others * (whole * layer + (projection if recompute_layers else 0.0))
-    if is_prefill:
-        product = num_tokens * geometry.num_layers * layer
-        recompute_tokens = num_tokens
     first_pairs = recompute_tokens * (recompute_tokens + 1) / 2
-    other_pairs = num_tokens * (num_tokens + 1) / 2 - first_pairs
-    return Work(
-        read_bytes=read_bytes,
-        product_flop=product,
-        attention_flop=4.0 * width * ((geometry.num_layers - 1) * first_pairs + whole * other_pairs),
-    )
+    pairs = (geometry.num_layers - 1) * first_pairs + whole * (all_pairs - first_pairs)
+    return Work(read_bytes=read_bytes, product_flop=product, attention_flop=4.0 * width * pairs)

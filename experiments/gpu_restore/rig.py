@@ -152,6 +152,13 @@ class Rig:
             logits = self.step([uid], [token_ids[start : start + chunk]], savers)
         return logits[0]
 
+    def prefill_freely(self, uid: int, token_ids: Sequence[int]) -> torch.Tensor:
+        """The same in the largest pieces, without waiting for the device between them: for what is timed."""
+        logits = torch.empty(0)
+        for start in range(0, len(token_ids), self.engine.max_batch_tokens):
+            logits = self.engine.put([uid], token_tensors([token_ids[start : start + self.engine.max_batch_tokens]]))
+        return logits[0]
+
     def new_saver(self, storage: StoragePlan, *, save_wait: float = 1e6) -> Saver:
         """`save_wait`: as in `Saver`; the default waits for room rather than lose anything. Stop it."""
         return Saver(
@@ -168,8 +175,10 @@ class Rig:
     ) -> tuple[dict[str, History], torch.Tensor]:
         """Prefill a sequence, which stays live, and save it in several ways at once: by name, what lies in the store.
         Equal ways share theirs. Also the logits of its last token. Raises RuntimeError when anything of it was lost."""
-        names = {storage: name for name, storage in reversed(storages.items())}
-        savers = {name: self.new_saver(storage) for storage, name in names.items()}
+        names: dict[tuple[object, ...], str] = {}
+        for name, storage in storages.items():
+            names.setdefault(_pattern(storage), name)
+        savers = {name: self.new_saver(storages[name]) for name in names.values()}
         try:
             for name, saver in savers.items():
                 saver.open(uid, seed=self._seed(name, token_ids), token_ids=[])
@@ -183,7 +192,7 @@ class Rig:
                 saver.stop()
         found = {}
         for name, storage in storages.items():
-            spans = list(spans_of(self._seed(names[storage], token_ids), token_ids))
+            spans = list(spans_of(self._seed(names[_pattern(storage)], token_ids), token_ids))
             records = look_up(self.store, spans, max_tokens=len(token_ids)).records
             if len(records) != len(spans):
                 raise RuntimeError(f"{len(records)} of {len(spans)} spans were saved as {name}")
@@ -204,9 +213,14 @@ class Rig:
         """The same store behind an emulated device."""
         return ThrottledStore(self.store, read_bytes_per_s)
 
-    def costs(self, store: ChunkStore | None = None) -> dict[str, LayerCost]:
-        """Of this engine and this store, measured now."""
-        return profile_store(self.engine, ProfiledTier(store=store or self.store, forget=lambda: None))
+    @cached_property
+    def costs(self) -> dict[str, LayerCost]:
+        """Of this engine and its store, measured once."""
+        return self.costs_of(self.store)
+
+    def costs_of(self, store: ChunkStore) -> dict[str, LayerCost]:
+        """Of this engine and a store, measured now."""
+        return profile_store(self.engine, ProfiledTier(store=store, forget=lambda: None))
 
     def policy(self, method: str, costs: Mapping[str, LayerCost]) -> RestorePolicy:
         """A method's rule."""
@@ -257,3 +271,8 @@ class Rig:
         if outcome.num_tokens != history.num_tokens:
             raise RuntimeError(f"{outcome.num_tokens} of {history.num_tokens} tokens came back: {outcome.cut_reason}")
         return outcome, restore
+
+
+def _pattern(storage: StoragePlan) -> tuple[object, ...]:
+    """What two methods that store the same have in common."""
+    return storage.kinds, storage.other_kinds, storage.other_share

@@ -111,9 +111,7 @@ TINY = Scale(
     name="tiny",
     models=(
         Model(shape="demo", dtype="bfloat16", contexts=(256, 512), pool_tokens=4096),
-        Model(
-            shape="demo", dtype="bfloat16", contexts=(512,), pool_tokens=2048, changes={"num_key_value_heads": 2}
-        ),
+        Model(shape="demo", dtype="bfloat16", contexts=(512,), pool_tokens=2048, changes={"num_key_value_heads": 2}),
     ),
     gate_dtypes=("bfloat16", "float16"),
     gate_tokens=320,
@@ -129,8 +127,8 @@ TINY = Scale(
     ttft_tokens=(256,),
     new_tokens=16,
     decode_batches=(1, 2),
-    decode_context=80,
-    decode_steps=16,
+    decode_context=64,
+    decode_steps=64,
     beside_tokens=512,
     speed_contexts=(96,),
     repeats=2,

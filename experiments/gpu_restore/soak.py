@@ -2,11 +2,11 @@
 
     python -m experiments.gpu_restore.soak --cycles 1000 --deadline-s 3600 --out soak.jsonl
 
-Each cycle takes one of a handful of saved histories (of random lengths up to the longest context), restores it in slices
-by a way of its own while other sequences decode, runs a few tokens behind it, and compares their logits with those that
-were recorded when the history was first computed. Blocks that are free hold NaN; the other sequences' tokens must not
-change either. Every so many cycles the histories are drawn anew. A line in the file for each finished batch of cycles:
-started again with the same file it goes on behind the last one.
+Each cycle takes one of a handful of saved histories (of random lengths up to the longest context), restores it in
+slices by a way of its own while other sequences decode, runs a few tokens behind it, and compares their logits with
+those that were recorded when the history was first computed. The other sequences must say what they said alone. Blocks
+that are free hold NaN. Every so many cycles the histories are drawn anew. A line in the file for each finished batch of
+cycles: started again with the same file it goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ BATCH_CYCLES = 20
 NUM_HISTORIES = 3
 PROBE_TOKENS = 8
 NUM_DECODING = 4
+DECODED_TOKENS = 12
 SLICE_S = 0.005
 
 
@@ -63,20 +64,12 @@ class Soak:
         rig, chance = self._rig, random.Random(f"{self._seed}/{number}")
         longest = max(rig.model.contexts)
         kept = [self._new(chance, number, idx, longest) for idx in range(NUM_HISTORIES)]
-        decoding = [rig.new_uid() for _ in range(NUM_DECODING)]
-        prompts = [rig.tokens(chance.randrange(1, 2 * SPAN_TOKENS), f"{number}/{uid}") for uid in decoding]
-        alone = self._decode_alone(decoding, prompts)
+        others = _Others(rig, number, chance, max(one.bound for one in kept))
         worst = 0.0
-        for uid, prompt in zip(decoding, prompts, strict=True):
-            rig.prefill(uid, prompt)
-        step_idx = 0
         for _ in range(BATCH_CYCLES):
-            one = chance.choice(kept)
-            name = chance.choice(list(self._ways))
-            worst = max(worst, self._cycle(one, name, decoding, alone, step_idx) / (SLACK * one.bound))
-            step_idx = (step_idx + 1) % (len(alone[0]) - PROBE_TOKENS)
-        for uid in decoding:
-            rig.engine.evict(uid)
+            one, name = chance.choice(kept), chance.choice(list(self._ways))
+            worst = max(worst, self._cycle(one, name, others) / (SLACK * one.bound))
+        others.close()
         for one in kept:
             rig.forget(one.histories)
         if rig.engine.num_free_blocks != rig.engine.num_blocks:
@@ -106,22 +99,8 @@ class Soak:
         rows = [self._rig.step([uid], [[token]])[0].float().cpu() for token in probe]
         return torch.stack(rows)
 
-    def _decode_alone(self, uids: Sequence[int], prompts: Sequence[list[int]]) -> list[list[int]]:
-        """What each sequence says, greedily, while nothing is restored: by sequence."""
-        rig, said = self._rig, []
-        for uid, prompt in zip(uids, prompts, strict=True):
-            token = int(rig.prefill(uid, prompt).argmax())
-            tokens = [token]
-            for _ in range(BATCH_CYCLES + PROBE_TOKENS):
-                tokens.append(int(rig.step([uid], [[tokens[-1]]])[0].argmax()))
-            said.append(tokens)
-            rig.engine.evict(uid)
-        return said
-
-    def _cycle(
-        self, one: _Kept, name: str, decoding: Sequence[int], alone: Sequence[Sequence[int]], step_idx: int
-    ) -> float:
-        """Restore while the others decode their known tokens. The largest difference of the probe's logits."""
+    def _cycle(self, one: _Kept, name: str, others: _Others) -> float:
+        """Restore while the others decode. The largest difference of the probe's logits."""
         rig = self._rig
         history = one.histories[name]
         _, recompute_tokens, recompute_layers = self._ways[name]
@@ -133,26 +112,55 @@ class Soak:
         )
         uid = rig.new_uid()
         restore = rig.start(uid, history, choice)
-        lengths = [rig.engine.seen_tokens(other) for other in decoding]
         outcome = None
         while outcome is None:
             outcome = restore.step(SLICE_S, wait=False)
-            logits = rig.step(decoding, [[tokens[step_idx]] for tokens in alone])
-            if not torch.isfinite(logits).all():
-                raise Wrong(f"beside a restore by {name}: the others' logits are not finite")
-            for other, length in zip(decoding, lengths, strict=True):
-                rig.engine.truncate(other, length)
+            others.step()
         if outcome.num_tokens != history.num_tokens:
             raise Wrong(f"by {name}: {outcome.num_tokens} of {history.num_tokens} tokens: {outcome.cut_reason}")
         logits = self._probe(uid, one.probe)
         rig.engine.evict(uid)
         difference = float((logits - one.logits).abs().max())
         if not difference <= SLACK * one.bound:
-            raise Wrong(
-                f"by {name}, {history.num_tokens} tokens: logits differ by {difference:g}, batch splits by {one.bound:g}"
-            )
-        rig.step(decoding, [[tokens[step_idx]] for tokens in alone])  # and on
+            place = f"by {name}, {history.num_tokens} tokens"
+            raise Wrong(f"{place}: logits differ by {difference:g}, batch splits by {one.bound:g}")
         return difference
+
+
+class _Others:
+    """Sequences that decode beside restores: known tokens, again and again, which must say the same each time."""
+
+    def __init__(self, rig: Rig, number: int, chance: random.Random, bound: float) -> None:
+        self._rig, self._bound = rig, bound
+        self._uids = [rig.new_uid() for _ in range(NUM_DECODING)]
+        self._lengths = [chance.randrange(1, 2 * SPAN_TOKENS) for _ in self._uids]
+        self._tokens = [rig.tokens(DECODED_TOKENS, f"others/{number}/{idx}") for idx in range(NUM_DECODING)]
+        for idx, (uid, length) in enumerate(zip(self._uids, self._lengths, strict=True)):
+            rig.prefill(uid, rig.tokens(length, f"prompt/{number}/{idx}"))
+        self._at = 0
+        self._said = [self._run().float().cpu() for _ in range(DECODED_TOKENS)]
+
+    def _run(self) -> torch.Tensor:
+        if self._at == DECODED_TOKENS:
+            self._at = 0
+            for uid, length in zip(self._uids, self._lengths, strict=True):
+                self._rig.engine.truncate(uid, length)
+        self._at += 1
+        return self._rig.step(self._uids, [[tokens[self._at - 1]] for tokens in self._tokens])
+
+    def step(self) -> None:
+        """Raises Wrong unless the logits are those of the first time."""
+        logits = self._run().float().cpu()
+        difference = float((logits - self._said[self._at - 1]).abs().max())
+        if not difference <= SLACK * self._bound:
+            raise Wrong(
+                f"beside a restore: the others' logits differ by {difference:g}, batch splits by {self._bound:g}"
+            )
+
+    def close(self) -> None:
+        """Free their blocks."""
+        for uid in self._uids:
+            self._rig.engine.evict(uid)
 
 
 def run(model: Model, scale: Scale, *, cycles: int, deadline_s: float, out: Path, seed: int, layers: int) -> int:
@@ -168,7 +176,9 @@ def run(model: Model, scale: Scale, *, cycles: int, deadline_s: float, out: Path
             done += BATCH_CYCLES
             with out.open("a") as file:
                 file.write(json.dumps({"cycles": BATCH_CYCLES, "model": rig.name, **found}) + "\n")
-            print(f"{done}/{cycles} cycles, {time.monotonic() - started_s:.0f} s, worst {found['worst']:.2f} of allowed")
+            print(
+                f"{done}/{cycles} cycles, {time.monotonic() - started_s:.0f} s, worst {found['worst']:.2f} of allowed"
+            )
     finally:
         rig.close()
     return done

@@ -120,9 +120,7 @@ def _over(stage: str, method: str) -> Callable[[Numbers], Iterator[tuple[str, fl
 def _saving(is_one: bool) -> Callable[[Numbers], Iterator[tuple[str, float | None]]]:
     def values(numbers: Numbers) -> Iterator[tuple[str, float | None]]:
         for batch in (1,) if is_one else (8, 32):
-            ratio = numbers.ratio(
-                ("decode", f"{FIRST} saving", batch), ("decode", f"{FIRST} alone", batch)
-            )
+            ratio = numbers.ratio(("decode", f"{FIRST} saving", batch), ("decode", f"{FIRST} alone", batch))
             yield f"{FIRST}, batch {batch}", None if ratio is None else ratio - 1
 
     return values

@@ -35,7 +35,9 @@ class Sample:
         """Of the host's."""
         return statistics.median(self.host_s)
 
-    def numbers(self, panel: str, series: str, x: float | str, *, how: str = "measured", note: str = "") -> list[Number]:
+    def numbers(
+        self, panel: str, series: str, x: float | str, *, how: str = "measured", note: str = ""
+    ) -> list[Number]:
         """Median, least, and the time that nine in ten do not exceed; the device's median."""
         found = {
             "": self.median_s,
