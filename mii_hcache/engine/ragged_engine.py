@@ -15,6 +15,7 @@ from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import token_slots
+from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
@@ -77,16 +78,27 @@ class SequenceBlocks:
 
 
 class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
-    """One model with its block pool. Engine thread only. Implements `runtime.ports.EngineAdapter`."""
+    """One model, or a rank's share of one, with its block pool. Engine thread only. Implements
+    `runtime.ports.EngineAdapter`."""
 
     def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig) -> None:
+        self.group: RankGroup | None = policy.group
         super().__init__(policy, engine_config)
         self.dtype: torch.dtype = self._model.activation_dtype.value
         self.device: torch.device = self.kv_cache(0).device
         self.block_size: int = self._model.attn.kv_block_size
 
+    def _initialize_tp_group(self) -> Any:
+        """The host's group is one of one process: sums and gathers go through `RankGroup`."""
+        if self.group is None:
+            return super()._initialize_tp_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.group.rank)
+        return None
+
     @property
     def geometry(self) -> ModelGeometry:
+        """Of the whole model, also where this engine holds a share."""
         return self._model.geometry  # type: ignore[no-any-return]
 
     @property
@@ -256,8 +268,11 @@ def build_engine(
     max_batch_tokens: int = 768,
     max_sequences: int = 256,
     max_context_tokens: int | None = None,
+    group: RankGroup | None = None,
+    engine_class: type[HCacheEngine] = HCacheEngine,
 ) -> HCacheEngine:
-    """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine.
+    """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine; with a `group`, this rank's share of
+    it, and every rank calls with the same settings.
 
     Raises UnsupportedModelError when the model cannot be served right, ConfigError for settings that do not fit it.
     """
@@ -283,10 +298,10 @@ def build_engine(
         raise ConfigError(f"max_context_tokens is {max_context_tokens}, the model's limit is {model_tokens}")
     max_context_tokens = max_context_tokens or model_tokens
     config.max_seq_length = max_context_tokens
-    policy = policy_for(config, checkpoint)
+    policy = policy_for(config, checkpoint, group)
     PagedAttention.block_size = block_size
     if num_blocks is None:
-        num_blocks = _default_num_blocks(config, block_size, max_context_tokens)
+        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, group)
     engine_config = RaggedInferenceEngineConfig(
         state_manager={
             "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
@@ -297,7 +312,7 @@ def build_engine(
         }
     )
     try:
-        return HCacheEngine(policy, engine_config)
+        return engine_class(policy, engine_config)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
 
@@ -310,24 +325,27 @@ def _pick_dtype(name: str, configured: Any) -> torch.dtype:
     return configured if configured in DTYPES.values() else torch.float32
 
 
-def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -> int:
-    """As many blocks as the memory set aside holds."""
+def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int, group: RankGroup | None) -> int:
+    """As many blocks as the memory set aside holds, on every rank."""
+    size = 1 if group is None else group.size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    num_kv_heads = -(-(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // size)
     block_bytes = config.num_hidden_layers * block_size * 2 * num_kv_heads * head_size * config.dtype.itemsize
     if torch.cuda.is_available():
         free_bytes, _ = torch.cuda.mem_get_info()
-        weights_bytes = _weights_bytes(config)
+        weights_bytes = _weights_bytes(config) // size
         budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
         # int32 offsets inside one layer of the pool must not overflow (the host's kernels index so).
         most = (2**31 - 1) // (block_size * 2 * num_kv_heads * head_size)
     else:
-        budget_bytes = DEFAULT_POOL_BYTES
+        budget_bytes = DEFAULT_POOL_BYTES // size
         most = -(-64 * max_context_tokens // block_size)
-    num_blocks = min(budget_bytes // block_bytes, most)
+    num_blocks = int(min(budget_bytes // block_bytes, most))
+    if group is not None:
+        num_blocks = group.least(num_blocks)
     if num_blocks < 1:
         raise ConfigError(f"no memory for KV blocks: {budget_bytes} bytes left, a block takes {block_bytes}")
-    return int(num_blocks)
+    return num_blocks
 
 
 def _weights_bytes(config: Any) -> int:
