@@ -15,7 +15,7 @@ from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import token_slots
-from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.engine.parallel.group import RankGroup, RankLostError
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
@@ -71,10 +71,13 @@ class SequenceBlocks:
         out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
 
     def commit(self, num_tokens: int) -> None:
-        if self._sequence.seen_tokens != 0:
-            raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
+        self._check_commit()
         self._sequence.pre_forward(num_tokens)
         self._sequence.post_forward()
+
+    def _check_commit(self) -> None:
+        if self._sequence.seen_tokens != 0:
+            raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
 
 
 class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
@@ -173,20 +176,28 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def reserve(self, uid: int, num_tokens: int) -> None:
         """Make a sequence live with blocks for its first `num_tokens` tokens. Raises HCacheError, and changes nothing,
         when the pool is short (the host's own allocation would silently give fewer)."""
-        missing = self.blocks_for(num_tokens) - self.blocks_of(uid)
-        if missing > self.num_free_blocks:
-            raise HCacheError(f"{missing} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
+        missing = self._check_reserve(uid, num_tokens)
         sequence = self._state_manager.get_or_create_sequence(uid)
         if missing > 0:
             self._model.maybe_allocate_kv(sequence, num_tokens - sequence.seen_tokens)
 
+    def _check_reserve(self, uid: int, num_tokens: int) -> int:
+        """Blocks that are missing."""
+        missing = self.blocks_for(num_tokens) - self.blocks_of(uid)
+        if missing > self.num_free_blocks:
+            raise HCacheError(f"{missing} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
+        return missing
+
     def truncate(self, uid: int, num_tokens: int) -> None:
         """Forget a sequence's tokens from `num_tokens` on; its blocks stay. The host has no such call, hence the
         write to its private field."""
-        sequence = self.sequence(uid)
-        if not 0 <= num_tokens <= sequence.seen_tokens:
-            raise HCacheError(f"cannot truncate {sequence.seen_tokens} tokens to {num_tokens}")
-        sequence._seen_tokens = num_tokens
+        self._check_truncate(uid, num_tokens)
+        self.sequence(uid)._seen_tokens = num_tokens
+
+    def _check_truncate(self, uid: int, num_tokens: int) -> None:
+        num_seen = self.sequence(uid).seen_tokens
+        if not 0 <= num_tokens <= num_seen:
+            raise HCacheError(f"cannot truncate {num_seen} tokens to {num_tokens}")
 
     def evict(self, uid: int) -> None:
         """Free a sequence's blocks; unknown uids are ignored."""
@@ -204,6 +215,14 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         self.allocator.on_free = poison
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
 
+    @property
+    def lost(self) -> RankLostError | None:
+        """Why this engine can never run again, where it is one of several ranks."""
+        return None
+
+    def close(self) -> None:
+        """Nothing runs on it any more. Idempotent."""
+
     def target(self, uid: int) -> SequenceBlocks:
         """The sequence's blocks as they are now."""
         return SequenceBlocks(self, uid)
@@ -218,10 +237,13 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         fewer blocks than it needs). Raises HCacheError, and runs nothing, when it does not.
         """
         uids, tokens = list(batch_uids), list(batch_tokens)
+        self._check_put(uids, tokens)
+        return super().put(uids, tokens, do_checks=False)
+
+    def _check_put(self, uids: list[int], tokens: list[torch.Tensor]) -> None:
         result = self.can_schedule(uids, [token_ids.numel() for token_ids in tokens])
         if result is not SchedulingResult.Success:
             raise HCacheError(f"a ragged batch of {len(uids)} sequences cannot run: {result.name}")
-        return super().put(uids, tokens, do_checks=False)
 
     def fill(self, sequence: Any, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         """Compute K and V of a live sequence's tokens `[start, start + len(token_ids))` in layers `[0, num_layers)`;
@@ -276,21 +298,9 @@ def build_engine(
 
     Raises UnsupportedModelError when the model cannot be served right, ConfigError for settings that do not fit it.
     """
-    from mii_hcache.engine import compat
-
-    compat.install()
-    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
-    from huggingface_hub.errors import StrictDataclassError
-
     from mii_hcache.engine.families import policy_for
 
-    folder = Path(model_path)
-    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
-    try:
-        checkpoint = HuggingFaceCheckpointEngine(model_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
+    checkpoint = open_checkpoint(model_path)
     config = checkpoint.model_config
     config.dtype = _pick_dtype(dtype, getattr(config, "dtype", None))
     model_tokens = int(config.max_position_embeddings)
@@ -315,6 +325,23 @@ def build_engine(
         return engine_class(policy, engine_config)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
+
+
+def open_checkpoint(model_path: str) -> Any:
+    """The host's view of a checkpoint, which is fetched if need be. Raises ConfigError."""
+    from mii_hcache.engine import compat
+
+    compat.install()
+    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
+    from huggingface_hub.errors import StrictDataclassError
+
+    folder = Path(model_path)
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
+    try:
+        return HuggingFaceCheckpointEngine(model_path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
 
 
 def _pick_dtype(name: str, configured: Any) -> torch.dtype:

@@ -20,6 +20,7 @@ from mii.batching.ragged_batching import RaggedBatchBase
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.engine.admission import Admission
 from mii_hcache.engine.job import Job, JobRequest
+from mii_hcache.engine.parallel.group import RankLostError
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.sampling import logprobs_of, make_generator, sample
 from mii_hcache.errors import HCacheError
@@ -116,7 +117,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         job.is_cancelled = True
 
     def iterate(self) -> None:
-        """Admit, restore a slice, run one engine step. A failed step fails its jobs; the loop lives on."""
+        """Admit, restore a slice, run one engine step. A failed step fails its jobs; the loop lives on. Raises
+        RankLostError, which is the engine's end."""
         for job in self._admission.withdraw_cancelled():
             self._leave(job, FinishReason.CANCELLED)
         self._admission.step()
@@ -126,6 +128,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             return
         try:
             self.generate()
+        except RankLostError:
+            raise
         except Exception as error:
             _log.exception("an engine step failed")
             self._counters.add("step_errors_total")
@@ -148,6 +152,10 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         for job in [*self._admission.withdraw_all(), *self._running.values()]:
             self._leave(job, FinishReason.CANCELLED)
         self._admission.evict_all()
+
+    def abandon(self) -> None:
+        """The engine is lost: let go of what restores hold. The caller ends the jobs."""
+        self._admission.withdraw_all()
 
     # --- the life of a running job ------------------------------------------------------------------------------
 
