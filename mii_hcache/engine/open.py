@@ -14,12 +14,11 @@ from mii_hcache.core.methods import Method, default_method, method_named
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.fingerprint import model_fingerprint
 from mii_hcache.engine.measuring import can_measure, measured_profile
-from mii_hcache.engine.parallel.group import RankLostError
 from mii_hcache.engine.parallel.opening import open_parallel_engine
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
-from mii_hcache.errors import ConfigError
+from mii_hcache.errors import ConfigError, RankLostError
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.throttled import ThrottledStore
 

@@ -15,8 +15,8 @@ from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import token_slots
-from mii_hcache.engine.parallel.group import RankGroup, RankLostError
-from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.errors import ConfigError, HCacheError, RankLostError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
 

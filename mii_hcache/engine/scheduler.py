@@ -20,10 +20,9 @@ from mii.batching.ragged_batching import RaggedBatchBase
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.engine.admission import Admission
 from mii_hcache.engine.job import Job, JobRequest
-from mii_hcache.engine.parallel.group import RankLostError
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.sampling import logprobs_of, make_generator, sample
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import HCacheError, RankLostError
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.runtime.policy import RestorePolicy
 from mii_hcache.runtime.restorer import Restorer

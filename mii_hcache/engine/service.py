@@ -16,10 +16,9 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ModelGeometry
 from mii_hcache.core.identity import chain_seed
 from mii_hcache.core.methods import Method
 from mii_hcache.engine.job import Job
-from mii_hcache.engine.parallel.group import RankLostError
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
-from mii_hcache.errors import HCacheError, QueueFullError, RequestError
+from mii_hcache.errors import HCacheError, QueueFullError, RankLostError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest, GenerationResult
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_hcache import __version__
-from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.errors import ConfigError, HCacheError, RankLostError
 from mii_hcache.serve.options import Options, parse_options
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: Options) -> int:
-    from mii_hcache.engine.parallel.group import RankLostError  # imports here, so that `--help` answers at once
-    from mii_hcache.serve.listening import bind, is_loopback
+    from mii_hcache.serve.listening import bind, is_loopback  # imports here, so that `--help` answers at once
     from mii_hcache.serve.loading import Loading
     from mii_hcache.serve.logs import set_up_logging
     from mii_hcache.serve.loss import Loss

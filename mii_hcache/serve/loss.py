@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from mii_hcache.engine.parallel.group import RankLostError
+from mii_hcache.errors import RankLostError
 from mii_hcache.serve.listening import Server
 
 EXIT_LOST = 3

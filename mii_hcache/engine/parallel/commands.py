@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mii_hcache.engine.parallel.group import RankLostError
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import HCacheError, RankLostError
 
 if TYPE_CHECKING:
     from mii_hcache.engine.parallel.follower import Follower

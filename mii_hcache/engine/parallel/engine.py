@@ -10,9 +10,8 @@ import torch
 
 from mii_hcache.engine.parallel.commands import STOP, CommandStream
 from mii_hcache.engine.parallel.followers import Followers
-from mii_hcache.engine.parallel.group import RankLostError
 from mii_hcache.engine.ragged_engine import HCacheEngine, SequenceBlocks
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import HCacheError, RankLostError
 
 
 class ParallelBlocks(SequenceBlocks):

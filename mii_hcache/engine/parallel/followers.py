@@ -28,7 +28,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from mii_hcache.engine.parallel.group import TIMEOUT_S, RankLostError
+from mii_hcache.engine.parallel.group import TIMEOUT_S
+from mii_hcache.errors import RankLostError
 
 _log = logging.getLogger(__name__)
 

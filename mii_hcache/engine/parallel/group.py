@@ -9,14 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import RankLostError
 
 TIMEOUT_S = 20.0
 """Longest that a rank waits in a collective for the others: one of them hangs then."""
-
-
-class RankLostError(HCacheError):
-    """A rank died or hangs: the model is incomplete, and its engine of no use any more."""
 
 
 class RankGroup:

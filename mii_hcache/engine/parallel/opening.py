@@ -11,9 +11,9 @@ import torch
 
 from mii_hcache.engine.parallel.engine import ParallelEngine
 from mii_hcache.engine.parallel.followers import Followers
-from mii_hcache.engine.parallel.group import RankGroup, RankLostError
+from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.ragged_engine import build_engine
-from mii_hcache.errors import ConfigError
+from mii_hcache.errors import ConfigError, RankLostError
 from mii_hcache.runtime.machine import num_usable_cpus
 
 

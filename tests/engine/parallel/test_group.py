@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mii_hcache.engine.parallel.group import RankGroup, RankLostError
+from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.errors import RankLostError
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
