@@ -89,6 +89,9 @@ class HCacheConfig:
     """`lru`: finished contexts stay in GPU memory until their blocks are needed. `none`: evicted after every turn."""
     kv_blocks: int | None = None
     """Blocks in the pool; None takes what memory allows."""
+    tensor_parallel: int = 1
+    """Ranks that the model is split over: processes on this machine, each on a GPU of its own where there are any. All
+    of them end with this one."""
     block_size: int | None = None
     """Tokens per block; None is 16 on a CPU and 64 on a GPU, where a span's chunk then is one piece of a layer."""
     max_batch_tokens: int = 768
@@ -141,7 +144,7 @@ class HCacheConfig:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:
             method_named(self.method)
-        for name in ("max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):
+        for name in ("tensor_parallel", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("state_capacity_bytes", "dram_capacity_bytes"):
