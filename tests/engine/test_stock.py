@@ -6,6 +6,7 @@ No GPU has run this. The stand-ins (tests/stock_kernels.py) check what the C++ c
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -320,3 +321,13 @@ def test_what_is_missing_is_named_with_its_remedy(machine, monkeypatch):
 def test_ninja_is_asked_for(machine, monkeypatch):
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: False)
     assert "pip install ninja" in str(stock_limits.why_not_stock())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="without Triton the doctor speaks of that")
+def test_the_doctor_says_whether_they_could_run(machine):
+    from mii_hcache.tools.software_checks import software_checks
+
+    check = dict(software_checks(None))["kernels"]
+    assert "stock) could run here" in str(check())
+    machine.gpu(10, 0)
+    assert "stock) cannot run here" in str(check()) and "this one has 10.0" in str(check())

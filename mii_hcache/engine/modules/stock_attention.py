@@ -13,6 +13,7 @@ may be one tensor, and the bits are those that a forward writes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
         self._upload: StepUpload | None = None
         self._longest = 0
         self.plan: BatchPlan | None = None
+
+    def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
+        """Nothing to do: `stock_limits.refusal_of` has seen to what the kernels cannot do of these."""
 
     @staticmethod
     def name() -> str:
