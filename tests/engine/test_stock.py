@@ -248,6 +248,17 @@ def test_this_machine_says_why_it_cannot():
         build_engine("nowhere", kernels="stock")
 
 
+def test_the_stand_ins_are_what_the_extensions_bind():
+    types = stock_kernels.signatures()
+    for function in (*stock_kernels.CORE, *stock_kernels.RAGGED):
+        assert function.__name__ in types
+    assert len(types["kv_trained_rotary_embeddings"]) == 9
+    with pytest.raises(RuntimeError, match="4 arguments are bound, 3"):
+        stock_kernels.check_arguments(types["rms_norm"], (torch.empty(1), torch.empty(1), torch.empty(1)))
+    with pytest.raises(RuntimeError, match="float was expected"):
+        stock_kernels.check_arguments(types["rms_norm"], tuple(torch.empty(1) for _ in range(4)))
+
+
 class _Machine:
     """A machine by what is there."""
 

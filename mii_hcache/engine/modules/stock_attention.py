@@ -9,6 +9,9 @@ frequencies are float32 here as in our own modules, and scaled ones (Llama 3) wo
 
 Restored K goes through the same kernel, with Q = K: each thread loads 16 bytes of both before it stores any, so the two
 may be one tensor, and the bits are those that a forward writes.
+
+Not known without a GPU: whether FlashAttention reads rows behind the end of a sequence's last block. With
+`MII_HCACHE_POISON_BLOCKS=1` these hold NaN, and requests would fail that are right without it.
 """
 
 from __future__ import annotations
