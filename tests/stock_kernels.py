@@ -1,7 +1,8 @@
 """Stand-ins for DeepSpeed's compiled extensions: functions with the signatures of its C++ bindings, on the CPU.
 
 Each computes what the CUDA kernel of deepspeed 0.19.8 computes, with its roundings: into the tensors that it is given,
-from the raw addresses that it is given. Each refuses what the binding refuses, and also what the kernel would take
+from the raw addresses that it is given. Arguments are checked against the declarations in the installed headers. Each
+refuses what the binding refuses, and also what the kernel would take
 without a word and turn into other people's memory: strides that it assumes, rows that are not aligned to its 16-byte
 loads, shapes for which nothing is launched.
 
@@ -12,9 +13,12 @@ together with: what differs between two ways to split a batch, or between servin
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import re
 import sys
-import types
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +148,8 @@ def _place(
     check(num_heads % num_kv_heads == 0 and num_heads // num_kv_heads in groups, "no kernel for this number of heads")
     check(head_size in PLACED_HEAD_SIZES, "no kernel for this head size")
     check(q.dtype in SIXTEEN_BIT and q.dtype == kv_cache.dtype == k.dtype == v.dtype, "no kernel for this dtype")
+    row = num_kv_heads * head_size
+    check(kv_cache.stride()[1:3] == (2 * row, row), "rows are found by the strides of a token and of K against V")
     check(kv_cache.is_contiguous(), "blocks are not contiguous")
     check(kv_cache[:, :, 0].numel() * 2 < 2**31, "offsets are counted in 32 bits")
     _check_rows(q, k, v)
@@ -330,6 +336,36 @@ RAGGED = (
 )
 
 
+def signatures() -> dict[str, list[str]]:
+    """Argument types of what DeepSpeed's extensions bind, by the name in Python, read from the installed sources."""
+    root = Path(importlib.util.find_spec("deepspeed").submodule_search_locations[0]) / "inference/v2/kernels"
+    bound: dict[str, str] = {}
+    for name in ("core_ops/core_ops.cpp", "ragged_ops/ragged_ops.cpp"):
+        bound |= {cpp: python for python, cpp in re.findall(r'm\.def\(\s*"(\w+)",\s*&(\w+)', (root / name).read_text())}
+    found = {}
+    declaration = re.compile(r"^(?:void|int32_t) (\w+)\(([^()]*)\)\s*[;{]", re.MULTILINE)
+    for header in (*root.glob("core_ops/**/*.h"), *root.glob("ragged_ops/**/*.h")):
+        for cpp, arguments in declaration.findall(header.read_text()):
+            if cpp in bound:
+                given = (argument.strip() for argument in arguments.split(","))
+                found[bound[cpp]] = [argument.rsplit(maxsplit=1)[0] for argument in given if argument]
+    return found
+
+
+def check_arguments(types: list[str], arguments: tuple[Any, ...]) -> None:
+    """As pybind11 would: the number of arguments, and what each may be."""
+    check(len(arguments) == len(types), f"{len(types)} arguments are bound, {len(arguments)} were given")
+    for kind, argument in zip(types, arguments, strict=True):
+        is_optional = "optional" in kind
+        if "Tensor" in kind:
+            is_right = isinstance(argument, torch.Tensor) or (is_optional and argument is None)
+        else:
+            is_right = isinstance(argument, float if "float" in kind else int) or (
+                "float" in kind and isinstance(argument, int)
+            )
+        check(is_right, f"a {kind} was expected, not {type(argument).__name__}")
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Let DeepSpeed's kernel wrappers load the stand-ins, on what says that it is an A100. Returns how often each is
     called, which goes on counting."""
@@ -337,17 +373,19 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     import mii_hcache.engine.modules.stock as stock
 
     calls: Counter[str] = Counter()
+    types = signatures()
 
     def counted(function: Any) -> Any:
         def call(*arguments: Any) -> Any:
+            check_arguments(types[function.__name__], arguments)
             calls[function.__name__] += 1
             return function(*arguments)
 
         return call
 
     def builder(functions: tuple[Any, ...], **more: Any) -> Any:
-        module = types.SimpleNamespace(**{function.__name__: counted(function) for function in functions}, **more)
-        return lambda: types.SimpleNamespace(load=lambda: module)
+        module = SimpleNamespace(**{function.__name__: counted(function) for function in functions}, **more)
+        return lambda: SimpleNamespace(load=lambda: module)
 
     builders = {
         "RaggedOpsBuilder": builder(RAGGED),

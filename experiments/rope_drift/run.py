@@ -145,8 +145,8 @@ def arithmetic(context: Context) -> Iterator[Row]:
 
 def model_rows(context: Context) -> Iterator[Row]:
     """Panel g, how many next tokens are the same, and how far greedy answers are."""
-    lengths = context.pick(smoke=(300,), small=(1024, 4096), paper=(1024, 4096, 16384))
-    num_new = context.pick(smoke=2, small=8, paper=16)
+    lengths = context.pick(smoke=(300,), small=(1024, 2048), paper=(1024, 2048, 4096))
+    num_new = context.pick(smoke=2, small=16, paper=16)
     for rotary in MODELS:
         model = tiny.tiny_model(rotary)
         for num_tokens in lengths:
@@ -157,7 +157,7 @@ def model_rows(context: Context) -> Iterator[Row]:
                 yield from _compared(f"{rotary.name}, {ROUNDING[dtype]}", num_tokens, rounding, exact)
                 made = tiny.last_logits(model, rotary, token_ids, dtype)
                 yield from _compared(f"{rotary.name}, {KERNEL[dtype]}", num_tokens, made, exact)
-            if num_tokens == min(4096, lengths[-1]):
+            if num_tokens == lengths[0]:
                 answered = tiny.greedy(model, rotary, token_ids, num_new)
                 for dtype in DTYPES:
                     count = tiny.agreement(model, rotary, answered, num_new, dtype)

@@ -100,7 +100,15 @@ def _kernels() -> Finding:
         return problem(
             "kernels", "Triton is not installed: attention runs in plain torch, slowly", "pip install triton"
         )
-    return ok("kernels", f"Triton {triton}, our own (--kernels portable): never run on a GPU by their authors")
+    from mii_hcache.engine.modules.stock_limits import why_not_stock
+
+    reason = why_not_stock()
+    stock = "could run here, too" if reason is None else f"cannot run here: {reason}"
+    return ok(
+        "kernels",
+        f"Triton {triton}, our own (--kernels portable): never run on a GPU by their authors. DeepSpeed's (--kernels "
+        f"stock) {stock}",
+    )
 
 
 def _families() -> Finding:

@@ -6,6 +6,7 @@ No GPU has run this. The stand-ins (tests/stock_kernels.py) check what the C++ c
 from __future__ import annotations
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -247,6 +248,17 @@ def test_this_machine_says_why_it_cannot():
         build_engine("nowhere", kernels="stock")
 
 
+def test_the_stand_ins_are_what_the_extensions_bind():
+    types = stock_kernels.signatures()
+    for function in (*stock_kernels.CORE, *stock_kernels.RAGGED):
+        assert function.__name__ in types
+    assert len(types["kv_trained_rotary_embeddings"]) == 9
+    with pytest.raises(RuntimeError, match="4 arguments are bound, 3"):
+        stock_kernels.check_arguments(types["rms_norm"], (torch.empty(1), torch.empty(1), torch.empty(1)))
+    with pytest.raises(RuntimeError, match="float was expected"):
+        stock_kernels.check_arguments(types["rms_norm"], tuple(torch.empty(1) for _ in range(4)))
+
+
 class _Machine:
     """A machine by what is there."""
 
@@ -320,3 +332,13 @@ def test_what_is_missing_is_named_with_its_remedy(machine, monkeypatch):
 def test_ninja_is_asked_for(machine, monkeypatch):
     monkeypatch.setattr("torch.utils.cpp_extension.is_ninja_available", lambda: False)
     assert "pip install ninja" in str(stock_limits.why_not_stock())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="without Triton the doctor speaks of that")
+def test_the_doctor_says_whether_they_could_run(machine):
+    from mii_hcache.tools.software_checks import software_checks
+
+    check = dict(software_checks(None))["kernels"]
+    assert "stock) could run here" in str(check())
+    machine.gpu(10, 0)
+    assert "stock) cannot run here" in str(check()) and "this one has 10.0" in str(check())

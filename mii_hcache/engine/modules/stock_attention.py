@@ -9,10 +9,14 @@ frequencies are float32 here as in our own modules, and scaled ones (Llama 3) wo
 
 Restored K goes through the same kernel, with Q = K: each thread loads 16 bytes of both before it stores any, so the two
 may be one tensor, and the bits are those that a forward writes.
+
+Not known without a GPU: whether FlashAttention reads rows behind the end of a sequence's last block. With
+`MII_HCACHE_POISON_BLOCKS=1` these hold NaN, and requests would fail that are right without it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +57,9 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
         self._upload: StepUpload | None = None
         self._longest = 0
         self.plan: BatchPlan | None = None
+
+    def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
+        """Nothing to do: `stock_limits.refusal_of` has seen to what the kernels cannot do of these."""
 
     @staticmethod
     def name() -> str:
