@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
+import mii_hcache.runtime
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.runtime.buffers import SpanBuffers
 from mii_hcache.runtime.restorer import Restorer
@@ -222,3 +225,21 @@ class Device:
 
 
 _GEOMETRY = ModelGeometry(num_layers=3, hidden_size=8, num_heads=4, num_kv_heads=2, head_size=2, dtype="float32")
+
+
+# --- waits that may be left out --------------------------------------------------------------------------------
+
+
+def text_of(file: str, line: int) -> str:
+    """A line of the package."""
+    return (Path(mii_hcache.runtime.__file__).parent.parent / file).read_text().splitlines()[line - 1]
+
+
+def waits_in(module: str, names: set[str]) -> list[tuple[str, int]]:
+    """Where a module waits: calls or looks of these names, as (file name, line)."""
+    file = Path(mii_hcache.runtime.__file__).parent / module
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            found.append((f"runtime/{module}", node.lineno))
+    return found

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import random
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-import mii_hcache.runtime
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.runtime.restore import Restore
 from tests.races import RaceError
-from tests.runtime.device_kit import Device, PoolBlocks, device_restorer
+from tests.runtime.device_kit import Device, PoolBlocks, device_restorer, text_of, waits_in
 from tests.runtime.kit import FakeStore, path, wait_until
 
 HIDDEN, KV = ChunkKind.HIDDEN, ChunkKind.KV
@@ -113,24 +110,10 @@ def test_every_byte_is_there_when_the_main_stream_looks(seed):
     assert device.streams.checker.num_accesses > 100
 
 
-def _text(file: str, line: int) -> str:
-    return (Path(mii_hcache.runtime.__file__).parent.parent / file).read_text().splitlines()[line - 1]
-
-
-def _lines(module: str, names: set[str]) -> list[tuple[str, int]]:
-    """Where a module waits: calls or looks of these names, as (file name, line)."""
-    file = Path(mii_hcache.runtime.__file__).parent / module
-    found = []
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr in names:
-            found.append((f"runtime/{module}", node.lineno))
-    return found
-
-
 WAITS = [
     (file, line, stream)
-    for file, line in [*_lines("placing.py", {"wait"}), *_lines("restorer.py", {"is_done"})]
-    for stream in (("side stream 0", "side stream 1") if "_begun" in _text(file, line) else ("",))
+    for file, line in [*waits_in("placing.py", {"wait"}), *waits_in("restorer.py", {"is_done"})]
+    for stream in (("side stream 0", "side stream 1") if "_begun" in text_of(file, line) else ("",))
 ]
 
 
@@ -153,7 +136,7 @@ def test_no_wait_can_be_left_out(file, line, stream):
 @pytest.mark.parametrize("wait", ["compute.wait(copied)", "self._main.wait(self._projected)", "is_done"])
 def test_a_wait_that_is_left_out_gives_wrong_bytes(wait):
     """Also to who keeps no clocks: what is launched on side streams really happens late."""
-    (left_out,) = [place for place in WAITS if wait in _text(*place[:2])]
+    (left_out,) = [place for place in WAITS if wait in text_of(*place[:2])]
     for seed in range(40):
         device = Device(seed, ignored=left_out)
         device.streams.checker.is_silent = True
