@@ -157,6 +157,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         self.final_norm_beta = _plain(ends, "final_norm_b")
         if self.inv_freq is not None:
             self.inv_freq = self.inv_freq.to(self.layers[0].qkv_w.device)
+        self.attn.prepare(self.inv_freq, self.max_sequence_length, self.windows)
 
     def get_kv_requirements(self, sequence: Any, max_new_tokens: int, max_new_blocks: int) -> tuple[int, int]:
         """As the host, but never negative: a sequence may hold more blocks than its next tokens need."""
@@ -277,11 +278,11 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         return self.norm.normalize(embedded, first.attn_norm_gamma, first.attn_norm_beta)  # type: ignore[no-any-return]
 
     def restore_kv(self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """Project K and V of saved rows (HCache equation 3), norm and rotate K, write both to their places.
+        """Write K (normed and rotated) and V of saved rows (HCache equation 3) into the blocks, as a forward would.
 
-        hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, int64, absolute; slots:
-        `[num_tokens]`, int64, rows of the layer's cache seen as `[num_blocks * block_size, ...]`. Runs on the current
-        stream: the projection's output comes from that stream's allocations, and is used by nothing else.
+        hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute; slots:
+        `[num_tokens]`, rows of the layer's cache seen as `[num_blocks * block_size, ...]`; both int64. Runs on the
+        current stream: the projection's output is of that stream's allocations, and nothing else uses it.
         """
         layer = self.layers[layer_idx]
         num_q = self.n_heads_q_local * self.head_size

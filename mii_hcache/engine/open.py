@@ -101,6 +101,7 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
         config=engine.model().config,
         dtype=engine.geometry.dtype,
         norm_eps=engine.model().norm_eps,
+        kernels=engine.kernels,
         cache_file=state_dir / "weight-digests.json",
     )
     assert name is not None

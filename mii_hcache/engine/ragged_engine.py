@@ -299,7 +299,7 @@ def build_engine(
     config.max_seq_length = max_context_tokens
     policy = policy_for(config, checkpoint)
     if num_blocks is None:
-        num_blocks = _default_num_blocks(config, block_size, max_context_tokens)
+        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, kernels)
     engine_config = RaggedInferenceEngineConfig(
         state_manager={
             "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
@@ -323,7 +323,7 @@ def _pick_dtype(name: str, configured: Any) -> torch.dtype:
     return configured if configured in DTYPES.values() else torch.float32
 
 
-def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -> int:
+def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int, kernels: str) -> int:
     """As many blocks as the memory set aside holds."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -332,8 +332,10 @@ def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -
         free_bytes, _ = torch.cuda.mem_get_info()
         weights_bytes = _weights_bytes(config)
         budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
-        # int32 offsets inside one layer of the pool must not overflow (the host's kernels index so).
-        most = (2**31 - 1) // (block_size * 2 * num_kv_heads * head_size)
+        # Offsets into a layer of the pool: the host's kernels have 32 bits for them, ours 64 (and 31 for block ids).
+        most = 2**31 - 1
+        if kernels == "stock":
+            most //= block_size * 2 * num_kv_heads * head_size
     else:
         budget_bytes = DEFAULT_POOL_BYTES
         most = -(-64 * max_context_tokens // block_size)

@@ -21,7 +21,7 @@ def _inv_freq(rotary_dim: int) -> torch.Tensor:
 
 
 def _check_blocks(batch: Batch, expected: torch.Tensor, before: torch.Tensor) -> None:
-    """The batch's slots hold `expected` `[num_tokens, 2, num_kv_heads, head_size]`, V to the bit; nothing else moved."""
+    """The slots hold `expected` `[num_tokens, 2, num_kv_heads, head_size]`, V to the bit; no other row moved."""
     rows, old = (cache.view(-1, *cache.shape[2:]).cpu() for cache in (batch.cache, before))
     slots = batch.slots.cpu()
     tolerance = 1e-6 if expected.dtype == torch.float32 else 2e-3

@@ -151,7 +151,8 @@ def paged_attention_kernel(
         scale, softcap, window, KV_HEADS, HEAD, HEAD_PAD, BLOCK, KEYS, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
 
-    total = total / tl.where(weight_sum == 0.0, 1.0, weight_sum)[:, None]
+    weight_sum = tl.where(weight_sum == 0.0, 1.0, weight_sum)  # a row that sees no key of this part: best is -inf
+    total = total / weight_sum[:, None]
     if place < 0:
         target = out + ((batch_row * (KV_HEADS * GROUP) + head) * HEAD)[:, None] + at[None, :]
         tl.store(target, total.to(out.dtype.element_ty), mask=is_element)

@@ -49,7 +49,7 @@ def register(kernels: str, device_type: str, *, block_size: int) -> str:
     elif name == "triton":
         from mii_hcache.engine.modules.triton_modules import register_triton
 
-        register_triton(block_size)
+        register_triton(block_size, device_type)
     return name
 
 

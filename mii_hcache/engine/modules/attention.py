@@ -14,10 +14,15 @@ writes restored rows, with the same arithmetic: kv `[num_tokens, 2 * num_kv_head
 overwritten at will); positions, slots `[num_tokens]`, int64: absolute, and in the cache seen as `[num_blocks *
 block_size, ...]`; k_gamma `[head_size]`: weight of the norm over each key head, None for models without. No plan is
 needed, and nothing of the module's is written but the blocks: it may run on another stream, beside a step.
+
+    attn.prepare(inv_freq, num_positions, windows)
+
+comes once, before all else: the model's frequencies, how many positions there are, the windows of its layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +46,9 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
         self._block_size = type(self).block_size
         self.plan: BatchPlan | None = None
         self._upload: StepUpload | None = None
+
+    def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
+        pass
 
     @staticmethod
     def name() -> str:
