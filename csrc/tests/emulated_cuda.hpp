@@ -3,10 +3,11 @@
 // hangs the test; shared memory that is read too early is a race for the thread sanitizer.
 #pragma once
 
+#include <atomic>
 #include <barrier>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
-#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -20,11 +21,12 @@ namespace emulated {
 
 inline constexpr unsigned kWarp = 32;
 struct Index {
-    unsigned x;
+    unsigned x, y;
 };
 struct Warp {
     std::barrier<> meeting{kWarp};
-    float values[kWarp] = {};
+    float floats[kWarp] = {};
+    std::uint32_t words[kWarp] = {};
 };
 
 inline thread_local Warp* warp = nullptr;
@@ -32,7 +34,7 @@ inline thread_local std::barrier<>* block = nullptr;
 
 }  // namespace emulated
 
-inline thread_local emulated::Index threadIdx{0}, blockIdx{0};
+inline thread_local emulated::Index threadIdx{0, 0}, blockIdx{0, 0}, blockDim{0, 0};
 
 inline void __syncthreads() {
     emulated::block->arrive_and_wait();
@@ -41,11 +43,25 @@ inline void __syncthreads() {
 inline float __shfl_xor_sync(unsigned, float value, unsigned offset) {
     emulated::Warp& warp = *emulated::warp;
     const unsigned lane = threadIdx.x % emulated::kWarp;
-    warp.values[lane] = value;
+    warp.floats[lane] = value;
     warp.meeting.arrive_and_wait();
-    const float other = warp.values[lane ^ offset];
+    const float other = warp.floats[lane ^ offset];
     warp.meeting.arrive_and_wait();
     return other;
+}
+
+inline std::uint32_t __reduce_xor_sync(unsigned, std::uint32_t value) {
+    emulated::Warp& warp = *emulated::warp;
+    warp.words[threadIdx.x % emulated::kWarp] = value;
+    warp.meeting.arrive_and_wait();
+    std::uint32_t all = 0;
+    for (const std::uint32_t one : warp.words) all ^= one;
+    warp.meeting.arrive_and_wait();
+    return all;
+}
+
+inline void atomicXor(std::uint32_t* word, std::uint32_t value) {
+    std::atomic_ref(*word).fetch_xor(value);
 }
 
 [[noreturn]] inline void __trap() {
@@ -56,7 +72,7 @@ namespace emulated {
 
 /// `kernel()` by every thread of every block, one block after the other. `num_threads`: whole warps.
 template <typename Kernel>
-void launch(unsigned num_blocks, unsigned num_threads, Kernel kernel) {
+void launch(Index grid, unsigned num_threads, Kernel kernel) {
     std::barrier<> all(num_threads);
     std::vector<std::unique_ptr<Warp>> warps;
     for (unsigned idx = 0; idx < num_threads / kWarp; ++idx) warps.push_back(std::make_unique<Warp>());
@@ -66,9 +82,12 @@ void launch(unsigned num_blocks, unsigned num_threads, Kernel kernel) {
             threadIdx.x = idx;
             warp = warps[idx / kWarp].get();
             block = &all;
-            for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) {
-                kernel();
-                all.arrive_and_wait();
+            blockDim = {num_threads, 1};
+            for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
+                for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+                    kernel();
+                    all.arrive_and_wait();
+                }
             }
         });
     }

@@ -7,6 +7,9 @@
 
 #include "../gpu/crc32c.cuh"
 #include "check.hpp"
+#include "emulated_cuda.hpp"
+//
+#include "../gpu/crc32c.cu"  // behind what it is made of here
 
 using namespace hcache::gpu;
 
@@ -87,10 +90,31 @@ void one_flipped_bit_shows() {
     }
 }
 
+/// The kernel itself, thread by thread: pieces of different lengths in one launch, as `Checksum` launches it.
+void the_kernel_sums_pieces() {
+    std::vector<unsigned char> bytes(300'000);
+    for (auto& byte : bytes) byte = static_cast<unsigned char>(random_bits());
+    static const Powers powers = make_powers();
+    std::vector<Piece> pieces;
+    for (const std::size_t length : {0, 1, 1'023, 1'024, 1'025, 131'072, 131'073, 262'145}) {
+        const std::size_t start = pieces.size() * 3;
+        const auto address = reinterpret_cast<std::uint64_t>(&bytes[start]);
+        pieces.push_back({address, length, crc_of_zeros(powers, length), 0});
+    }
+    const auto num_blocks = static_cast<unsigned>((num_slices(262'145) + kThreadsPerBlock - 1) / kThreadsPerBlock);
+    emulated::launch({num_blocks, static_cast<unsigned>(pieces.size())}, kThreadsPerBlock,
+                     [&] { hcache_crc32c(pieces.data(), powers); });
+    for (const Piece& piece : pieces) {
+        const auto* const from = reinterpret_cast<const unsigned char*>(piece.address);
+        CHECK(piece.crc == slow_crc32c(from, piece.num_bytes));
+    }
+}
+
 }  // namespace
 
 int main() {
     RUN(known_values);
     RUN(every_length_and_place);
     RUN(one_flipped_bit_shows);
+    RUN(the_kernel_sums_pieces);
 }

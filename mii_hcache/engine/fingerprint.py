@@ -16,7 +16,7 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 _PORTABLE = "portable-torch.1;rope=float32-inv-freq,float32-rotate.1"
-KERNELS = {"torch": _PORTABLE, "triton": _PORTABLE, "stock": "deepspeed-cuda.1"}
+KERNELS = {"torch": _PORTABLE, "triton": _PORTABLE, "cuda": _PORTABLE, "stock": "deepspeed-cuda.1"}
 """By what computes (`modules.REGISTRABLE`). Our torch and Triton modules take the angles from the same float32 table
 and round in the same places, so rows of one are rows of the other but for the order of sums, which is the noise that a
 batch of another shape makes, too: a state directory may move between a CPU and a GPU. DeepSpeed's kernels rotate by

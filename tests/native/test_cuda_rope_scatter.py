@@ -175,6 +175,46 @@ def test_what_does_not_fit_is_refused(fakes, place):
     assert fakes.cuda["launches"] == launches
 
 
+def test_an_engine_computes_and_restores_with_it(fakes, gpu, monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'mii-hcache[test]')")
+    from mii_hcache.engine.modules import cuda_modules
+    from mii_hcache.engine.ragged_engine import token_tensors
+    from tests.engine_kit import poisoned_engine, save_tiny_model
+
+    fakes.cuda["sees_host"] = 1
+    monkeypatch.setattr(CudaRopeScatter, "_stream", lambda self: gpu.stream)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_tiny_model("qwen3", tmp_path, **sizes, head_dim=24)
+    prompt, rows = list(range(3, 43)), {}
+    launches = fakes.cuda["launches"]
+    for kernels in ("torch", "cuda"):
+        engine = poisoned_engine(tmp_path, kernels=kernels, max_batch_tokens=96, num_blocks=20)
+        assert engine.kernels == kernels
+        logits = engine.put([1], token_tensors([prompt]))
+        engine.reserve(2, len(prompt))
+        engine.target(2).fill(0, torch.tensor(prompt), 2)  # ends in the way that restored rows take
+        geometry = engine.geometry
+        kv = torch.empty(2, 2, len(prompt), 2, geometry.num_kv_heads, geometry.head_size)
+        for uid in (1, 2):
+            for layer_idx in range(2):
+                engine.target(uid).read_kv(layer_idx, 0, kv[uid - 1, layer_idx])
+        rows[kernels] = logits, kv
+    assert fakes.cuda["launches"] >= launches + 4
+    for got, want in zip(rows["cuda"], rows["torch"], strict=True):
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(rows["cuda"][1][0], rows["cuda"][1][1], atol=1e-5, rtol=1e-5)
+    cuda_modules.scatter_on.cache_clear()
+
+
+def test_an_engine_without_the_kernels_is_refused(loaded):
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'mii-hcache[test]')")
+    from mii_hcache.engine import modules
+    from mii_hcache.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="kernels is 'cuda': there is no GPU"):
+        modules.register("cuda", "cpu", block_size=16)
+
+
 MISUSE = """
 import sys, torch
 from pathlib import Path

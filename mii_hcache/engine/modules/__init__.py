@@ -13,8 +13,9 @@ from mii_hcache.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-REGISTRABLE = ("torch", "triton", "stock")
-"""Sets of modules by what computes. `triton` on a CPU runs in Triton's interpreter (TRITON_INTERPRET=1): for tests."""
+REGISTRABLE = ("torch", "triton", "stock", "cuda")
+"""Sets of modules by what computes. `triton` on a CPU runs in Triton's interpreter (TRITON_INTERPRET=1): for tests.
+`cuda` is `triton` with one kernel in CUDA C++: by this name only, to measure it."""
 
 
 def resolve(kernels: str, device_type: str) -> str:
@@ -50,6 +51,10 @@ def register(kernels: str, device_type: str, *, block_size: int) -> str:
         from mii_hcache.engine.modules.triton_modules import register_triton
 
         register_triton(block_size, device_type)
+    elif name == "cuda":
+        from mii_hcache.engine.modules.cuda_modules import register_cuda
+
+        register_cuda(block_size, device_type)
     return name
 
 

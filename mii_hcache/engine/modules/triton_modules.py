@@ -49,6 +49,8 @@ class TritonAttention(PagedAttention):
         """By window: items and merges on the device, of narrow and wide tiles."""
         self._partials: list[torch.Tensor] = []
 
+    rope_scatter = staticmethod(rope_scatter)
+
     def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
         self._rotary = None if inv_freq is None else make_tables(inv_freq, num_positions)
         self._windows = list(dict.fromkeys(windows))
@@ -107,7 +109,7 @@ class TritonAttention(PagedAttention):
         k_gamma: torch.Tensor | None = None,
         eps: float = 0.0,
     ) -> None:
-        rope_scatter(kv, kv_cache, positions, slots, self._rotary, query_heads=0, k_gamma=k_gamma, eps=eps)
+        self.rope_scatter(kv, kv_cache, positions, slots, self._rotary, query_heads=0, k_gamma=k_gamma, eps=eps)
 
     def forward(
         self,
@@ -123,7 +125,7 @@ class TritonAttention(PagedAttention):
         plan = self.plan
         assert plan is not None
         num_heads, num_kv_heads, head_size = self._config.n_heads_q, self._config.n_heads_kv, self._config.head_size
-        rope_scatter(qkv, kv_cache, plan.positions, plan.slots, self._rotary, query_heads=num_heads)
+        self.rope_scatter(qkv, kv_cache, plan.positions, plan.slots, self._rotary, query_heads=num_heads)
         out = qkv.new_empty(qkv.shape[0], num_heads * head_size)
         if query_positions is not None:
             q, attended = (
