@@ -27,7 +27,7 @@ def make_tables(inv_freq: torch.Tensor, num_positions: int) -> tuple[torch.Tenso
     return tuple(table[:, 0, :half].contiguous().to(inv_freq.device) for table in (cos, sin))  # type: ignore[return-value]
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_scatter_kernel(
     rows,  # [num_tokens, row_stride]: heads of q, of k, of v
     row_stride,

@@ -18,7 +18,7 @@ from mii_hcache.engine.kernels.norm import add_norm
 from mii_hcache.engine.kernels.paged_attention import attend_tiles
 from mii_hcache.engine.kernels.rope_scatter import make_tables, rope_scatter
 from mii_hcache.engine.kernels.split_merge import merge_splits
-from mii_hcache.engine.kernels.work import Work, plan_work, tile_shapes
+from mii_hcache.engine.kernels.work import MERGE_FIELDS, Work, plan_work, tile_shapes
 from mii_hcache.engine.modules.attend import attend_gathered
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import make_plan
@@ -54,6 +54,15 @@ class TritonAttention(PagedAttention):
     def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
         self._rotary = None if inv_freq is None else make_tables(inv_freq, num_positions)
         self._windows = list(dict.fromkeys(windows))
+
+    def warm_up(self, kv_cache: torch.Tensor) -> None:
+        """Compile what only long histories need: a merge of nothing, for each kind of tile."""
+        num_kv_heads, head_size = kv_cache.shape[-2:]
+        out = kv_cache.new_empty(1, num_kv_heads * self._group * head_size)
+        merges = torch.zeros(1, MERGE_FIELDS, dtype=torch.int32, device=kv_cache.device)
+        for shape in self._shapes:
+            partials = torch.zeros(1, num_kv_heads, shape.rows, head_size, device=kv_cache.device)
+            merge_splits(merges, partials, partials[..., 0].contiguous(), out, group=self._group)
 
     def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
         assert block_tables is not None
