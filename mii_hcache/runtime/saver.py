@@ -267,7 +267,7 @@ class Saver:
         return self._sink.drain(timeout_s)
 
     def stop(self) -> None:
-        """Drain and end the background threads."""
+        """Drain and end the background threads. What hangs is left alone, logged and counted (`flusher.STALL_S`)."""
         self._sink.stop()
 
 
