@@ -80,7 +80,8 @@ class Saver:
         batches. `num_threads` put spans; `scatter` copies rows, None being the best one here. `streams`: of
         the engine's device, None for those that it has."""
         is_direct = save == "direct"
-        self._streams = streams_of(adapter.device) if streams is None else streams
+        self.streams = streams_of(adapter.device) if streams is None else streams
+        """Of the engine's device."""
         self._adapter = adapter
         self._store = store
         self._plan = plan
@@ -89,7 +90,9 @@ class Saver:
         self._tracks: dict[int, SequenceTrack] = {}
         # Direct: room that a step takes comes back only at its own end, so that waiting for it would be in vain.
         share = 0.0 if is_direct else save_wait
-        self._patience = Patience(share=share, max_batch_tokens=max_batch_tokens, counters=counters)
+        self._patience = Patience(
+            share=share, max_batch_tokens=max_batch_tokens, counters=counters, main=self.streams.main
+        )
         self._segments: list[StepSegment] = []
         self._num_tapped = 0
         self._hidden_rows = _hidden_rows(plan)
@@ -100,9 +103,9 @@ class Saver:
             self._sink = Flusher(store=store, counters=counters, scatter=scatter, num_threads=num_threads)
         ring_rows = (1 if is_direct else ring_batches) * max_batch_tokens
         stage = None
-        if plan is not None and self._streams.has_own_memory:
+        if plan is not None and self.streams.has_own_memory:
             num_bytes = stage_bytes(adapter.geometry, plan, len(self._hidden_rows), max_batch_tokens)
-            stage = Stage(streams=self._streams, device=adapter.device, num_bytes=num_bytes)
+            stage = Stage(streams=self.streams, device=adapter.device, num_bytes=num_bytes)
         self._capture = None if not self._hidden_rows else self._make_capture(ring_rows, stage)
         self._cutter: SpanCutter | None = None
         if plan is not None:
@@ -128,7 +131,7 @@ class Saver:
             row_elements=self._adapter.geometry.row_elements(ChunkKind.HIDDEN),
             dtype=self._adapter.dtype,
         )
-        return make_capture(ring, stage=stage, main=self._streams.main)
+        return make_capture(ring, stage=stage, main=self.streams.main)
 
     @property
     def plan(self) -> StoragePlan | None:
@@ -175,12 +178,13 @@ class Saver:
         """A ragged batch is about to run: take room for its rows."""
         self._segments = list(segments)
         num_tokens = sum(len(segment.token_ids) for segment in segments)
-        self._patience.begin(num_tokens, is_prefill=num_tokens > len(self._segments))
+        is_prefill = num_tokens > len(self._segments)
+        self._patience.begin(num_tokens, is_prefill=is_prefill)
         self._num_tapped = 0
         capture = self._capture
         if capture is not None and not self._patience.wait_for(lambda wait_s: capture.begin(num_tokens, wait_s)):
             self._counters.add("dropped_rows_total", num_tokens)
-        self._patience.start_clock()
+        self._patience.start_clock(is_prefill=is_prefill)
 
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
         """A layer's QKV input, `[num_tokens, hidden_size]`, in the order of the batch; copied in stream order."""
@@ -194,7 +198,7 @@ class Saver:
         saved is dropped, logged and counted; the step's requests go on."""
         segments, self._segments = self._segments, []
         num_tokens = sum(len(segment.token_ids) for segment in segments)
-        self._patience.end(num_tokens, is_prefill=num_tokens > len(segments))
+        self._patience.end(num_tokens)
         if self._cutter is not None:
             self._snapshot(self._cutter, segments, num_tokens)
 
@@ -263,7 +267,7 @@ class Saver:
         return self._sink.drain(timeout_s)
 
     def stop(self) -> None:
-        """Drain and end the background threads."""
+        """Drain and end the background threads. What hangs is left alone, logged and counted (`flusher.STALL_S`)."""
         self._sink.stop()
 
 

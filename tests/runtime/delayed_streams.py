@@ -116,7 +116,7 @@ class DelayedStreams(Streams):
             for _ in range(self._chooser.choice((0, 0, 1, 1, 2, 30))):
                 self.do_one()
 
-    def finish(self) -> None:
+    def run_all(self) -> None:
         """Do everything that was launched."""
         while self.do_one():
             pass

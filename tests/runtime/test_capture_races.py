@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,10 +19,12 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.plans import StoragePlan
+from mii_hcache.runtime import stage as stage_module
 from mii_hcache.runtime.block_reader import BlockReader
 from mii_hcache.runtime.buffers import RowLease
 from mii_hcache.runtime.capture import StagedCapture
 from mii_hcache.runtime.saver import Saver, stage_bytes
+from tests.fake_device import FakeStreams
 from tests.runtime.delayed_streams import DelayedStreams
 from tests.runtime.kit import FakeBlocks, FakeEngine, geometry_of, history_hashes, rows_of
 from tests.runtime.test_saver_any_order import HERE, MAX_BATCH, World
@@ -148,10 +152,16 @@ def _tight_stage(geometry: Any, plan: StoragePlan, num_hidden: int, max_batch_to
 
 
 def _race(
-    seed: int, kind: ChunkKind, *, is_tight: bool = True, sabotage: Callable[[World], None] | None = None
+    seed: int,
+    kind: ChunkKind,
+    *,
+    is_tight: bool = True,
+    sabotage: Callable[[World], None] | None = None,
+    checked: FakeStreams | None = None,
 ) -> None:
-    """A session on a device of its own; everything that was saved is compared at its end."""
-    streams = DelayedStreams(seed)
+    """A session on a device of its own; everything that was saved is compared at its end. `checked`: on the device that
+    keeps clocks (`tests/fake_device.py`), which looks at the stage."""
+    streams: Any = DelayedStreams(seed) if checked is None else checked
     size = _tight_stage if is_tight else stage_bytes
     with (
         mock.patch("mii_hcache.runtime.flusher.MAX_WAITING_PUTS", 1),
@@ -162,12 +172,17 @@ def _race(
         world = World(kind, 1 + seed % 2, 1 + seed % 3, HERE[seed % len(HERE)], save, engine=engine, streams=streams)
     if sabotage is not None:
         sabotage(world)
+    if checked is not None:
+        stage = world.saver._healer._blocks._stage
+        assert stage is not None
+        checked.checker.watch(stage._memory, "the stage", checked.main.actor)
     try:
-        for verb in _script(seed):
-            world.do(*verb)
-        world.heal_wait_s = 5.0
-        world.finish()
-        streams.finish()
+        with nullcontext() if checked is None else checked.watching():
+            for verb in _script(seed):
+                world.do(*verb)
+            world.heal_wait_s = 5.0
+            world.finish()
+        streams.run_all()
     finally:
         world.store.put_gate.set()
         world.saver.stop()
@@ -245,5 +260,35 @@ def test_without_any_one_of_its_waits_it_saves_nonsense(what):
             _race(seed, kind, sabotage=sabotage)
         except AssertionError as error:
             assert "wrong bytes" in str(error), "it fails for another reason"
+            return
+    pytest.fail("nobody noticed")
+
+
+# --- on the device that keeps clocks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ChunkKind)
+@pytest.mark.parametrize("seed", range(6))
+def test_everything_that_touches_the_stage_is_put_in_order(seed, kind):
+    streams = FakeStreams(seed)
+    _race(seed, kind, checked=streams)
+    assert not streams.checker.races and streams.checker.num_accesses
+
+
+WAITS = ["self._main.wait(before)", "self._copies.wait(self._main.record())"]
+
+
+@pytest.mark.parametrize("kind", ChunkKind)
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_that_is_left_out_is_told_of(wait, kind):
+    """Also where the bytes happen to come in time."""
+    lines = Path(stage_module.__file__).read_text(encoding="utf-8").splitlines()
+    assert sum(".wait(" in line for line in lines) == len(WAITS), "a wait that is not tried here"
+    (number,) = [number for number, line in enumerate(lines, start=1) if wait in line]
+    for seed in range(NUM_SEEDS):
+        streams = FakeStreams(seed, ignored=("runtime/stage.py", number, ""))
+        with suppress(AssertionError):
+            _race(seed, kind, checked=streams)
+        if any(race.startswith("the stage") for race in streams.checker.races):
             return
     pytest.fail("nobody noticed")

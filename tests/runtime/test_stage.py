@@ -41,7 +41,7 @@ def test_what_arrives_is_what_was_staged(seed, steps):
     for stamp, host, done in sent:
         done.synchronize()
         assert host.unique().tolist() == [stamp]
-    streams.finish()
+    streams.run_all()
 
 
 class Waits:
