@@ -50,7 +50,7 @@ done
 # ---- the wheelhouse ---------------------------------------------------------------------------------------------------
 
 # What neither the engine nor its tests import: tools, figures, clients. And what comes with a CUDA torch.
-left_out="torch numpy sympy mpmath networkx setuptools wheel pip pybind11
+left_out="torch numpy sympy mpmath networkx setuptools wheel pip
 matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing
 mypy mypy-extensions librt ast-serialize pathspec ruff
 schemathesis hypothesis-graphql graphql-core jsonschema-rs harfile pyrate-limiter opentelemetry-api
@@ -155,6 +155,25 @@ cd "$root"
     tail -n 3 "$log" >&2
     die "$python lacks something: see $log. A wheelhouse for it: scripts/gpu_check.sh --make-wheelhouse DIR --python VERSION"
 }
+# The native engine, where it is not built for this interpreter and there is a compiler: into $out, on all cores.
+why_not_native() { PYTHONPATH="$1:$PYTHONPATH" "$python" -c 'from mii_hcache.storage.native import why_not_built as why; print(why() or "")'; }
+if [ -n "$(why_not_native "$root")" ] && command -v g++ >/dev/null 2>&1; then
+    mkdir -p "$out/package/mii_hcache"
+    cp -r "$root/mii_hcache/." "$out/package/mii_hcache/"
+    if [ -n "$(why_not_native "$out/package")" ]; then
+        build_s=$SECONDS
+        say "building the native engine ..."
+        timeout 200 "$python" - "$out/package" "$out/objects" >>"$log" 2>&1 <<'PY' || say "the native engine was not built: see $log"
+import os, runpy, sys
+from pybind11.setup_helpers import ParallelCompile
+ParallelCompile(default=len(os.sched_getaffinity(0))).install()
+sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[2]]
+runpy.run_path("setup.py", run_name="__main__")
+PY
+        say "$((SECONDS - build_s)) s"
+    fi
+    export PYTHONPATH="$out/package:$PYTHONPATH"
+fi
 "$python" - <<'PY' | tee "$out/versions.txt"
 import importlib.metadata as m, platform, torch
 from mii_hcache.storage import native

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from experiments.common.checkpoints import SHAPES
-from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
+from mii_hcache.engine.ragged_engine import DTYPES, HCacheEngine, build_engine
 
 VOCAB_SIZE = 32000
 MAX_CONTEXT_TOKENS = 16384
@@ -25,10 +25,12 @@ def random_engine(
     num_kv_heads: int | None = None,
     seed: int = 0,
     changes: Mapping[str, Any] | None = None,
+    drawn_in: str | None = None,
     **settings: Any,
 ) -> HCacheEngine:
     """An engine with a Llama of `SHAPES[shape]`, seeded; the same settings as `build_engine`. `num_kv_heads`: fewer
     than heads, for grouped queries. `changes`: other fields of the config, as fewer layers or a longer context.
+    `drawn_in`: dtype that the weights are drawn in before they are the engine's, None for the engine's own.
 
     `build_engine` opens its checkpoint with DeepSpeed's reader; for the time of this call the reader is one that draws.
     """
@@ -38,7 +40,7 @@ def random_engine(
     changes = {**(changes or {}), **({"num_key_value_heads": num_kv_heads} if num_kv_heads else {})}
 
     def reader(_: str) -> RandomCheckpoint:
-        return RandomCheckpoint(shape, seed, changes)
+        return RandomCheckpoint(shape, seed, changes, drawn_in)
 
     checkpoint.HuggingFaceCheckpointEngine = reader
     try:
@@ -50,7 +52,9 @@ def random_engine(
 class RandomCheckpoint:
     """What the engine asks of a checkpoint's reader: a config, and parameters by name."""
 
-    def __init__(self, shape: str, seed: int = 0, changes: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, shape: str, seed: int = 0, changes: Mapping[str, Any] | None = None, drawn_in: str | None = None
+    ) -> None:
         from transformers import LlamaConfig
 
         settings: dict[str, Any] = {
@@ -65,6 +69,7 @@ class RandomCheckpoint:
         self.model_config.max_seq_length = settings["max_position_embeddings"]
         self._local_checkpoint_dir = shape
         self._seed = seed
+        self._drawn_in = None if drawn_in is None else DTYPES[drawn_in]
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One at a time, in the dtype that the engine has chosen by now."""
@@ -77,5 +82,6 @@ class RandomCheckpoint:
         with torch.device("meta"):
             names = AutoModelForCausalLM.from_config(self.model_config).state_dict()
         for name, parameter in names.items():
-            made = torch.empty(parameter.shape, dtype=dtype, device=device)
-            yield name, made.fill_(1.0) if parameter.dim() == 1 else made.normal_(0.0, std, generator=chance)
+            made = torch.empty(parameter.shape, dtype=self._drawn_in or dtype, device=device)
+            made = made.fill_(1.0) if parameter.dim() == 1 else made.normal_(0.0, std, generator=chance)
+            yield name, made.to(dtype)

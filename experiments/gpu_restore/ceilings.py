@@ -23,6 +23,7 @@ from experiments.gpu_restore.rig import Rig
 from experiments.gpu_restore.timing import Clock, Sample
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.runtime.buffers import host_empty
+from mii_hcache.runtime.streams import Stream, streams_of
 
 LEAST_BYTES = 64 << 20
 """Small copies are made so often that this many bytes go over the link between two clock readings."""
@@ -63,6 +64,14 @@ class Copies:
             source, target = (host, device) if is_up else (device, host)
             target[start : start + num_bytes].copy_(source[start : start + num_bytes], non_blocking=True)
 
+    def move_many(self, num_bytes: int, times: int, stream: Stream) -> None:
+        """The same onto the device, by the call that restores use: batched where the driver and this build can. The
+        pieces are given in an order in which no two of them are neighbours, so that none are joined."""
+        turn = next(self._turns)
+        host, device = (memory.view(-1, num_bytes) for memory in (self._host[turn], self._device[turn]))
+        order = [*range(0, times, 2), *range(1, times, 2)]
+        stream.copy_many([(device[idx], host[idx]) for idx in order])
+
     def on_streams(self, *works: Callable[[], None]) -> None:
         """Each on a stream of its own; the current one goes on behind all of them."""
         if not self.clock.is_cuda:
@@ -81,7 +90,8 @@ class Copies:
 def copies(rig: Rig) -> Iterator[Number]:
     """The link."""
     scale, clock = rig.scale, rig.clock
-    bench = Copies(clock, max(*scale.copy_bytes, scale.many[0] * scale.many[1]))
+    largest, whole = max(scale.copy_bytes), scale.many[0] * scale.many[1]
+    bench = Copies(clock, -(-max(largest, whole) // whole) * whole)
     for size in scale.copy_bytes:
         times = max(1, min(MOST_COPIES, LEAST_BYTES // size))
 
@@ -108,16 +118,10 @@ def copies(rig: Rig) -> Iterator[Number]:
         "one by one": lambda: bench.move(size, is_up=True, times=count),
         "as one": lambda: bench.move(size * count, is_up=True),
     }
-    batched = batched_copy()
-    if batched is not None and clock.is_cuda:
-        ways["batched"] = lambda: bench.on_streams(lambda: batched(bench, size, count))
+    many = streams_of(clock.device).new()
+    ways["as the engine does it"] = lambda: bench.move_many(size, count, many)
     for name, sample in clock.race(ways, scale.repeats, flushes=False).items():
         yield from _rate("copies", f"{count} of {size >> 10} KiB, {name}", size, size * count, sample, "bytes/s")
-
-
-def batched_copy() -> Callable[[Copies, int, int], None] | None:
-    """Many copies in one call of the driver, where this build can."""
-    return None
 
 
 def products(rig: Rig) -> Iterator[Number]:
@@ -166,10 +170,11 @@ def placing(rig: Rig) -> Iterator[Number]:
     hidden = torch.randn(num_tokens, geometry.hidden_size, device=engine.device).to(engine.dtype)
     kv = torch.randn(num_tokens, 2, geometry.num_kv_heads, geometry.head_size, device=engine.device).to(engine.dtype)
     layers = itertools.cycle(range(geometry.num_layers))
+    main = streams_of(engine.device).main
     found = rig.clock.race(
         {
             "project": lambda: target.project_hidden(next(layers), 0, hidden),
-            "place": lambda: target.write_kv(next(layers), 0, kv),
+            "place": lambda: target.write_kv(next(layers), 0, kv, main),
         },
         rig.scale.repeats,
     )

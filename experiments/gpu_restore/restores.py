@@ -162,7 +162,8 @@ def _taught(rig: Rig, policy: RestorePolicy, history: History, restorer: Restore
         _, restore = rig.restore(uid, history, choice, restorer)
         rig.clock.settle()
         rig.engine.evict(uid)
-        policy.learn(choice, restore, history.records)
+        if restore.is_settled:
+            policy.learn(choice, restore, history.records)
     return rig.choose(policy, history)
 
 

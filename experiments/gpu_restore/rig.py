@@ -79,7 +79,7 @@ class Rig:
         self.clock = Clock(self.engine.device, scale.flush_bytes)
         self.counters = Counters()
         self.store = MemoryStore(scale.store_bytes)
-        self._restorers: dict[int, Restorer] = {}
+        self._restorers: dict[tuple[int, bool], Restorer] = {}
         self._num_uids = 0
 
     @cached_property
@@ -233,14 +233,19 @@ class Rig:
             max_fill_tokens=self.engine.max_fill_tokens,
         )
 
-    def restorer(self, store: ChunkStore | None = None) -> Restorer:
-        """Of a store; the same one again for the same store, so that its buffers are warm."""
+    def restorer(self, store: ChunkStore | None = None, *, is_urgent: bool = False) -> Restorer:
+        """Of a store; the same one again for the same, so that its buffers are warm."""
         store = store or self.store
-        if id(store) not in self._restorers:
-            self._restorers[id(store)] = Restorer(
-                adapter=self.engine, store=store, counters=self.counters, read_deadline_s=math.inf
+        key = id(store), is_urgent
+        if key not in self._restorers:
+            self._restorers[key] = Restorer(
+                adapter=self.engine,
+                store=store,
+                counters=self.counters,
+                read_deadline_s=math.inf,
+                is_urgent=is_urgent,
             )
-        return self._restorers[id(store)]
+        return self._restorers[key]
 
     def choose(self, policy: RestorePolicy, history: History) -> RestoreChoice:
         """How to bring it back."""

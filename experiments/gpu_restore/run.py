@@ -166,8 +166,8 @@ class Bench:
 
 
 def restorers(rig):  # type: ignore[no-untyped-def]
-    """Ways to share the device with decoding, by name."""
-    return {"default": rig.restorer()}
+    """Ways to share the device with decoding, by name. Streams differ on a GPU only."""
+    return {"low priority": rig.restorer(), "high priority": rig.restorer(is_urgent=True)}
 
 
 def nvidia_smi(query: str) -> str:

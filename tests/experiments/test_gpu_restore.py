@@ -213,7 +213,7 @@ def test_the_gate_sees_rows_in_the_wrong_place(monkeypatch):
 
 
 def test_the_gate_sees_nan(monkeypatch):
-    monkeypatch.setattr(SequenceBlocks, "write_kv", lambda self, layer_idx, start, kv: None)
+    monkeypatch.setattr(SequenceBlocks, "write_kv", lambda self, layer_idx, start, kv, stream: None)
     with pytest.raises(GateFailed, match=r"kv: logits differ by nan"):
         list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
 

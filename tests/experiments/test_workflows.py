@@ -69,7 +69,19 @@ def test_the_options_of_the_comparison_exist():
     options = compare_attentionstore.parse(given)
     assert options.check and options.table and options.json
     uploaded = [step["with"]["path"] for step in steps("gpu.yml") if "upload-artifact" in step.get("uses", "")]
-    assert uploaded == ["${{ runner.temp }}/comparison.*"] and options.table.name == "comparison.md"
+    assert uploaded[1:] == ["${{ runner.temp }}/comparison.*"] and options.table.name == "comparison.md"
+
+
+def test_the_gpu_check_is_asked_for_what_it_knows_and_its_results_are_kept():
+    (command,) = (step["run"] for step in steps("gpu.yml") if "gpu_check.sh" in step.get("run", "") and "name" in step)
+    script = (ROOT / "scripts" / "gpu_check.sh").read_text(encoding="utf-8")
+    words = shlex.split(command)
+    assert words[0] == "scripts/gpu_check.sh"
+    assert all(f"        {word})" in script for word in words if word.startswith("--"))
+    place = words[words.index("--out") + 1]
+    assert place == "$RUNNER_TEMP/gpu_check" and float(words[words.index("--deadline-s") + 1]) <= 1200
+    kept = next(step["with"]["path"] for step in steps("gpu.yml") if "upload-artifact" in step.get("uses", ""))
+    assert "${{ runner.temp }}/gpu_check/*.jsonl" in kept.splitlines()
 
 
 def test_kernels_are_compiled_by_pips_nvcc():
