@@ -216,6 +216,11 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
 
     @property
+    def rank_states(self) -> dict[int, str]:
+        """What each rank does, by its number; empty where there is only this one."""
+        return {}
+
+    @property
     def lost(self) -> RankLostError | None:
         """Why this engine can never run again, where it is one of several ranks."""
         return None

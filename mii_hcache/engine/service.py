@@ -203,6 +203,11 @@ class EngineService:
         model over several is known to be lost."""
         return self._failure is None and self._thread.is_alive()
 
+    @property
+    def rank_states(self) -> Mapping[int, str]:
+        """What each process of a model over several does; empty for one."""
+        return self._engine.rank_states
+
     def lose(self, error: RankLostError) -> None:
         """A rank is gone, and the engine will never run again: every request ends with `error`, within `LOSS_WAIT_S`,
         also when the engine's own thread hangs. Not for that thread. What was accepted for saving is still saved."""

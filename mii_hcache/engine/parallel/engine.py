@@ -108,6 +108,10 @@ class ParallelEngine(HCacheEngine):
         return self._model.joined_logits(output, rows)  # type: ignore[no-any-return]
 
     @property
+    def rank_states(self) -> dict[int, str]:
+        return self.followers.states()
+
+    @property
     def lost(self) -> RankLostError | None:
         return self.followers.error
 
