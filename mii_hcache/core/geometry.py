@@ -25,7 +25,7 @@ class ChunkKind(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
-    """The sizes of a decoder that decide bytes and FLOPs. One tensor-parallel rank's view is not modelled here."""
+    """The sizes of a decoder that decide bytes and FLOPs: of the whole model, also where ranks share it."""
 
     num_layers: int
     hidden_size: int
@@ -74,6 +74,18 @@ class ModelGeometry:
     def chunk_bytes(self, kind: ChunkKind) -> int:
         """Bytes of one chunk: `SPAN_TOKENS` rows of one layer."""
         return SPAN_TOKENS * self.row_bytes(kind)
+
+    def shard_kv_heads(self, num_ranks: int) -> int:
+        """KV heads that each of `num_ranks` ranks holds: its part of them, or one that several ranks hold when there
+        are fewer heads than ranks. Raises ValueError when the heads cannot be shared evenly."""
+        few, many = sorted((num_ranks, self.num_kv_heads))
+        if few < 1 or many % few:
+            raise ValueError(f"{num_ranks} ranks cannot share {self.num_kv_heads} KV heads evenly")
+        return max(1, self.num_kv_heads // num_ranks)
+
+    def kv_shard_bytes(self, num_ranks: int) -> int:
+        """Bytes of one kv chunk of one of `num_ranks` ranks: rows `[2, shard_kv_heads, head_size]`."""
+        return SPAN_TOKENS * 2 * self.shard_kv_heads(num_ranks) * self.head_size * self.dtype_bytes
 
     def span_bytes(self, kind: ChunkKind) -> int:
         """Bytes of all chunks of a span."""

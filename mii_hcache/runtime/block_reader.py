@@ -16,17 +16,19 @@ _log = logging.getLogger(__name__)
 
 
 class BlockReader:
-    """Owns a bounded pool of buffers `[num_layers, SPAN_TOKENS, 2, num_kv_heads, head_size]`.
+    """Owns a bounded pool of buffers `[num_layers, SPAN_TOKENS, 2, num_kv_heads, head_size]`, of a rank's own heads.
 
     Engine thread only, except `release`. On a GPU the copies are stream-ordered: record an event behind them before the
     bytes are used."""
 
-    def __init__(self, adapter: EngineAdapter, counters: Counters, *, num_layers: int, max_buffers: int) -> None:
+    def __init__(
+        self, adapter: EngineAdapter, counters: Counters, *, num_layers: int, max_buffers: int, num_ranks: int = 1
+    ) -> None:
         geometry = adapter.geometry
         self._adapter = adapter
         self._counters = counters
         self._buffers = SpanBuffers(
-            shape=(num_layers, SPAN_TOKENS, 2, geometry.num_kv_heads, geometry.head_size),
+            shape=(num_layers, SPAN_TOKENS, 2, geometry.shard_kv_heads(num_ranks), geometry.head_size),
             dtype=adapter.dtype,
             max_buffers=max_buffers,
         )

@@ -15,6 +15,7 @@ from mii_hcache.runtime.block_reader import BlockReader
 from mii_hcache.runtime.buffers import SpanBuffers
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
+from mii_hcache.runtime.share import WHOLE, Share
 from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import RowCopy, Snapshot, SpanPut
 from mii_hcache.runtime.stats import Counters
@@ -37,10 +38,15 @@ class SpanCutter:
         patience: Patience,
         is_settled: Callable[[SequenceTrack, int], bool],
         max_kv_buffers: int,
+        share: Share = WHOLE,
+        name_put: Callable[[SequenceTrack, int], int] = lambda track, span_idx: 0,
     ) -> None:
         """`hidden_rows`: row in the ring and in open spans of each layer that is tapped. `is_settled`: whether a span
-        needs no saving. `max_kv_buffers` spans' K and V may wait for the store."""
+        needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `share`: what of each span is saved
+        here; `name_put`: by which name several ranks speak of a put."""
         self._geometry = adapter.geometry
+        self._share = share
+        self._name_put = name_put
         self._plan = plan
         self._hidden_rows = hidden_rows
         self._sink = sink
@@ -54,7 +60,11 @@ class SpanCutter:
         )
         num_kv_layers = max(kinds.count(ChunkKind.KV) for kinds in (plan.kinds, plan.other_kinds or plan.kinds))
         self._kv_blocks = BlockReader(
-            adapter, counters, num_layers=num_kv_layers, max_buffers=max_kv_buffers if num_kv_layers else 0
+            adapter,
+            counters,
+            num_layers=num_kv_layers,
+            max_buffers=max_kv_buffers if num_kv_layers else 0,
+            num_ranks=share.num_ranks,
         )
 
     def cut(
@@ -93,7 +103,7 @@ class SpanCutter:
         is_last = span_row + num_rows == SPAN_TOKENS
         is_wanted = is_last and not self._is_settled(track, span_idx)
         layout = self._layout_of(span_idx)
-        needs_hidden = ChunkKind.HIDDEN in layout.kind_counts
+        needs_hidden = ChunkKind.HIDDEN in layout.kind_counts and self._share.has_hidden(span_idx)
         if needs_hidden and rows is None:
             return
         if not needs_hidden or num_rows == SPAN_TOKENS:
@@ -128,7 +138,8 @@ class SpanCutter:
         """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
         from its blocks now. None, with `release` not called, when there is no room for those."""
         layout = self._layout_of(span_idx)
-        kv_layers = [chunk.layer_idx for chunk in layout.chunks if chunk.kind is ChunkKind.KV]
+        chunks = [layout.chunks[chunk_idx] for chunk_idx in self._share.chunks(span_idx, layout)]
+        kv_layers = [chunk.layer_idx for chunk in chunks if chunk.kind is ChunkKind.KV]
         kv = None
         if kv_layers:
             kv = self._patience.wait_for(self._kv_blocks.acquire)
@@ -139,13 +150,14 @@ class SpanCutter:
         releases = [action for action in (release, back) if action is not None]
         kv_rows = iter(() if kv is None else kv)
         rows = []
-        for chunk in layout.chunks:
+        for chunk in chunks:
             if chunk.kind is ChunkKind.KV:
                 rows.append(next(kv_rows))
             else:
                 assert hidden is not None
                 rows.append(hidden[self._hidden_rows[chunk.layer_idx]])
-        return SpanPut(record=track.record(span_idx, layout), rows=rows, releases=releases)
+        record, put_id = track.record(span_idx, layout), self._name_put(track, span_idx)
+        return SpanPut(record=record, rows=rows, releases=releases, put_id=put_id)
 
     def discard(self, open_span: OpenSpan | None) -> None:
         """An open span is not continued: its memory comes back after the copies of earlier steps."""
@@ -157,4 +169,4 @@ class SpanCutter:
         self._open_buffers.release(open_span.rows)
 
     def _layout_of(self, span_idx: int) -> SpanLayout:
-        return SpanLayout.of(self._geometry, self._plan.kinds_of(span_idx))
+        return SpanLayout.of(self._geometry, self._plan.kinds_of(span_idx), self._share.num_ranks)

@@ -8,24 +8,21 @@ prefix at its span, and the rest is prefilled.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.runtime.ports import KVTarget
-from mii_hcache.runtime.timeline import Activity, RestoreTimeline
-from mii_hcache.runtime.work import Fill, Tile, plan_fills, plan_tiles
-from mii_hcache.storage.base import ChunkRead, ReadOutcome, SpanRecord
+from mii_hcache.runtime.tiles import TileRead
+from mii_hcache.runtime.timeline import RestoreTimeline
+from mii_hcache.runtime.work import Fill, plan_fills, plan_tiles
+from mii_hcache.storage.base import SpanRecord
 
 if TYPE_CHECKING:
     from mii_hcache.runtime.restorer import Restorer
@@ -36,15 +33,6 @@ ALONE_FILL_TOKENS = 256
 """The same while nothing else runs."""
 _LOOK_S = 0.05
 """How often who waits looks whether a read hangs."""
-
-
-@dataclass(kw_only=True)
-class _Read:
-    tile: Tile
-    buffer: torch.Tensor
-    started_s: float = math.inf
-    """When a reader thread took it up."""
-    outcome: Future[ReadOutcome] = field(default_factory=Future)
 
 
 @dataclass(kw_only=True)
@@ -107,7 +95,7 @@ class Restore:
             tile_spans=restorer.tile_spans,
         )
         self._next_tile = next(self._tiles, None)
-        self._reads: deque[_Read] = deque()
+        self._reads: deque[TileRead] = deque()
         self._records = list(records)
         self._span_ids = [record.span_id for record in records]
         self._saved_ids = [record.span_id for record in records if record.layout.num_chunks]
@@ -117,6 +105,7 @@ class Restore:
         self._tiers = [store.tier_of(span_id) or store.name for span_id in self._span_ids]
         self.outcome = RestoreOutcome()
         self.timeline = RestoreTimeline()
+        self._source = restorer.open_tiles(target, self._span_ids, self.timeline)
         store.touch(self._saved_ids)
         store.pin(self._saved_ids)
         restorer.num_open += 1
@@ -130,10 +119,11 @@ class Restore:
 
     def read_ahead(self) -> None:
         """Start the reads that come next, as far as may be; `step` does so too. Does not block."""
-        while self._next_tile is not None and len(self._reads) < self._restorer.tiles_ahead:
+        num_more = self._restorer.tiles_ahead - self._source.num_held
+        while self._next_tile is not None and len(self._reads) < num_more:
             tile, self._next_tile = self._next_tile, next(self._tiles, None)
             if tile.first_span < self._num_spans:
-                self._reads.append(self._start_read(tile))
+                self._reads.append(self._source.start(tile))
 
     def step(self, budget_s: float, *, wait: bool) -> RestoreOutcome | None:
         """Work for about `budget_s` (a piece at least, when one can be done). The outcome when done, else None.
@@ -171,9 +161,12 @@ class Restore:
             return
         self._is_open = False
         self._restorer.num_open -= 1
-        while self._reads:
-            self._let_go(self._reads.popleft())
-        self._restorer.store.unpin(self._saved_ids)
+        try:
+            self._source.join()
+        finally:
+            while self._reads:
+                self._reads.popleft().release()
+            self._restorer.store.unpin(self._saved_ids)
 
     def _finish(self) -> None:
         self.cancel()
@@ -193,36 +186,6 @@ class Restore:
 
     # --- reading ------------------------------------------------------------------------------------------------
 
-    def _start_read(self, tile: Tile) -> _Read:
-        restorer = self._restorer
-        buffer = restorer.buffers.acquire()
-        assert buffer is not None
-        chunk_bytes = restorer.adapter.geometry.chunk_bytes(tile.kind)
-        view = as_bytes(buffer)
-        reads = [
-            ChunkRead(
-                span_id=self._span_ids[tile.first_span + idx],
-                layer_idx=tile.layer_idx,
-                out=view[idx * chunk_bytes : (idx + 1) * chunk_bytes],
-                kind=tile.kind,
-            )
-            for idx in range(tile.num_spans)
-        ]
-        read = _Read(tile=tile, buffer=buffer)
-        try:
-            read.outcome = restorer.submit_read(lambda: self._read(read, reads))
-        except BaseException:
-            restorer.buffers.release(buffer)
-            raise
-        return read
-
-    def _read(self, read: _Read, chunks: list[ChunkRead]) -> ReadOutcome:
-        """On a reader thread."""
-        read.started_s = started_s = time.perf_counter()
-        outcome = self._restorer.store.get_into(chunks)
-        self._note("read", started_s, read.tile, sum(chunk.out.nbytes for chunk in chunks))
-        return outcome
-
     def _wait(self, left_s: float) -> bool:
         """Whether the next read ended in time, or is not worth waiting for any more."""
         started_s = time.perf_counter()
@@ -240,19 +203,13 @@ class Restore:
         read = self._reads[0]
         return read.outcome.done() or self._is_overdue(read) or read.tile.first_span >= self._num_spans
 
-    def _is_overdue(self, read: _Read) -> bool:
+    def _is_overdue(self, read: TileRead) -> bool:
         return time.perf_counter() - read.started_s > self._restorer.read_deadline_s
 
-    def _let_go(self, read: _Read) -> None:
-        """Nobody waits for a read: its buffer is given back when it ends, and another thread reads in its place."""
-        if not read.outcome.cancel():
-            self._restorer.let_go(read.outcome)
-        read.outcome.add_done_callback(partial(self._give_back, read))
-
-    def _do_without(self, read: _Read) -> None:
+    def _do_without(self, read: TileRead) -> None:
         """A read hangs, or lies behind a cut. What of its tile comes before the first span that cannot be read now is
         read again."""
-        self._let_go(read)
+        read.release()
         tile = read.tile
         if tile.first_span >= self._num_spans:
             return
@@ -261,7 +218,7 @@ class Restore:
         num_there = next((idx for idx, span_id in enumerate(ids) if find(span_id) is None), 0)
         self._cut(tile.first_span + num_there, "stalled")
         if num_there:
-            self._reads.appendleft(self._start_read(replace(tile, num_spans=num_there)))
+            self._reads.appendleft(self._source.start(replace(tile, num_spans=num_there)))
 
     def _cut(self, num_spans: int, reason: str | None) -> None:
         """Nothing from there on comes back."""
@@ -303,36 +260,7 @@ class Restore:
                 self._cut(tile.first_span + outcome.num_ok, outcome.reason)
             num_spans = min(tile.num_spans, self._num_spans - tile.first_span)
             if num_spans > 0:
-                self._write(tile, read.buffer, num_spans)
+                read.place(num_spans)
+                self.outcome.read_bytes += num_spans * self._restorer.adapter.geometry.chunk_bytes(tile.kind)
         finally:
-            self._give_back(read)
-
-    def _write(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
-        started_s = time.perf_counter()
-        adapter = self._restorer.adapter
-        geometry = adapter.geometry
-        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
-        num_bytes = num_spans * geometry.chunk_bytes(tile.kind)
-        rows = buffer[:num_bytes].view(adapter.dtype).view(num_tokens, -1).to(adapter.device, non_blocking=True)
-        if tile.kind is ChunkKind.HIDDEN:
-            self._target.project_hidden(tile.layer_idx, start, rows)
-        else:
-            kv = rows.view(num_tokens, 2, geometry.num_kv_heads, geometry.head_size)
-            self._target.write_kv(tile.layer_idx, start, kv)
-        if adapter.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
-        self.outcome.read_bytes += num_bytes
-        self._note("project" if tile.kind is ChunkKind.HIDDEN else "place", started_s, tile, num_bytes)
-
-    def _note(self, activity: Activity, started_s: float, tile: Tile, num_bytes: int) -> None:
-        self.timeline.add(
-            activity,
-            started_s,
-            first_layer=tile.layer_idx,
-            start=tile.first_span * SPAN_TOKENS,
-            num_tokens=tile.num_spans * SPAN_TOKENS,
-            num_bytes=num_bytes,
-        )
-
-    def _give_back(self, read: _Read, _: Future[ReadOutcome] | None = None) -> None:
-        self._restorer.buffers.release(read.buffer)
+            read.release()

@@ -9,10 +9,13 @@ from concurrent.futures import Future
 import torch
 
 from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.tiles import LocalTiles, TileSource
+from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
 from mii_hcache.storage.presence import DEADLINE_S
 from mii_hcache.storage.workers import Workers
@@ -30,6 +33,9 @@ STOP_S = 2.0
 """How long stopping waits for reads that nobody waits for any more."""
 _SLACK = 1.1
 
+OpenTiles = Callable[["Restorer", KVTarget, Sequence[SpanId], RestoreTimeline], TileSource]
+"""Makes one restore's `TileSource`: for these blocks, of these spans, which notes what it does."""
+
 
 class Restorer:
     """Engine thread only, except `submit_read`."""
@@ -43,8 +49,11 @@ class Restorer:
         tile_spans: int = MAX_TILE_SPANS,
         read_ahead_bytes: int = READ_AHEAD_BYTES,
         read_deadline_s: float = DEADLINE_S,
+        open_tiles: OpenTiles = LocalTiles,
     ) -> None:
-        """`read_deadline_s`: a tile's read that takes longer hangs, and its restore does without it."""
+        """`read_deadline_s`: a tile's read that takes longer hangs, and its restore does without it. `open_tiles`:
+        where tiles come from."""
+        self._open_tiles = open_tiles
         self.adapter = adapter
         self.store = store
         self.counters = counters
@@ -83,6 +92,10 @@ class Restorer:
         return Restore(
             self, target, records, token_ids, recompute_tokens=recompute_tokens, recompute_layers=recompute_layers
         )
+
+    def open_tiles(self, target: KVTarget, span_ids: Sequence[SpanId], timeline: RestoreTimeline) -> TileSource:
+        """Where the tiles of a restore come from."""
+        return self._open_tiles(self, target, span_ids, timeline)
 
     def submit_read(self, read: Callable[[], ReadOutcome]) -> Future[ReadOutcome]:
         """Run in the background."""

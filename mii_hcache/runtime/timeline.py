@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.errors import ConfigError
+from mii_hcache.runtime.work import Tile
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,17 @@ class RestoreTimeline:
     def add(self, activity: Activity, start_s: float, **what: int) -> None:
         """Something that began at `start_s` has just ended."""
         self.events.append(Event(activity, start_s, time.perf_counter(), **what))
+
+    def add_tile(self, activity: Activity, start_s: float, tile: Tile, num_bytes: int) -> None:
+        """`add`, of a tile."""
+        self.add(
+            activity,
+            start_s,
+            first_layer=tile.layer_idx,
+            start=tile.first_span * SPAN_TOKENS,
+            num_tokens=tile.num_spans * SPAN_TOKENS,
+            num_bytes=num_bytes,
+        )
 
     def finish(self) -> None:
         """The restore is over."""

@@ -17,6 +17,7 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.core.layout import SpanLayout
 
 if TYPE_CHECKING:
+    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
     from mii_hcache.storage.drafts import FileDrafts
 
 
@@ -39,13 +40,29 @@ class SpanRecord:
         """Payload bytes of all chunks."""
         return self.layout.num_bytes
 
-    def chunk_of(self, layer_idx: int, num_bytes: int, kind: ChunkKind | None) -> int | None:
-        """Index of a layer's chunk, None when there is none of that length and kind (None for any)."""
-        chunk_idx = self.layout.chunk_of(layer_idx)
+    def chunk_of(
+        self, layer_idx: int, num_bytes: int, kind: ChunkKind | None, shard: int = 0, num_shards: int = 1
+    ) -> int | None:
+        """Index of a layer's chunk, None when there is none of that length and kind (None for any), or none that is
+        this one of so many shards."""
+        chunk_idx = self.layout.chunk_of(layer_idx, shard)
         if chunk_idx is None:
             return None
         chunk = self.layout.chunks[chunk_idx]
-        return chunk_idx if chunk.num_bytes == num_bytes and kind in (None, chunk.kind) else None
+        is_it = chunk.num_bytes == num_bytes and self.layout.shards_of(chunk.kind) == num_shards
+        return chunk_idx if is_it and kind in (None, chunk.kind) else None
+
+    def read_of(self, chunk_idx: int, out: memoryview) -> ChunkRead:
+        """A read of one of its chunks."""
+        chunk = self.layout.chunks[chunk_idx]
+        return ChunkRead(
+            span_id=self.span_id,
+            layer_idx=chunk.layer_idx,
+            out=out,
+            kind=chunk.kind,
+            shard=chunk.shard,
+            num_shards=self.layout.shards_of(chunk.kind),
+        )
 
     def check_chunks(self, chunks: Sequence[memoryview]) -> None:
         """Raise ValueError unless `chunks` are what this record describes: for a store's own use in `put`."""
@@ -53,9 +70,9 @@ class SpanRecord:
             raise ValueError(f"impossible span record: {self}")
         if len(chunks) != self.layout.num_chunks:
             raise ValueError(f"a span of {self.layout.num_chunks} chunks was put with {len(chunks)}")
-        for chunk_idx, (chunk, (_, _, num_bytes, _)) in enumerate(zip(chunks, self.layout.chunks, strict=True)):
-            if chunk.nbytes != num_bytes or not chunk.c_contiguous:
-                raise ValueError(f"chunk {chunk_idx}: {chunk.nbytes} bytes, expected {num_bytes}, contiguous")
+        for chunk_idx, (chunk, planned) in enumerate(zip(chunks, self.layout.chunks, strict=True)):
+            if chunk.nbytes != planned.num_bytes or not chunk.c_contiguous:
+                raise ValueError(f"chunk {chunk_idx}: {chunk.nbytes} bytes, expected {planned.num_bytes}, contiguous")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +86,14 @@ class ChunkRead:
     kind: ChunkKind | None = None
     """Kind that the reader expects of this layer, None for any. A span may be deleted and saved anew in another layout
     between `find` and the read, and both kinds' chunks may be equally long: then the read is `missing`."""
+    shard: int = 0
+    """Of K and V that ranks saved: whose heads to read,"""
+    num_shards: int = 1
+    """of how many ranks; a span that other numbers of ranks saved is `missing`."""
 
     def chunk_of(self, record: SpanRecord) -> int | None:
         """Index of the chunk to read, None when the span is not the one that the reader planned for."""
-        return record.chunk_of(self.layer_idx, self.out.nbytes, self.kind)
+        return record.chunk_of(self.layer_idx, self.out.nbytes, self.kind, self.shard, self.num_shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +220,16 @@ class ChunkStore(ABC):
         A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew. One that
         the device does not give is not.
         """
+
+    def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
+        """To chunks that another process of this machine reads, in order of importance; counts as use. Call `end` on
+        them. None where only this process can read. Does not block on I/O."""
+        return None
+
+    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+        """Room for a span whose chunks several processes write; as `put`, it may evict, and block on I/O. None when no
+        room could be made, the device is away, or only this process can write."""
+        return None
 
     def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored
         """Tell of memory that many reads will go to: a hint, which may make them cheaper. The store may keep it alive

@@ -168,7 +168,7 @@ def _pack(row: SpanRow) -> tuple[object, ...]:
         record.parent_id,
         record.span_idx,
         record.token_ids,
-        pack_kinds(record.layout.kinds),
+        pack_kinds(record.layout.kinds, record.layout.kv_shards),
         record.layout.hidden_chunk_bytes,
         record.layout.kv_chunk_bytes,
         row.generation,
@@ -213,7 +213,8 @@ def _is_count(value: object) -> bool:
 
 @lru_cache(maxsize=1024)
 def _layout(kinds: bytes, hidden_chunk_bytes: int, kv_chunk_bytes: int) -> SpanLayout:
-    return SpanLayout.shared(parse_kinds(kinds), hidden_chunk_bytes, kv_chunk_bytes)
+    parsed, kv_shards = parse_kinds(kinds)
+    return SpanLayout.shared(parsed, hidden_chunk_bytes, kv_chunk_bytes, kv_shards)
 
 
 def _row_crc(fields: Sequence[Any]) -> int:

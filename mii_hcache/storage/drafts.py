@@ -6,6 +6,7 @@ leaves free slots. It becomes a span when all its bytes are there, by headers an
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from crc32c import crc32c
 
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.base import SpanRecord
-from mii_hcache.storage.format import SlotHeader
+from mii_hcache.storage.directions import PayloadDirection
+from mii_hcache.storage.format import BLOCK_BYTES, SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
-from mii_hcache.storage.presence import Presence
+from mii_hcache.storage.presence import AWAY_ERRNOS, Presence
 from mii_hcache.storage.room import Room
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Place, Places
@@ -83,6 +85,10 @@ class FileDrafts:
         """Make a span of a draft all of whose bytes were written: `chunks` are the same bytes, for their checksums. As
         `ChunkStore.put`; takes the draft over. Raises OSError, and then the draft is dropped."""
         record.check_chunks(chunks)
+        return self.publish_written(draft, record, [crc32c(chunk) for chunk in chunks])
+
+    def publish_written(self, draft: SpanDraft, record: SpanRecord, crcs: Sequence[int]) -> bool:
+        """`publish`, with the checksums that were taken by who wrote."""
         with self._index.operation() as is_open:
             if not is_open:
                 return False
@@ -90,10 +96,10 @@ class FileDrafts:
                 record=record,
                 generation=self._index.next_generation(),
                 places=Places(draft.places),
-                crcs=array("I", [crc32c(chunk) for chunk in chunks]),
+                crcs=array("I", crcs),
             )
             try:
-                headers = [self._header_of(span, chunk_idx) for chunk_idx in range(len(chunks))]
+                headers = [self._header_of(span, chunk_idx) for chunk_idx in range(len(crcs))]
                 with self._presence.operation():
                     self._segments.write_ends(list(zip(draft.places, headers, strict=True)))
             except BaseException:
@@ -104,8 +110,25 @@ class FileDrafts:
         self._on_published()
         return True
 
-    def drop(self, draft: SpanDraft) -> None:
-        """Give the room back, and the bytes to the disk."""
+    def payloads(self, draft: SpanDraft) -> tuple[PayloadDirection, ...]:
+        """Where other processes may write it, in files that are made and grown for it. Of a store whose segments are
+        files. Raises OSError."""
+        with self._presence.operation():
+            self._segments.make(draft.places)
+        payloads = []
+        for place, chunk in zip(draft.places, draft.layout.chunks, strict=True):
+            address = self._segments.address(place)
+            assert address is not None, "segments of this store are no files"
+            path, offset = address
+            payloads.append(PayloadDirection(path=path, offset=offset + BLOCK_BYTES, num_bytes=chunk.num_bytes))
+        return tuple(payloads)
+
+    def drop(self, draft: SpanDraft, error: OSError | None = None) -> None:
+        """Give the room back, and the bytes to the disk. `error`: how writing failed elsewhere, if it did."""
         with self._index.operation() as is_open:
             if is_open:
                 self._room.erase(draft.places)
+        if error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._room.pause_growth()
+        if error is not None and error.errno in AWAY_ERRNOS:
+            self._presence.failed(error)

@@ -14,7 +14,9 @@ from mii_hcache.storage.base import ChunkRead, ChunkStore, DeviceReader, ReadOut
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.commits import Commits
 from mii_hcache.storage.device_reads import DeviceReaders, FileDeviceReader
+from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
 from mii_hcache.storage.drafts import FileDrafts
+from mii_hcache.storage.file_directions import FileDirections, begin_shared
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.open_space import open_space
@@ -158,6 +160,14 @@ class FileStore(ChunkStore):
             forget=self._forget_damaged,
             num_threads=num_threads or self.io.num_threads,
         )
+        self._directions = FileDirections(
+            index=self._index,
+            segments=self._segments,
+            header_of=self._header,
+            presence=self.presence,
+            suspects=self._suspects,
+            forget=self._forget_damaged,
+        )
         self._workers = Workers(_MAX_PUTS, "hcache-file")
         """Do what may hang in the place of callers who must not."""
         self._pulse = None if flush_interval_s is None else Pulse(self.flush, flush_interval_s, "hcache-commit")
@@ -191,6 +201,23 @@ class FileStore(ChunkStore):
     @property
     def drafts(self) -> FileDrafts | None:
         return self._drafts if self._space.takes_parts else None
+
+    def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
+        if not self._space.takes_parts:  # a namespace: one process alone has it
+            return None
+        with self._index.operation() as is_open:
+            if wanted and self.knows(wanted[0].span_id) and not self.presence.is_here:
+                self._index.count_unavailable()
+                return ReadDirections((), "unavailable")
+            return self._directions.of(wanted) if is_open else ReadDirections((), "missing")
+
+    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+        if not self._space.takes_parts:
+            return None
+        draft = self._call(lambda: begin_shared(self._drafts, record), 1)
+        if draft is None:
+            self._index.count_drop(is_unavailable=not self.presence.is_here)
+        return draft
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         record = self._index.find(span_id)
@@ -335,14 +362,12 @@ class FileStore(ChunkStore):
             self._forget_damaged(span, chunk_idx, "corrupt")
 
     def _header(self, span: HeldSpan, chunk_idx: int) -> SlotHeader:
-        chunk = span.record.layout.chunks[chunk_idx]
-        return SlotHeader(
+        return SlotHeader.of(
+            span.record.layout,
+            chunk_idx,
             store_uuid=self._store_uuid,
             span_id=span.record.span_id,
-            layer_idx=chunk.layer_idx,
-            kind=chunk.kind,
             generation=span.generation,
-            num_bytes=chunk.num_bytes,
             crc=span.crcs[chunk_idx],
         )
 

@@ -9,18 +9,20 @@ and written with O_DIRECT.
     slot_bytes    =  4096 + round_up(chunk_bytes, 4096)
 
     segment header:  8s magic "HCACHESG" | I version | 16s store uuid | Q slot_bytes | Q num_slots | zeros | I crc
-    slot header:     8s magic "HCACHESL" | I version | 16s store uuid | 32s span id | I layer | B kind | 3x
-                     | Q generation | Q payload bytes | I payload crc | zeros | I crc
+    slot header:     8s magic "HCACHESL" | I version | 16s store uuid | 32s span id | I layer | B kind | B shard
+                     | 2x | Q generation | Q payload bytes | I payload crc | zeros | I crc
 
 `crc` is the last field of a block: CRC32C of the 4092 bytes before it. The payload's CRC32C covers the payload without
-its padding. Kinds: 1 hidden, 2 kv. A segment file may be shorter than its slots and have holes; what is missing was
-never written, or was given back. A file gets its name, NUMBER.seg, when its header is durable; it is NUMBER.new before.
+its padding. Kinds: 1 hidden, 2 kv. K and V that N ranks of a tensor-parallel engine saved are N chunks a layer, each
+with the heads of one rank: their kind is 2 + 4 * (N - 1), and `shard` says whose a chunk is. A segment file may be
+shorter than its slots and have holes; what is missing was never written, or was given back. A file gets its name,
+NUMBER.seg, when its header is durable; it is NUMBER.new before.
 
 What makes a chunk readable is a row of the catalog, not a slot. The row says as what each layer of the model is stored
 (a byte a layer: its kind, or 0 for not at all), how long chunks of either kind are, the span's generation, and for each
-stored layer, in order, where its chunk lies and its CRC; a CRC of its own covers it all. A reader accepts a payload
-only if the slot's header is, byte for byte, the one that the row implies, and the payload's CRC is the row's. A valid
-header of something else means that the slot was reused: a miss.
+stored layer, in order (and of its shards in theirs), where its chunk lies and its CRC; a CRC of its own covers it all.
+A reader accepts a payload only if the slot's header is, byte for byte, the one that the row implies, and the payload's
+CRC is the row's. A valid header of something else means that the slot was reused: a miss.
 
 Order of writing (each step is done before the next one starts):
 
@@ -48,6 +50,8 @@ Forbidden, and why:
 * to change a payload in place: rows, memory copies and readers in flight rely on its CRC;
 * to touch files whose header names another store uuid: they are not ours to reuse or to delete;
 * to add a field without a new version: readers refuse every version but their own, and nothing is lost but a cache.
+  (A new kind needs none: who does not know it refuses the row and the slot, and keeps what it knows. That is how shards
+  came in: what one rank saved is as it always was, byte for byte.)
 
 All this is of one directory, whole in itself. Several that are striped over know of each other by a small file that is
 described in stripe_set.py, and nothing of what lies in one names another.
@@ -68,7 +72,7 @@ from crc32c import crc32c
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
-from mii_hcache.core.layout import LayerKinds, SpanLayout
+from mii_hcache.core.layout import MAX_KV_SHARDS, LayerKinds, SpanLayout
 from mii_hcache.errors import CorruptChunkError
 
 FORMAT_VERSION = 2
@@ -78,14 +82,15 @@ UUID_BYTES = 16
 _SEGMENT_MAGIC = b"HCACHESG"
 _SLOT_MAGIC = b"HCACHESL"
 _SEGMENT = struct.Struct("<8sI16sQQ")
-_SLOT = struct.Struct("<8sI16s32sIB3xQQI")
+_SLOT = struct.Struct("<8sI16s32sIBB2xQQI")
 _CRC = struct.Struct("<I")
 _CRC_OFFSET = BLOCK_BYTES - _CRC.size
 
 KIND_CODES = {ChunkKind.HIDDEN: 1, ChunkKind.KV: 2}
-"""What stands for a kind on disk."""
+"""What stands for a kind on disk, where one rank saved it."""
 KINDS_BY_CODE = {code: kind for kind, code in KIND_CODES.items()}
 _NOT_STORED = 0
+_SHARD_STEP = 4
 
 SlotCounts = Mapping[int, int]
 """How many slots of each size, by `slot_bytes`."""
@@ -113,17 +118,35 @@ def slot_counts(layout: SpanLayout) -> SlotCounts:
     return MappingProxyType(Counter(slot_sizes(layout)))
 
 
-def pack_kinds(kinds: LayerKinds) -> bytes:
+def pack_kinds(kinds: LayerKinds, kv_shards: int = 1) -> bytes:
     """A byte per layer."""
-    return bytes(_NOT_STORED if kind is None else KIND_CODES[kind] for kind in kinds)
+    return bytes(_NOT_STORED if kind is None else _pack_kind(kind, kv_shards) for kind in kinds)
 
 
-def parse_kinds(codes: bytes) -> LayerKinds:
+def parse_kinds(codes: bytes) -> tuple[LayerKinds, int]:
     """Inverse of `pack_kinds`. Raises CorruptChunkError."""
-    try:
-        return tuple(None if code == _NOT_STORED else KINDS_BY_CODE[code] for code in codes)
-    except KeyError as error:
-        raise CorruptChunkError(f"unknown kind {error}") from None
+    kinds: list[ChunkKind | None] = []
+    shards = set()
+    for code in codes:
+        kind, num_shards = (None, 1) if code == _NOT_STORED else _parse_kind(code)
+        kinds.append(kind)
+        if kind is ChunkKind.KV:
+            shards.add(num_shards)
+    if len(shards) > 1:
+        raise CorruptChunkError(f"kv layers of {sorted(shards)} shards in one span")
+    return tuple(kinds), max(shards, default=1)
+
+
+def _pack_kind(kind: ChunkKind, kv_shards: int) -> int:
+    return KIND_CODES[kind] + (_SHARD_STEP * (kv_shards - 1) if kind is ChunkKind.KV else 0)
+
+
+def _parse_kind(code: int) -> tuple[ChunkKind, int]:
+    """A kind and its shards. Raises CorruptChunkError."""
+    kind, num_shards = KINDS_BY_CODE.get(code % _SHARD_STEP), 1 + code // _SHARD_STEP
+    if kind is None or (num_shards > 1 and kind is not ChunkKind.KV) or num_shards > MAX_KV_SHARDS:
+        raise CorruptChunkError(f"unknown kind {code}")
+    return kind, num_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +198,10 @@ class SlotHeader:
     """Of the payload, without padding."""
     crc: int
     """CRC32C of the payload."""
+    shard: int = 0
+    """Whose heads a kv chunk holds,"""
+    num_shards: int = 1
+    """of how many ranks."""
 
     def pack(self) -> bytes:
         """The block."""
@@ -185,7 +212,8 @@ class SlotHeader:
                 self.store_uuid,
                 self.span_id,
                 self.layer_idx,
-                KIND_CODES[self.kind],
+                _pack_kind(self.kind, self.num_shards),
+                self.shard,
                 self.generation,
                 self.num_bytes,
                 self.crc,
@@ -196,17 +224,38 @@ class SlotHeader:
     def parse(block: bytes | bytearray | memoryview) -> SlotHeader:
         """Inverse of `pack`. Raises CorruptChunkError for anything but a sound header of this version."""
         check_seal(block, _SLOT_MAGIC, "slot header")
-        _, _, store_uuid, span_id, layer_idx, code, generation, num_bytes, crc = _SLOT.unpack_from(block)
-        if code not in KINDS_BY_CODE:
-            raise CorruptChunkError(f"slot header: unknown kind {code}")
+        _, _, store_uuid, span_id, layer_idx, code, shard, generation, num_bytes, crc = _SLOT.unpack_from(block)
+        kind, num_shards = _parse_kind(code)
+        if shard >= num_shards:
+            raise CorruptChunkError(f"slot header: shard {shard} of {num_shards}")
         return SlotHeader(
             store_uuid=store_uuid,
             span_id=span_id,
             layer_idx=layer_idx,
-            kind=KINDS_BY_CODE[code],
+            kind=kind,
             generation=generation,
             num_bytes=num_bytes,
             crc=crc,
+            shard=shard,
+            num_shards=num_shards,
+        )
+
+    @staticmethod
+    def of(
+        layout: SpanLayout, chunk_idx: int, *, store_uuid: bytes, span_id: SpanId, generation: int, crc: int
+    ) -> SlotHeader:
+        """Of one chunk of a span."""
+        chunk = layout.chunks[chunk_idx]
+        return SlotHeader(
+            store_uuid=store_uuid,
+            span_id=span_id,
+            layer_idx=chunk.layer_idx,
+            kind=chunk.kind,
+            generation=generation,
+            num_bytes=chunk.num_bytes,
+            crc=crc,
+            shard=chunk.shard,
+            num_shards=layout.shards_of(chunk.kind),
         )
 
 

@@ -11,6 +11,7 @@ from itertools import islice
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, DeviceRead, SpanRecord
 from mii_hcache.storage.catalog import SpanRow
+from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.format import SlotCounts, slot_counts
 from mii_hcache.storage.reasons import Reasons
@@ -166,7 +167,7 @@ class FileIndex:
         with self.lock:
             return sum(span.record.num_bytes for span in self._waiting.values())
 
-    def begin_reads(self, reads: Sequence[ChunkRead | DeviceRead]) -> list[tuple[HeldSpan, int]]:
+    def begin_reads(self, reads: Sequence[ChunkRead | DeviceRead | ChunkWanted]) -> list[tuple[HeldSpan, int]]:
         """Span and chunk of the leading reads that can be served; their slots stay until `end_reads`. Counts as use."""
         found: list[tuple[HeldSpan, int]] = []
         with self.lock:

@@ -73,6 +73,9 @@ class SegmentFile(Segment):
         self._grow(file, self._offset(slot + 1))
         return file
 
+    def address(self, slot: int) -> tuple[str, int] | None:
+        return str(self.path.absolute()), self._offset(slot)
+
     def sync(self) -> None:
         if self._file is not None:
             os.fdatasync(self._file.fd)

@@ -87,6 +87,10 @@ class Segment(ABC):
         file = self.file
         return None if file is None else (file, self._offset(slot) + BLOCK_BYTES)
 
+    def address(self, slot: int) -> tuple[str, int] | None:
+        """File that other processes can open, and where in it the slot starts; None when there is no such file."""
+        return None
+
     def check(self, slot: int, header: SlotHeader, found: bytes | memoryview | None) -> None:
         """Check that a slot carries exactly `header`; `found` is what was read, None at the segment's end. The
         payload's CRC is the caller's to check. Raises StaleSlotError or CorruptChunkError."""

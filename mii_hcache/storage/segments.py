@@ -66,6 +66,15 @@ class Segments:
         """File of a slot, and where in it the payload begins; None when there is no file."""
         return self._files[place.segment].where(place.slot)
 
+    def address(self, place: Place) -> tuple[str, int] | None:
+        """See `Segment.address`."""
+        return self._files[place.segment].address(place.slot)
+
+    def make(self, places: Iterable[Place]) -> None:
+        """Make the files of slots that others will write, and grow them if they must be. Raises OSError."""
+        for place in places:
+            self._files[place.segment].ready(place.slot)
+
     def punch(self, places: Iterable[Place]) -> bool:
         """Give the places' bytes back to the disk. False when that cannot be had. Raises OSError."""
         return all(self._files[number].punch(slot) for number, slot in places)

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.directions import ChunkWanted, JoinedDirections, ReadDirections, SharedDraft
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.stripe_path import StripePath
@@ -138,6 +139,37 @@ class StripedStore(ChunkStore):
             if outcome.num_ok < len(part) and part[outcome.num_ok] < num_ok:
                 num_ok, reason = part[outcome.num_ok], outcome.reason
         return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
+        parts: dict[FileStore, list[int]] = {}
+        reason = None
+        for idx, one in enumerate(wanted):
+            holder = self._holder_of(one.span_id)
+            if holder is None:
+                is_away = self.why_missing(one.span_id) == "unavailable"
+                reason = "unavailable" if is_away else "missing"
+                break
+            parts.setdefault(holder, []).append(idx)
+        joined = JoinedDirections(reason)
+        for store, idxs in parts.items():
+            directions = store.directions([wanted[idx] for idx in idxs])
+            if directions is None:
+                joined.end(ReadOutcome(num_ok=0))
+                return None
+            joined.add(idxs, directions)
+        return joined.join()
+
+    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+        num_refused = 0
+        for idx, store in self._turn_of(record):
+            self._remember_turn(record.span_id, idx)
+            draft = store.share_draft(record)
+            if draft is not None:
+                self._count(num_refusals=num_refused)
+                return draft
+            num_refused += 1
+        self._count(num_refusals=max(0, num_refused - 1), num_dropped=num_refused == 0)
+        return None
 
     def lend(self, buffer: memoryview) -> None:
         for store in self.stores:

@@ -68,4 +68,4 @@ class Suspects:
 def _first_chunk(record: SpanRecord) -> ChunkRead:
     chunk = record.layout.chunks[0]
     out = new_buffer(chunk.num_bytes)
-    return ChunkRead(span_id=record.span_id, layer_idx=chunk.layer_idx, out=out, kind=chunk.kind)
+    return record.read_of(0, out)

@@ -12,7 +12,33 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 
 if TYPE_CHECKING:
+    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
     from mii_hcache.storage.drafts import FileDrafts
+
+
+class Throttle:
+    """When bytes arrive from a device that serves all reads in turn, at `bytes_per_s`. Any thread."""
+
+    def __init__(self, bytes_per_s: float, *, latency_s: float = 0.0) -> None:
+        """`latency_s` is added to each batch of reads."""
+        if bytes_per_s <= 0:
+            raise ConfigError(f"read_bytes_per_s must be > 0, got {bytes_per_s}")
+        self._bytes_per_s = bytes_per_s
+        self._latency_s = latency_s
+        self._lock = threading.Lock()
+        self._free_at_s = 0.0
+
+    def book(self, num_bytes: int) -> float:
+        """A read begins: when it is over. Whoever else asks meanwhile waits behind."""
+        with self._lock:
+            self._free_at_s = max(time.perf_counter(), self._free_at_s) + num_bytes / self._bytes_per_s
+            return self._free_at_s + self._latency_s
+
+    def wait(self, done_s: float) -> None:
+        """Until then."""
+        left_s = done_s - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
 
 
 class ThrottledStore(ChunkStore):
@@ -21,24 +47,15 @@ class ThrottledStore(ChunkStore):
 
     def __init__(self, inner: ChunkStore, read_bytes_per_s: float, *, read_latency_s: float = 0.0) -> None:
         """Takes `inner` over. `read_latency_s` is added to each batch of reads."""
-        if read_bytes_per_s <= 0:
-            raise ConfigError(f"read_bytes_per_s must be > 0, got {read_bytes_per_s}")
+        self._throttle = Throttle(read_bytes_per_s, latency_s=read_latency_s)
         self.name = inner.name
         self.read_bytes_per_s = read_bytes_per_s
         self._inner = inner
-        self._latency_s = read_latency_s
-        self._lock = threading.Lock()
-        self._free_at_s = 0.0
 
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
-        num_bytes = sum(read.out.nbytes for read in reads)
-        with self._lock:  # the device is taken for so long, whoever else asks meanwhile waits behind
-            self._free_at_s = max(time.perf_counter(), self._free_at_s) + num_bytes / self.read_bytes_per_s
-            done_s = self._free_at_s + self._latency_s
+        done_s = self._throttle.book(sum(read.out.nbytes for read in reads))
         outcome = self._inner.get_into(reads)
-        left_s = done_s - time.perf_counter()
-        if left_s > 0:
-            time.sleep(left_s)
+        self._throttle.wait(done_s)
         return outcome
 
     def put(self, record: SpanRecord, chunks: Sequence[memoryview]) -> bool:
@@ -50,6 +67,13 @@ class ThrottledStore(ChunkStore):
     @property
     def drafts(self) -> FileDrafts | None:
         return self._inner.drafts
+
+    def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
+        """Who follows them throttles itself: each process has a device of its own."""
+        return self._inner.directions(wanted)
+
+    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+        return self._inner.share_draft(record)
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._inner.find(span_id)

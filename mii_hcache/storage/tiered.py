@@ -301,9 +301,6 @@ class TieredStore(ChunkStore):
         if record is None or self._memory.find(span_id) is not None:
             return
         buffer = new_buffer(record.num_bytes)
-        reads = [
-            ChunkRead(span_id=span_id, layer_idx=chunk.layer_idx, out=chunk.cut(buffer), kind=chunk.kind)
-            for chunk in record.layout.chunks
-        ]
+        reads = [record.read_of(chunk_idx, chunk.cut(buffer)) for chunk_idx, chunk in enumerate(record.layout.chunks)]
         if self._file.get_into(reads).num_ok == len(reads) and is_wanted():
             self._memory.put(record, [read.out for read in reads])

@@ -118,6 +118,7 @@ def _span_dict(row: SpanRow) -> dict[str, Any]:
         "first_token": SPAN_TOKENS * record.span_idx,
         "kinds": [None if kind is None else kind.value for kind in record.layout.kinds],
         "num_chunks": record.layout.num_chunks,
+        "kv_shards": record.layout.kv_shards,
         "chunk_bytes": {kind.value: record.layout.bytes_of(kind) for kind in record.layout.kind_counts},
         "num_bytes": record.num_bytes,
         "generation": row.generation,

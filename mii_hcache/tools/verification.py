@@ -105,13 +105,12 @@ class _Files:
     def check(self, place: Place, row: SpanRow, chunk_idx: int) -> tuple[str | None, bool]:
         """What is wrong with a chunk, None when nothing is; and whether it is only that it could not be read."""
         chunk = row.record.layout.chunks[chunk_idx]
-        header = SlotHeader(
+        header = SlotHeader.of(
+            row.record.layout,
+            chunk_idx,
             store_uuid=self._store_uuid,
             span_id=row.record.span_id,
-            layer_idx=chunk.layer_idx,
-            kind=chunk.kind,
             generation=row.generation,
-            num_bytes=chunk.num_bytes,
             crc=row.crcs[chunk_idx],
         )
         if len(self._out) != chunk.num_bytes:

@@ -111,7 +111,8 @@ class Contest:
             for version in ever[name]:
                 record = make_record(name, version, self.scale)
                 if any(
-                    other[:3] == chunk[:3] and read.out == chunk_bytes(record, other) for other in record.layout.chunks
+                    (*other[:3], other.shard) == (*chunk[:3], chunk.shard) and read.out == chunk_bytes(record, other)
+                    for other in record.layout.chunks
                 ):
                     break
             else:

@@ -20,7 +20,8 @@ SCALES = tuple(_SIZES)
 
 
 def make_record(name: int, version: int, scale: str) -> SpanRecord:
-    """Version `version` of span `name`: every version has a layout of its own, hidden, kv or mixed."""
+    """Version `version` of span `name`: every version has a layout of its own, hidden, kv or mixed, of one rank or
+    several."""
     rng = random.Random(f"{name} {version} {scale}")
     kinds = [rng.choice([None, *ChunkKind]) for _ in range(rng.randint(1, 4))] + [rng.choice(list(ChunkKind))]
     hidden_sizes, kv_sizes = _SIZES[scale]
@@ -29,7 +30,12 @@ def make_record(name: int, version: int, scale: str) -> SpanRecord:
         parent_id=hashlib.blake2b(b"%d" % (name - 1), digest_size=32).digest() if name % 4 else None,
         span_idx=name % 4,
         token_ids=name.to_bytes(4, "little") + version.to_bytes(4, "little") + bytes(248),
-        layout=SpanLayout.shared(tuple(kinds), rng.choice(hidden_sizes), rng.choice(kv_sizes)),
+        layout=SpanLayout.shared(
+            tuple(kinds),
+            rng.choice(hidden_sizes),
+            rng.choice(kv_sizes),
+            rng.choice([1, 1, 2]) if ChunkKind.KV in kinds else 1,
+        ),
     )
 
 
@@ -40,7 +46,8 @@ def version_of(record: SpanRecord) -> int:
 
 def chunk_bytes(record: SpanRecord, chunk: LayoutChunk) -> memoryview:
     """What was written for a chunk: no two chunks share a sector, or even a shift."""
-    key = b"%b %b %d %b" % (record.span_id, record.token_ids[:8], chunk.layer_idx, chunk.kind.encode())
+    name = b"%d %b %d" % (chunk.layer_idx, chunk.kind.encode(), chunk.shard)
+    key = b"%b %b %b" % (record.span_id, record.token_ids[:8], name)
     digest = hashlib.blake2b(key, digest_size=_HEAD_BYTES).digest()
     start = int.from_bytes(digest, "little") % (len(_POOL) - chunk.num_bytes)
     head = digest[: chunk.num_bytes]
@@ -55,13 +62,8 @@ def make_chunks(record: SpanRecord) -> list[memoryview]:
 def reads_of(record: SpanRecord) -> list[ChunkRead]:
     """Reads of all chunks, into buffers that hold none of their bytes."""
     return [
-        ChunkRead(
-            span_id=record.span_id,
-            layer_idx=chunk.layer_idx,
-            out=memoryview(bytearray(b"\xa5" * chunk.num_bytes)),
-            kind=chunk.kind,
-        )
-        for chunk in record.layout.chunks
+        record.read_of(chunk_idx, memoryview(bytearray(b"\xa5" * chunk.num_bytes)))
+        for chunk_idx, chunk in enumerate(record.layout.chunks)
     ]
 
 

@@ -59,7 +59,7 @@ def read_forged(store: ChunkStore, ledger: Ledger, scale: str) -> int:
         versions = [make_record(name, version, scale) for version in ledger.ever[name] if version != ABSENT]
         for chunk, read in zip(found.layout.chunks[: outcome.num_ok], reads, strict=False):
             if not any(
-                (other.layer_idx, other.kind) == (chunk.layer_idx, chunk.kind)
+                (other.layer_idx, other.kind, other.shard) == (chunk.layer_idx, chunk.kind, chunk.shard)
                 and read.out == chunk_bytes(version, other)
                 for version in versions
                 for other in version.layout.chunks

@@ -38,15 +38,21 @@ SLOT_BYTES = 4096 + 8192
 SPAN_DISK_BYTES = NUM_CHUNKS * SLOT_BYTES
 MIXED = SpanLayout.shared((None, ChunkKind.HIDDEN, ChunkKind.KV, None, ChunkKind.HIDDEN), 1000, 13_000)
 """NUM_CHUNKS chunks, SPAN_BYTES and SPAN_DISK_BYTES like other spans here, but in two sizes, and not of every layer."""
+SHARDED = SpanLayout.shared((None, ChunkKind.HIDDEN, None, ChunkKind.KV), 13_000, 1000, 2)
+"""The same with K and V of two ranks."""
 NAMESPACE_BYTES = 65 << 20
-LAYOUTS = {"uniform": None, "mixed": MIXED}
+LAYOUTS = {"uniform": None, "mixed": MIXED, "sharded": SHARDED}
 """What spans of a test may be: None leaves it to `make_record`."""
 
+some_kinds = st.lists(st.sampled_from([None, *ChunkKind]), min_size=1, max_size=6).map(tuple).filter(any)
 layouts = st.builds(
-    SpanLayout.shared,
-    st.lists(st.sampled_from([None, *ChunkKind]), min_size=1, max_size=6).map(tuple).filter(any),
+    lambda kinds, hidden_bytes, kv_bytes, shards: SpanLayout.shared(
+        kinds, hidden_bytes, kv_bytes, shards if ChunkKind.KV in kinds else 1
+    ),
+    some_kinds,
     st.sampled_from([1, 900, 4096, 5000]),
     st.sampled_from([1, 900, 4097, 13_000]),
+    st.sampled_from([1, 1, 2, 4]),
 )
 """Hypothesis: any layout; lengths that need equal slots and different ones."""
 
@@ -93,13 +99,8 @@ def put(store: ChunkStore, record: SpanRecord, writer: int = 0) -> bool:
 
 def reads_of(record: SpanRecord) -> list[ChunkRead]:
     return [
-        ChunkRead(
-            span_id=record.span_id,
-            layer_idx=chunk.layer_idx,
-            out=memoryview(bytearray(chunk.num_bytes)),
-            kind=chunk.kind,
-        )
-        for chunk in record.layout.chunks
+        record.read_of(chunk_idx, memoryview(bytearray(chunk.num_bytes)))
+        for chunk_idx, chunk in enumerate(record.layout.chunks)
     ]
 
 

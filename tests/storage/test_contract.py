@@ -131,9 +131,9 @@ def test_a_read_that_was_planned_for_something_else_is_missing(kit):
     record = kit.record("a")
     put(store, record)
 
-    def read(layer_idx, num_bytes, kind=None):
+    def read(layer_idx, num_bytes, kind=None, **shard):
         out = memoryview(bytearray(num_bytes))
-        return store.get_into([ChunkRead(span_id=record.span_id, layer_idx=layer_idx, out=out, kind=kind)])
+        return store.get_into([ChunkRead(span_id=record.span_id, layer_idx=layer_idx, out=out, kind=kind, **shard)])
 
     missing = ReadOutcome(num_ok=0, reason="missing")
     layout = record.layout
@@ -142,10 +142,15 @@ def test_a_read_that_was_planned_for_something_else_is_missing(kit):
             assert {read(layer_idx, layout.bytes_of(other), other) for other in ChunkKind} == {missing}
             continue
         (other,) = set(ChunkKind) - {kind}
-        num_bytes = layout.bytes_of(kind)
-        assert read(layer_idx, num_bytes) == read(layer_idx, num_bytes, kind) == ReadOutcome(num_ok=1)
-        assert read(layer_idx, num_bytes, other) == read(layer_idx, layout.bytes_of(other), other) == missing
-        assert read(layer_idx, num_bytes - 1) == read(layer_idx, num_bytes + 1) == missing
+        num_bytes, num_shards = layout.bytes_of(kind), layout.shards_of(kind)
+        for shard in range(num_shards):
+            own = {"shard": shard, "num_shards": num_shards}
+            assert read(layer_idx, num_bytes, **own) == read(layer_idx, num_bytes, kind, **own) == ReadOutcome(num_ok=1)
+            assert read(layer_idx, num_bytes, other, **own) == missing
+            assert read(layer_idx, layout.bytes_of(other), other, **own) == missing
+            assert read(layer_idx, num_bytes - 1, **own) == read(layer_idx, num_bytes + 1, **own) == missing
+        for shard, wrong in ((num_shards, num_shards), (0, num_shards + 1), (0, 3 - num_shards)):
+            assert read(layer_idx, num_bytes, kind, shard=shard, num_shards=wrong) == missing
     assert read(-1, layout.kv_chunk_bytes) == read(layout.num_layers, layout.kv_chunk_bytes) == missing
     assert holds(store, record)
 

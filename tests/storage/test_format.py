@@ -104,13 +104,31 @@ def test_another_version_is_refused(header, version):
 @given(kinds=st.lists(st.sampled_from([None, *ChunkKind]), max_size=200).map(tuple))
 def test_kinds_round_trip_in_a_byte_a_layer(kinds):
     assert len(pack_kinds(kinds)) == len(kinds)
-    assert parse_kinds(pack_kinds(kinds)) == kinds
+    assert parse_kinds(pack_kinds(kinds)) == (kinds, 1)
+
+
+@given(kinds=st.lists(st.sampled_from([None, *ChunkKind]), max_size=50).map(tuple), kv_shards=st.integers(1, 64))
+def test_kinds_of_shards_round_trip_too(kinds, kv_shards):
+    assert parse_kinds(pack_kinds(kinds, kv_shards)) == (kinds, kv_shards if ChunkKind.KV in kinds else 1)
 
 
 def test_codes_of_kinds_never_change():
     assert pack_kinds((None, ChunkKind.HIDDEN, ChunkKind.KV)) == b"\0\1\2"
-    with pytest.raises(CorruptChunkError, match="unknown kind 3"):
-        parse_kinds(b"\0\3")
+    assert pack_kinds((ChunkKind.HIDDEN, ChunkKind.KV), 2) == b"\1\6"
+    for code in (3, 4, 5, 255):  # no kind, nothing in shards, hidden rows in shards, more shards than there can be
+        with pytest.raises(CorruptChunkError, match=f"unknown kind {code}"):
+            parse_kinds(bytes([0, code]))
+    with pytest.raises(CorruptChunkError, match=r"\[1, 2\] shards in one span"):
+        parse_kinds(b"\2\6")
+
+
+def test_a_shard_is_told_from_all_others():
+    shards = [dataclasses.replace(SLOT, shard=shard, num_shards=2) for shard in range(2)]
+    assert len({SLOT.pack(), *(header.pack() for header in shards)}) == 3
+    assert [SlotHeader.parse(header.pack()) for header in shards] == shards
+    assert shards[1].pack()[64:66] == b"\6\1"
+    with pytest.raises(CorruptChunkError, match="shard 2 of 2"):
+        SlotHeader.parse(dataclasses.replace(SLOT, shard=2, num_shards=2).pack())
 
 
 def test_each_chunk_has_a_slot_of_its_size():

@@ -22,11 +22,15 @@ def test_spans_of_any_layouts_come_back_also_in_pieces(kit, layouts):
     assert [store.find(record.span_id) for record in records] == records
     assert store.stats().num_bytes == sum(layout.num_bytes for layout in layouts)
     for layer_idx in range(max(layout.num_layers for layout in layouts)):
-        stored = [record for record in records if record.layout.chunk_of(layer_idx) is not None]
-        chunk_idxs = [record.layout.chunk_of(layer_idx) for record in stored]
-        reads = [reads_of(record)[idx] for record, idx in zip(stored, chunk_idxs, strict=True)]
+        stored = [
+            (record, idx)
+            for record in records
+            for idx, chunk in enumerate(record.layout.chunks)
+            if chunk.layer_idx == layer_idx
+        ]
+        reads = [reads_of(record)[idx] for record, idx in stored]
         assert store.get_into(reads) == ReadOutcome(num_ok=len(reads))
-        expected = [make_chunks(record)[idx] for record, idx in zip(stored, chunk_idxs, strict=True)]
+        expected = [make_chunks(record)[idx] for record, idx in stored]
         assert [read.out for read in reads] == expected
     assert all(holds(store, record) for record in records)
     if kit.kind != "memory":

@@ -1,0 +1,148 @@
+"""How a restore's tiles come and get into its blocks: the seam between what is planned and where the bytes are.
+
+`LocalTiles` reads from the store of this process. With tensor parallelism a tile is read by several processes, a part
+each, and put together on their devices: another `TileSource`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.core.identity import SpanId
+from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.runtime.ports import KVTarget
+from mii_hcache.runtime.timeline import Activity, RestoreTimeline
+from mii_hcache.runtime.work import Tile
+from mii_hcache.storage.base import ChunkRead, ReadOutcome
+
+if TYPE_CHECKING:
+    from mii_hcache.runtime.restorer import Restorer
+
+
+class TileRead(ABC):
+    """One tile on its way. Engine thread only; its bytes need not be in this process."""
+
+    tile: Tile
+    outcome: Future[ReadOutcome]
+    """How many leading spans arrived and were verified, wherever they were read; or what was raised. Ends on any
+    thread. Until then nothing of the tile can be placed."""
+    started_s: float = math.inf
+    """`time.perf_counter` when somebody took the read up: from then on it may be overdue."""
+
+    @abstractmethod
+    def place(self, num_spans: int) -> None:
+        """Launch whatever brings the first `num_spans` spans (at least one, at most as many as arrived) into the
+        blocks. Once at most, after `outcome`. Does not wait for the device."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Nobody waits for the tile any more, placed or not. Its memory comes back when nothing uses it: neither a read
+        that goes on, or hangs, nor a copy to the device. Once for every read. Does not block."""
+
+
+class TileSource(ABC):
+    """One restore's tiles. Engine thread only."""
+
+    @abstractmethod
+    def start(self, tile: Tile) -> TileRead:
+        """Start reading a tile. Does not block."""
+
+    @property
+    @abstractmethod
+    def num_held(self) -> int:
+        """Tiles that were placed and released while the device still copies them from host memory."""
+
+    @abstractmethod
+    def join(self) -> None:
+        """What was placed comes before whatever the engine's own calls do from now on: what is in the blocks may be
+        used, or the blocks may be given to somebody else. To be called however the restore ends. Does not block."""
+
+
+class LocalTiles(TileSource):
+    """From the store of this process, by its restorer's reader threads, through host buffers."""
+
+    def __init__(
+        self, restorer: Restorer, target: KVTarget, span_ids: Sequence[SpanId], timeline: RestoreTimeline
+    ) -> None:
+        """`span_ids`: of all spans of the restore, in order. Reads and what is placed are noted in `timeline`."""
+        self.restorer = restorer
+        self.target = target
+        self.span_ids = span_ids
+        self.timeline = timeline
+
+    def start(self, tile: Tile) -> TileRead:
+        return _LocalRead(self, tile)
+
+    @property
+    def num_held(self) -> int:
+        return 0
+
+    def join(self) -> None:
+        pass
+
+
+class _LocalRead(TileRead):
+    def __init__(self, source: LocalTiles, tile: Tile) -> None:
+        restorer = source.restorer
+        buffer = restorer.buffers.acquire()
+        assert buffer is not None
+        self.tile = tile
+        self._source = source
+        self._buffer = buffer
+        chunk_bytes = restorer.adapter.geometry.chunk_bytes(tile.kind)
+        view = as_bytes(buffer)
+        self._chunks = [
+            ChunkRead(
+                span_id=source.span_ids[tile.first_span + idx],
+                layer_idx=tile.layer_idx,
+                out=view[idx * chunk_bytes : (idx + 1) * chunk_bytes],
+                kind=tile.kind,
+            )
+            for idx in range(tile.num_spans)
+        ]
+        try:
+            self.outcome = restorer.submit_read(self._read)
+        except BaseException:
+            restorer.buffers.release(buffer)
+            raise
+
+    def _read(self) -> ReadOutcome:
+        """On a reader thread."""
+        self.started_s = started_s = time.perf_counter()
+        outcome = self._source.restorer.store.get_into(self._chunks)
+        self._source.timeline.add_tile("read", started_s, self.tile, sum(chunk.out.nbytes for chunk in self._chunks))
+        return outcome
+
+    def place(self, num_spans: int) -> None:
+        started_s = time.perf_counter()
+        tile, adapter = self.tile, self._source.restorer.adapter
+        geometry = adapter.geometry
+        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
+        num_bytes = num_spans * geometry.chunk_bytes(tile.kind)
+        rows = self._buffer[:num_bytes].view(adapter.dtype).view(num_tokens, -1).to(adapter.device, non_blocking=True)
+        if tile.kind is ChunkKind.HIDDEN:
+            self._source.target.project_hidden(tile.layer_idx, start, rows)
+        else:
+            kv = rows.view(num_tokens, 2, geometry.num_kv_heads, geometry.head_size)
+            self._source.target.write_kv(tile.layer_idx, start, kv)
+        if adapter.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
+        activity: Activity = "project" if tile.kind is ChunkKind.HIDDEN else "place"
+        self._source.timeline.add_tile(activity, started_s, tile, num_bytes)
+
+    def release(self) -> None:
+        if not self.outcome.done() and not self.outcome.cancel():
+            self._source.restorer.let_go(self.outcome)  # it goes on, or hangs: another thread reads in its place
+        self.outcome.add_done_callback(partial(self._give_back, self._buffer))
+
+    def _give_back(self, buffer: torch.Tensor, _: Future[ReadOutcome]) -> None:
+        self._source.restorer.buffers.release(buffer)
