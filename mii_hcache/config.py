@@ -85,6 +85,9 @@ class HCacheConfig:
     """`lru`: finished contexts stay in GPU memory until their blocks are needed. `none`: evicted after every turn."""
     kv_blocks: int | None = None
     """Blocks in the pool; None takes what memory allows."""
+    tensor_parallel: int = 1
+    """Ranks that the model is split over: processes on this machine, each on a GPU of its own where there are any. All
+    of them end with this one."""
     block_size: int = 16
     """Tokens per block."""
     max_batch_tokens: int = 768
@@ -135,7 +138,8 @@ class HCacheConfig:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:
             method_named(self.method)
-        for name in ("block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):
+        counts = ("tensor_parallel", "block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("state_capacity_bytes", "dram_capacity_bytes"):

@@ -21,6 +21,11 @@ class StateDirBusyError(HCacheError):
     """Another server owns the state directory; the message names its process id."""
 
 
+class RankLostError(HCacheError):
+    """A process of a model over several died or hangs: the model is incomplete, and its engine never runs again. The
+    message says which and why."""
+
+
 class RequestError(HCacheError, ValueError):
     """A request can never be served as asked (too long, bad token id). Maps to HTTP 400."""
 

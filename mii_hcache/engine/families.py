@@ -22,6 +22,8 @@ from deepspeed.inference.v2.model_implementations.qwen_v2.container import Qwen2
 
 from mii_hcache.engine.containers import Ends, QkNormLayer, TiedEnds
 from mii_hcache.engine.models import DecoderMixin, GemmaModel, LlamaModel, MixtralModel, OptModel
+from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.engine.parallel.shards import split_refusal
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies
 from mii_hcache.errors import UnsupportedModelError
 
@@ -137,13 +139,18 @@ FAMILIES: dict[str, Family] = {
 class DecoderPolicy(InferenceV2Policy):  # type: ignore[misc]
     """Builds any family of the table; nothing of the host is edited."""
 
+    group: RankGroup | None = None
+    """The ranks that the model is split over."""
+
     @property
     def family(self) -> Family:
         """The config's entry in the table."""
         return FAMILIES[self._model_config.model_type]
 
     def instantiate_model(self, engine_config: Any, mp_group: Any) -> DecoderMixin:
-        return self.family.model(config=self._model_config, engine_config=engine_config, base_mp_group=mp_group)
+        return self.family.model(
+            config=self._model_config, engine_config=engine_config, base_mp_group=mp_group, group=self.group
+        )
 
     def build_container_map(self) -> ContainerMap:
         family, model = self.family, self.model
@@ -162,13 +169,20 @@ class DecoderPolicy(InferenceV2Policy):  # type: ignore[misc]
         return container_map
 
 
-def policy_for(config: Any, checkpoint_engine: Any) -> InferenceV2Policy:
-    """The policy that builds the model. Raises UnsupportedModelError with the reason and what can be served."""
+def policy_for(config: Any, checkpoint_engine: Any, group: RankGroup | None = None) -> InferenceV2Policy:
+    """The policy that builds the model, or this rank's share of it. Raises UnsupportedModelError with the reason and
+    what can be served."""
     reason = refusal_of(config)
     if reason is not None:
         served = "; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())
         raise UnsupportedModelError(f"{reason}. Served: {served}")
-    return DecoderPolicy(config, checkpoint_engine=checkpoint_engine)
+    policy = DecoderPolicy(config, checkpoint_engine=checkpoint_engine)
+    if group is not None and group.size > 1:
+        reason = split_refusal(config, group.size)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        policy.group = group
+    return policy
 
 
 def refusal_of(config: Any) -> str | None:

@@ -29,6 +29,8 @@ from deepspeed.inference.v2.modules.configs import (
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.norm import rms_norm
 from mii_hcache.engine.modules.rope import rotary_tables, rotate
+from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.engine.parallel.shards import gather_vocab, shard_attn_out
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
 
 _DTYPES = {torch.float32: DtypeEnum.fp32, torch.bfloat16: DtypeEnum.bf16, torch.float16: DtypeEnum.fp16}
@@ -62,18 +64,24 @@ class LayerWeights:
 
 
 def _plain(container: Any, *names: str) -> torch.Tensor | None:
-    """The first of a container's parameters that exists, as a plain tensor."""
+    """The first of a container's parameters that exists, as a plain tensor; None also for a bias that another rank
+    adds."""
     for name in names:
         if name in container.annotation_attrs:
-            return getattr(container, name).as_subclass(torch.Tensor)  # type: ignore[no-any-return]
+            parameter = getattr(container, name)
+            return None if parameter is None else parameter.as_subclass(torch.Tensor)  # type: ignore[no-any-return]
     return None
 
 
 class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
     """What every family shares. Comes before the host's model class in the bases."""
 
-    def __init__(self, config: Any, engine_config: Any, base_mp_group: Any) -> None:
+    def __init__(self, config: Any, engine_config: Any, base_mp_group: Any, group: RankGroup | None = None) -> None:
+        """`group`: the ranks that this model's heads, inner rows and vocabulary are split over."""
+        self.group = group if group is not None and group.size > 1 else None
         super().__init__(config=config, engine_config=engine_config, base_mp_group=base_mp_group)
+        self.logits_via: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        """Called in place of `joined_logits`: ranks do not know by themselves of which rows logits are wanted."""
         self.qkv_input_tap: QkvInputTap | None = None
         self.output_tap: Callable[[torch.Tensor], None] | None = None
         """Called with the last layer's output, `[num_tokens, hidden_size]`, before the final norm."""
@@ -84,6 +92,14 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         self.layers: list[LayerWeights] = []
 
     # --- what the host asks -------------------------------------------------------------------------------------
+
+    @property
+    def tp_rank(self) -> int:
+        return 0 if self.group is None else self.group.rank
+
+    @property
+    def tp_size(self) -> int:
+        return 1 if self.group is None else self.group.size
 
     @property
     def activation_dtype(self) -> DtypeEnum:
@@ -140,10 +156,12 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         return heuristics.instantiate_linear(linear, self._engine_config)
 
     def transform_attn_out_param(self, param: torch.Tensor) -> Any:
-        return self.attn_out.transform_param(param)
+        sharded = shard_attn_out(param, self)
+        return None if sharded is None else self.attn_out.transform_param(sharded)
 
     def make_unembedding_layer(self) -> None:
         super().make_unembedding_layer()
+        self._comm_logits = self._return_logits = None  # the host's, as large as its largest batch, and never used
         self.unembed.norm_eps = self.norm_eps
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> None:
@@ -210,6 +228,10 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
             self.mlp_1(hidden, layer.mlp_1_w, layer.mlp_1_b), layer.mlp_2_w, layer.mlp_2_b
         )
 
+    def _joined(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of what the ranks computed from their shares of a row."""
+        return partial if self.group is None else self.group.all_reduce(partial)
+
     def _run_layers(
         self, wrapped_batch: Any, stop_layer: int, tap: QkvInputTap | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,9 +248,9 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
             kv_cache = self.state_manager.get_cache(layer_idx)
             qkv = self.project_qkv(layer, hidden)
             attended = self.attn(qkv, kv_cache, wrapped_batch, self.inv_freq, scale, window=self.windows[layer_idx])
-            attended = self.attn_out(attended, layer.attn_out_w, layer.attn_out_b)
+            attended = self._joined(self.attn_out(attended, layer.attn_out_w, layer.attn_out_b))
             residual, hidden = self.norm(residual, attended, layer.mlp_norm_gamma, layer.mlp_norm_beta)
-            delta = self.feed_forward(layer, hidden)
+            delta = self._joined(self.feed_forward(layer, hidden))
             if layer_idx + 1 < len(self.layers):
                 following = self.layers[layer_idx + 1]
                 residual, hidden = self.norm(residual, delta, following.attn_norm_gamma, following.attn_norm_beta)
@@ -255,9 +277,12 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
 
     def logits_of(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of chosen rows (`[num_rows]`, int64) of the last layer's output: `[num_rows, vocab_size]`."""
-        return self.unembed(  # type: ignore[no-any-return]
-            output, self.word_unembed, rows, self.final_norm_gamma, self.final_norm_beta
-        )
+        return (self.logits_via or self.joined_logits)(output, rows)
+
+    def joined_logits(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The same, by all ranks together: each must call."""
+        logits = self.unembed(output, self.word_unembed, rows, self.final_norm_gamma, self.final_norm_beta)
+        return logits if self.group is None else gather_vocab(logits, self.vocab_size, self.group)
 
     # --- restoration --------------------------------------------------------------------------------------------
 

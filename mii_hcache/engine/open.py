@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mii_hcache.config import HCacheConfig
@@ -12,10 +14,11 @@ from mii_hcache.core.methods import Method, default_method, method_named
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.fingerprint import model_fingerprint
 from mii_hcache.engine.measuring import can_measure, measured_profile
+from mii_hcache.engine.parallel.opening import open_parallel_engine
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
-from mii_hcache.errors import ConfigError
+from mii_hcache.errors import ConfigError, RankLostError
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.throttled import ThrottledStore
 
@@ -51,7 +54,15 @@ Progress = Callable[[str, int, int], None]
 """`progress(what, num_done, num_all)`: something begins or goes on; 0 of 0 where it cannot be counted."""
 
 
+OnLost = Callable[[RankLostError], None]
+"""Hears, once and on a thread of its own, that a rank of a model over several is gone: the engine never runs again."""
+
+
 def _quiet(what: str, num_done: int, num_all: int) -> None:
+    pass
+
+
+def _unheard(error: RankLostError) -> None:
     pass
 
 
@@ -68,8 +79,11 @@ class LoadedEngine:
     notes: list[str] = field(default_factory=list)
 
 
-def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _quiet) -> LoadedEngine:
-    """Load the model. `state_dir` remembers digests of its weights. Raises HCacheError."""
+def load_engine(
+    config: HCacheConfig, state_dir: Path, progress: Progress = _quiet, on_lost: OnLost = _unheard
+) -> LoadedEngine:
+    """Load the model, on as many ranks as it is to be split over. `state_dir` remembers digests of its weights. The
+    engine is the caller's to close. Raises HCacheError."""
     notes = []
     model = config.model
     name = config.served_model_name or (Path(model).name if model and Path(model).is_dir() else model)
@@ -82,7 +96,10 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
             "No --model was given: this is a small model with random weights. It talks gibberish; it exists to "
             "exercise the machinery."
         )
-    engine = build_engine(
+    build = build_engine
+    if config.tensor_parallel > 1:
+        build = partial(open_parallel_engine, size=config.tensor_parallel, on_lost=on_lost, progress=progress)
+    engine = build(
         model,
         dtype=config.dtype,
         num_blocks=config.kv_blocks,
@@ -91,6 +108,22 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
         max_sequences=config.max_sequences,
         max_context_tokens=config.max_context_tokens,
     )
+    try:
+        return _named(config, engine, model, name, state_dir, notes, progress)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _named(
+    config: HCacheConfig,
+    engine: HCacheEngine,
+    model: str,
+    name: str | None,
+    state_dir: Path,
+    notes: list[str],
+    progress: Progress,
+) -> LoadedEngine:
     if config.poison_blocks:
         engine.poison_free_blocks()
         notes.append("Free blocks are poisoned with NaN (MII_HCACHE_POISON_BLOCKS=1).")
@@ -106,8 +139,17 @@ def load_engine(config: HCacheConfig, state_dir: Path, progress: Progress = _qui
     return LoadedEngine(engine=engine, fingerprint=fingerprint, path=model, name=name, notes=notes)
 
 
-def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedService:
-    """Load the model, open its saved state, start the engine thread. Raises HCacheError."""
+def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnLost = _unheard) -> OpenedService:
+    """Load the model, open its saved state, start the engine thread. `on_lost`: requests have been ended with the error
+    when it is called; what is left to do is to close. Raises HCacheError."""
+    _check_parallel(config)
+    services: list[EngineService] = []
+
+    def lost(error: RankLostError) -> None:
+        for service in services:
+            service.lose(error)
+        on_lost(error)
+
     state = open_state(
         config.state_dirs,
         config.state_capacity_bytes,
@@ -118,11 +160,13 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
         evict=config.evict,
         expire_after_s=config.expire_after_s,
     )
-    try:
+    with ExitStack() as opening:
+        opening.callback(state.close)
         if not state.directories:
             raise ConfigError(f"state_dir: none of {', '.join(config.state_dirs)} can be used; {' '.join(state.notes)}")
         state_dir = state.directories[0]
-        loaded = load_engine(config, state_dir, progress)
+        loaded = load_engine(config, state_dir, progress, lost)
+        opening.callback(loaded.engine.close)
         notes = [*state.notes, *loaded.notes]
         tokenizer = Tokenizer(loaded.path)
         method, why, profile = _choose_method(config, loaded, state.directories, notes, progress)
@@ -141,9 +185,10 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
             config=config,
             costs=None if profile is None else profile.tiers,
         )
-    except BaseException:
-        state.close()
-        raise
+        opening.pop_all()
+    services.append(service)
+    if loaded.engine.lost is not None:  # before there was a service to tell
+        service.lose(loaded.engine.lost)
     return OpenedService(
         service=service,
         tokenizer=tokenizer,
@@ -156,6 +201,15 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet) -> OpenedSer
     )
 
 
+def _check_parallel(config: HCacheConfig) -> None:
+    """Over several ranks nothing is saved yet."""
+    if config.tensor_parallel > 1 and config.method not in (None, "recompute"):
+        raise ConfigError(
+            f"method is {config.method!r} and tensor_parallel {config.tensor_parallel}: over several ranks nothing is "
+            "saved yet; choose recompute, or one rank"
+        )
+
+
 def _choose_method(
     config: HCacheConfig,
     loaded: LoadedEngine,
@@ -164,6 +218,9 @@ def _choose_method(
     progress: Progress,
 ) -> tuple[Method, str, MeasuredProfile | None]:
     """The method, why it is that one, and the costs that it plans with."""
+    if config.tensor_parallel > 1 and config.method is None:
+        notes.append("Over several ranks nothing is saved yet: histories are computed again.")
+        return method_named("recompute"), "the only one over several ranks", None
     method = method_named(config.method or "auto")
     why = "chosen by --method" if config.method else "the default"
     if not method.needs_costs:

@@ -229,19 +229,18 @@ def pipeline(
     model: str | PathLike[str] | None = None,
     *,
     model_name_or_path: str | PathLike[str] | None = None,
-    tensor_parallel: int = 1,
     **settings: Any,
 ) -> Pipeline:
     """Load a model into the ragged engine, with its saved state. Blocks until it can answer.
 
     model: directory or hub id of a checkpoint (`model_name_or_path` is MII's name for it); None makes a small random
-    demo model. settings: fields of HCacheConfig. Raises ConfigError for a setting that is not one of them,
-    UnsupportedModelError, StateDirBusyError.
+    demo model. settings: fields of HCacheConfig; `tensor_parallel=N` splits the model over N processes, which end with
+    this one or with `destroy`. When one of them dies before, requests raise HCacheError with the reason, and the
+    pipeline is of no use any more. Raises ConfigError for a setting that is not one of them, UnsupportedModelError,
+    StateDirBusyError.
     """
     if model is not None and model_name_or_path not in (None, model):
         raise ConfigError(f"model is {str(model)!r} and model_name_or_path {str(model_name_or_path)!r}: give one")
-    if tensor_parallel != 1:
-        raise ConfigError(f"tensor_parallel must be 1, got {tensor_parallel}: this engine runs on one device")
     chosen = model if model is not None else model_name_or_path
     config = HCacheConfig.from_dict({**settings, "model": None if chosen is None else str(chosen)})
 

@@ -15,7 +15,8 @@ from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import token_slots
-from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.errors import ConfigError, HCacheError, RankLostError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
 
@@ -70,23 +71,37 @@ class SequenceBlocks:
         out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
 
     def commit(self, num_tokens: int) -> None:
-        if self._sequence.seen_tokens != 0:
-            raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
+        self._check_commit()
         self._sequence.pre_forward(num_tokens)
         self._sequence.post_forward()
 
+    def _check_commit(self) -> None:
+        if self._sequence.seen_tokens != 0:
+            raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
+
 
 class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
-    """One model with its block pool. Engine thread only. Implements `runtime.ports.EngineAdapter`."""
+    """One model, or a rank's share of one, with its block pool. Engine thread only. Implements
+    `runtime.ports.EngineAdapter`."""
 
     def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig) -> None:
+        self.group: RankGroup | None = policy.group
         super().__init__(policy, engine_config)
         self.dtype: torch.dtype = self._model.activation_dtype.value
         self.device: torch.device = self.kv_cache(0).device
         self.block_size: int = self._model.attn.kv_block_size
 
+    def _initialize_tp_group(self) -> Any:
+        """The host's group is one of one process: sums and gathers go through `RankGroup`."""
+        if self.group is None:
+            return super()._initialize_tp_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.group.rank)
+        return None
+
     @property
     def geometry(self) -> ModelGeometry:
+        """Of the whole model, also where this engine holds a share."""
         return self._model.geometry  # type: ignore[no-any-return]
 
     @property
@@ -161,20 +176,28 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def reserve(self, uid: int, num_tokens: int) -> None:
         """Make a sequence live with blocks for its first `num_tokens` tokens. Raises HCacheError, and changes nothing,
         when the pool is short (the host's own allocation would silently give fewer)."""
-        missing = self.blocks_for(num_tokens) - self.blocks_of(uid)
-        if missing > self.num_free_blocks:
-            raise HCacheError(f"{missing} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
+        missing = self._check_reserve(uid, num_tokens)
         sequence = self._state_manager.get_or_create_sequence(uid)
         if missing > 0:
             self._model.maybe_allocate_kv(sequence, num_tokens - sequence.seen_tokens)
 
+    def _check_reserve(self, uid: int, num_tokens: int) -> int:
+        """Blocks that are missing."""
+        missing = self.blocks_for(num_tokens) - self.blocks_of(uid)
+        if missing > self.num_free_blocks:
+            raise HCacheError(f"{missing} blocks wanted, {self.num_free_blocks} of {self.num_blocks} are free")
+        return missing
+
     def truncate(self, uid: int, num_tokens: int) -> None:
         """Forget a sequence's tokens from `num_tokens` on; its blocks stay. The host has no such call, hence the
         write to its private field."""
-        sequence = self.sequence(uid)
-        if not 0 <= num_tokens <= sequence.seen_tokens:
-            raise HCacheError(f"cannot truncate {sequence.seen_tokens} tokens to {num_tokens}")
-        sequence._seen_tokens = num_tokens
+        self._check_truncate(uid, num_tokens)
+        self.sequence(uid)._seen_tokens = num_tokens
+
+    def _check_truncate(self, uid: int, num_tokens: int) -> None:
+        num_seen = self.sequence(uid).seen_tokens
+        if not 0 <= num_tokens <= num_seen:
+            raise HCacheError(f"cannot truncate {num_seen} tokens to {num_tokens}")
 
     def evict(self, uid: int) -> None:
         """Free a sequence's blocks; unknown uids are ignored."""
@@ -192,6 +215,19 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         self.allocator.on_free = poison
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
 
+    @property
+    def rank_states(self) -> dict[int, str]:
+        """What each rank does, by its number; empty where there is only this one."""
+        return {}
+
+    @property
+    def lost(self) -> RankLostError | None:
+        """Why this engine can never run again, where it is one of several ranks."""
+        return None
+
+    def close(self) -> None:
+        """Nothing runs on it any more. Idempotent."""
+
     def target(self, uid: int) -> SequenceBlocks:
         """The sequence's blocks as they are now."""
         return SequenceBlocks(self, uid)
@@ -206,10 +242,13 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         fewer blocks than it needs). Raises HCacheError, and runs nothing, when it does not.
         """
         uids, tokens = list(batch_uids), list(batch_tokens)
+        self._check_put(uids, tokens)
+        return super().put(uids, tokens, do_checks=False)
+
+    def _check_put(self, uids: list[int], tokens: list[torch.Tensor]) -> None:
         result = self.can_schedule(uids, [token_ids.numel() for token_ids in tokens])
         if result is not SchedulingResult.Success:
             raise HCacheError(f"a ragged batch of {len(uids)} sequences cannot run: {result.name}")
-        return super().put(uids, tokens, do_checks=False)
 
     def fill(self, sequence: Any, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         """Compute K and V of a live sequence's tokens `[start, start + len(token_ids))` in layers `[0, num_layers)`;
@@ -256,26 +295,17 @@ def build_engine(
     max_batch_tokens: int = 768,
     max_sequences: int = 256,
     max_context_tokens: int | None = None,
+    group: RankGroup | None = None,
+    engine_class: type[HCacheEngine] = HCacheEngine,
 ) -> HCacheEngine:
-    """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine.
+    """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine; with a `group`, this rank's share of
+    it, and every rank calls with the same settings.
 
     Raises UnsupportedModelError when the model cannot be served right, ConfigError for settings that do not fit it.
     """
-    from mii_hcache.engine import compat
-
-    compat.install()
-    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
-    from huggingface_hub.errors import StrictDataclassError
-
     from mii_hcache.engine.families import policy_for
 
-    folder = Path(model_path)
-    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
-    try:
-        checkpoint = HuggingFaceCheckpointEngine(model_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
+    checkpoint = open_checkpoint(model_path)
     config = checkpoint.model_config
     config.dtype = _pick_dtype(dtype, getattr(config, "dtype", None))
     model_tokens = int(config.max_position_embeddings)
@@ -283,10 +313,10 @@ def build_engine(
         raise ConfigError(f"max_context_tokens is {max_context_tokens}, the model's limit is {model_tokens}")
     max_context_tokens = max_context_tokens or model_tokens
     config.max_seq_length = max_context_tokens
-    policy = policy_for(config, checkpoint)
+    policy = policy_for(config, checkpoint, group)
     PagedAttention.block_size = block_size
     if num_blocks is None:
-        num_blocks = _default_num_blocks(config, block_size, max_context_tokens)
+        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, group)
     engine_config = RaggedInferenceEngineConfig(
         state_manager={
             "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
@@ -297,9 +327,26 @@ def build_engine(
         }
     )
     try:
-        return HCacheEngine(policy, engine_config)
+        return engine_class(policy, engine_config)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
+
+
+def open_checkpoint(model_path: str) -> Any:
+    """The host's view of a checkpoint, which is fetched if need be. Raises ConfigError."""
+    from mii_hcache.engine import compat
+
+    compat.install()
+    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
+    from huggingface_hub.errors import StrictDataclassError
+
+    folder = Path(model_path)
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
+    try:
+        return HuggingFaceCheckpointEngine(model_path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
 
 
 def _pick_dtype(name: str, configured: Any) -> torch.dtype:
@@ -310,24 +357,27 @@ def _pick_dtype(name: str, configured: Any) -> torch.dtype:
     return configured if configured in DTYPES.values() else torch.float32
 
 
-def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -> int:
-    """As many blocks as the memory set aside holds."""
+def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int, group: RankGroup | None) -> int:
+    """As many blocks as the memory set aside holds, on every rank."""
+    size = 1 if group is None else group.size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    num_kv_heads = -(-(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // size)
     block_bytes = config.num_hidden_layers * block_size * 2 * num_kv_heads * head_size * config.dtype.itemsize
     if torch.cuda.is_available():
         free_bytes, _ = torch.cuda.mem_get_info()
-        weights_bytes = _weights_bytes(config)
+        weights_bytes = _weights_bytes(config) // size
         budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
         # int32 offsets inside one layer of the pool must not overflow (the host's kernels index so).
         most = (2**31 - 1) // (block_size * 2 * num_kv_heads * head_size)
     else:
-        budget_bytes = DEFAULT_POOL_BYTES
+        budget_bytes = DEFAULT_POOL_BYTES // size
         most = -(-64 * max_context_tokens // block_size)
-    num_blocks = min(budget_bytes // block_bytes, most)
+    num_blocks = int(min(budget_bytes // block_bytes, most))
+    if group is not None:
+        num_blocks = group.least(num_blocks)
     if num_blocks < 1:
         raise ConfigError(f"no memory for KV blocks: {budget_bytes} bytes left, a block takes {block_bytes}")
-    return int(num_blocks)
+    return num_blocks
 
 
 def _weights_bytes(config: Any) -> int:

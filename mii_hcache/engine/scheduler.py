@@ -22,7 +22,7 @@ from mii_hcache.engine.admission import Admission
 from mii_hcache.engine.job import Job, JobRequest
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.sampling import logprobs_of, make_generator, sample
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import HCacheError, RankLostError
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.runtime.policy import RestorePolicy
 from mii_hcache.runtime.restorer import Restorer
@@ -116,7 +116,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         job.is_cancelled = True
 
     def iterate(self) -> None:
-        """Admit, restore a slice, run one engine step. A failed step fails its jobs; the loop lives on."""
+        """Admit, restore a slice, run one engine step. A failed step fails its jobs; the loop lives on. Raises
+        RankLostError, which is the engine's end."""
         for job in self._admission.withdraw_cancelled():
             self._leave(job, FinishReason.CANCELLED)
         self._admission.step()
@@ -126,6 +127,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             return
         try:
             self.generate()
+        except RankLostError:
+            raise
         except Exception as error:
             _log.exception("an engine step failed")
             self._counters.add("step_errors_total")
@@ -148,6 +151,10 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         for job in [*self._admission.withdraw_all(), *self._running.values()]:
             self._leave(job, FinishReason.CANCELLED)
         self._admission.evict_all()
+
+    def abandon(self) -> None:
+        """The engine is lost: let go of what restores hold. The caller ends the jobs."""
+        self._admission.withdraw_all()
 
     # --- the life of a running job ------------------------------------------------------------------------------
 

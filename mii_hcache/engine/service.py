@@ -6,7 +6,8 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mii_hcache.config import HCacheConfig
@@ -17,8 +18,8 @@ from mii_hcache.core.methods import Method
 from mii_hcache.engine.job import Job
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
-from mii_hcache.errors import HCacheError, QueueFullError, RequestError
-from mii_hcache.runtime.generation import GenerationRequest
+from mii_hcache.errors import HCacheError, QueueFullError, RankLostError, RequestError
+from mii_hcache.runtime.generation import GenerationRequest, GenerationResult
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
 """What a refused request is told to wait."""
+LOSS_WAIT_S = 2.0
+"""Longest that the engine's thread is waited for once a rank is lost: it may hang in a call to the others."""
 
 
 class EngineService:
@@ -105,6 +108,7 @@ class EngineService:
         self._jobs: dict[str, Job] = {}
         self._order = itertools.count()
         self._is_closing = False
+        self._failure: RankLostError | None = None
         self._max_waiting = config.max_waiting
         self._vocab_size = int(engine.model().vocab_size)
         self._geometry = engine.geometry
@@ -126,12 +130,14 @@ class EngineService:
     def submit(self, request: GenerationRequest) -> None:
         self._check(request)
         job = Job(
-            request=request,
+            request=replace(request, on_finish=_once(request.on_finish)),
             seed=chain_seed(self._fingerprint, request.tenant_salt),
             order=next(self._order),
             token_ids=list(request.prompt_token_ids),
         )
         with self._changed:
+            if self._failure is not None:
+                raise HCacheError(str(self._failure))
             if self._is_closing:
                 raise HCacheError("the server is shutting down")
             if request.request_id in self._jobs:
@@ -193,8 +199,26 @@ class EngineService:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine thread runs; False when it died or was closed."""
-        return self._thread.is_alive()
+        """Whether the engine thread runs; False when it died or was closed, and from the moment on that a rank of a
+        model over several is known to be lost."""
+        return self._failure is None and self._thread.is_alive()
+
+    @property
+    def rank_states(self) -> Mapping[int, str]:
+        """What each process of a model over several does; empty for one."""
+        return self._engine.rank_states
+
+    def lose(self, error: RankLostError) -> None:
+        """A rank is gone, and the engine will never run again: every request ends with `error`, within `LOSS_WAIT_S`,
+        also when the engine's own thread hangs. Not for that thread. What was accepted for saving is still saved."""
+        with self._changed:
+            self._failure = self._failure or error
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join(LOSS_WAIT_S)
+        with self._changed:
+            jobs = list(self._jobs.values())
+        self._end_all(jobs, error)
 
     def drain_saves(self, timeout_s: float | None = None) -> bool:
         """Wait until all accepted state has reached the store."""
@@ -207,8 +231,12 @@ class EngineService:
                 for job in self._jobs.values():
                     self._commands.append(lambda job=job: self._scheduler.cancel(job))  # type: ignore[misc]
             self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is threading.current_thread():
+            return
+        self._thread.join(None if self._failure is None else LOSS_WAIT_S)
+        if self._thread.is_alive():
+            _log.error("the engine's thread hangs; what it held is left to the end of the process")
+            self._saver.drain(LOSS_WAIT_S)
 
     # --- engine thread ------------------------------------------------------------------------------------------
 
@@ -217,6 +245,9 @@ class EngineService:
             while self._take_commands():
                 self._scheduler.iterate()
                 self._forget_finished()
+        except RankLostError as error:
+            with self._changed:
+                self._failure = self._failure or error
         except BaseException:
             _log.critical("the engine thread died", exc_info=True)
             raise
@@ -225,14 +256,24 @@ class EngineService:
                 self._is_closing = True
                 jobs = list(self._jobs.values())
             try:
-                self._scheduler.close()
-            finally:
-                for job in jobs:  # those that the scheduler has not told: nobody may wait for ever
-                    if job.finish_reason is None:
-                        job.fail(HCacheError("the engine stopped"))
-                        job.request.on_finish(job.result())
+                if self._failure is None:
+                    self._scheduler.close()
+                else:
+                    self._scheduler.abandon()
+            except RankLostError as error:
+                self._failure = error
+            finally:  # those that the scheduler has not told: nobody may wait for ever
+                self._end_all(jobs, self._failure or HCacheError("the engine stopped"))
                 self._saver.stop()
                 self._restorer.stop()
+                self._engine.close()
+
+    @staticmethod
+    def _end_all(jobs: Iterable[Job], error: HCacheError) -> None:
+        for job in jobs:
+            if job.finish_reason is None:
+                job.fail(HCacheError(str(error)))
+                job.request.on_finish(job.result())
 
     def _take_commands(self) -> bool:
         """Run what was asked for; wait when there is nothing to do. False when it is time to end."""
@@ -250,3 +291,18 @@ class EngineService:
         if any(job.finish_reason is not None for job in self._jobs.values()):
             with self._changed:
                 self._jobs = {name: job for name, job in self._jobs.items() if job.finish_reason is None}
+
+
+def _once(on_finish: Callable[[GenerationResult], None]) -> Callable[[GenerationResult], None]:
+    """The first result counts: a request that was ended for a lost rank may be ended by a thread that hung, too."""
+    lock = threading.Lock()
+    told = False
+
+    def tell(result: GenerationResult) -> None:
+        nonlocal told
+        with lock:
+            is_first, told = not told, True
+        if is_first:
+            on_finish(result)
+
+    return tell

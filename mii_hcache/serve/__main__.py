@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii_hcache import __version__
-from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.errors import ConfigError, HCacheError, RankLostError
 from mii_hcache.serve.options import Options, parse_options
 
 if TYPE_CHECKING:
     from mii_hcache.engine.open import OpenedService
     from mii_hcache.serve.listening import Server
     from mii_hcache.serve.loading import Loading
+    from mii_hcache.serve.loss import Loss
 
 _EXIT_FORCED = 1
 _EXIT_REFUSED = 2
+_EXIT_INTERRUPTED = 130
 
 _log = logging.getLogger("mii_hcache.serve.start")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 after an orderly end, 1 after a forced one, 2 when the server cannot start (one line says
-    why)."""
+    why), 3 when a rank of a model over several was lost."""
     options = None
     try:
         options = parse_options(arguments)
@@ -34,19 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HCacheError as error:
         if options is not None and options.verbose:
             raise
-        if options is not None and options.log_json:
-            _log.error("%s", error)
-        else:
-            print(f"mii_hcache.serve: {error}", file=sys.stderr)
+        _complain(options, str(error))
         return _EXIT_REFUSED
     except KeyboardInterrupt:  # while the model was loading
-        return 130
+        return _EXIT_INTERRUPTED
 
 
 def _serve(options: Options) -> int:
     from mii_hcache.serve.listening import bind, is_loopback  # imports here, so that `--help` answers at once
     from mii_hcache.serve.loading import Loading
     from mii_hcache.serve.logs import set_up_logging
+    from mii_hcache.serve.loss import Loss
 
     set_up_logging(verbose=options.verbose, as_json=options.log_json)
     with bind(options.host, options.port) as sock:
@@ -55,23 +55,29 @@ def _serve(options: Options) -> int:
                 f"--host {options.host} lets other machines in, and there is no key: set MII_HCACHE_API_KEY or give "
                 "--api-key-file, or say --allow-no-key if everybody who can reach this machine may use it"
             )
-        loading = Loading(as_json=options.log_json)
+        loading, loss = Loading(as_json=options.log_json), Loss(lambda words: _complain(options, words))
         _tell(options, f"mii_hcache {__version__}: loading {options.config.model or 'the demo model'}")
-        opened = _open(options, loading)
+        try:
+            opened = _open(options, loading, loss)
+        except RankLostError as error:
+            return loss.end(error)
         drain = False
         try:
             server = _server_of(options, opened, sock, loading)
+            loss.server = server
             with server.taking_signals():
                 server.run(sockets=[sock])
                 drain = not server.forced
                 opened.close(drain=drain)
         finally:
             opened.close(drain=False)
+    if loss.error is not None:
+        return loss.end(loss.error)
     _tell(options, "Saved state is on disk. Good bye." if drain else "Stopped without waiting.")
     return 0 if drain else _EXIT_FORCED
 
 
-def _open(options: Options, loading: Loading) -> OpenedService:
+def _open(options: Options, loading: Loading, loss: Loss) -> OpenedService:
     from mii_hcache.serve.loading import FETCHING
 
     with loading:
@@ -81,7 +87,7 @@ def _open(options: Options, loading: Loading) -> OpenedService:
         model = options.config.model
         is_here = model is None or Path(model).is_dir()
         loading.phase("loading the model and its saved state" if is_here else f"{FETCHING} and loading {model}")
-        return open_service(options.config, progress=loading.phase)
+        return open_service(options.config, progress=loading.phase, on_lost=loss.note)
 
 
 def _server_of(options: Options, opened: OpenedService, sock: socket.socket, loading: Loading) -> Server:
@@ -106,6 +112,13 @@ def _server_of(options: Options, opened: OpenedService, sock: socket.socket, loa
     app = create_app(opened.service, opened.tokenizer, known_texts, opened.model_name, access=options.access)
     stopping = "Stopping: running answers end, and state is written. Once more does not wait for them."
     return Server(app, on_started=say_ready, on_stopping=lambda: _tell(options, stopping))
+
+
+def _complain(options: Options | None, words: str) -> None:
+    if options is not None and options.log_json:
+        _log.error("%s", words)
+    else:
+        print(f"mii_hcache.serve: {words}", file=sys.stderr, flush=True)
 
 
 def _tell(options: Options, words: str) -> None:

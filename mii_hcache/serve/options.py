@@ -39,6 +39,8 @@ examples:
       a model of the Hugging Face hub, with room for many conversations on a fast disk
   python -m mii_hcache.serve --model ./my-checkpoint --state-dir /nvme0/state --state-dir /nvme1/state
       over two disks, which are read side by side; either may fail
+  python -m mii_hcache.serve --model meta-llama/Llama-2-70b-chat-hf --tensor-parallel 4
+      a model that no single GPU holds, over four of them
   python -m mii_hcache.serve --model ./my-checkpoint --keep none
       evict after every turn, so that each turn is restored: for measuring
   MII_HCACHE_API_KEY=... python -m mii_hcache.serve --model ./my-checkpoint --host 0.0.0.0 --allowed-host llm.example
@@ -80,6 +82,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         expire_after_s=values.expire_after,
         method=None if values.method == "auto" else values.method,
         keep=values.keep,
+        tensor_parallel=values.tensor_parallel,
         kv_blocks=values.kv_blocks,
         max_batch_tokens=values.max_batch_tokens,
         max_waiting=values.max_waiting,
@@ -254,6 +257,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=defaults.tensor_parallel,
+        metavar="N",
+        help="split the model over N processes, each on a GPU of its own, or on a share of the CPU's cores; this one "
+        "starts the others and ends with them: if one dies the server stops at once, with exit status 3 "
+        "(default: %(default)s)",
+    )
     engine.add_argument(
         "--keep",
         choices=KEEP_POLICIES,

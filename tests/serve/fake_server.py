@@ -57,7 +57,7 @@ class Opened:
         self.service.close(drain=drain)
 
 
-def open_service(config: object, progress: Callable[[str, int, int], None]) -> Opened:
+def open_service(config: object, progress: Callable[[str, int, int], None], on_lost: object) -> Opened:
     """As the engine's, in no time."""
     logging.getLogger("DeepSpeed").warning("noise of a library")
     progress("reading weights", 1, 2)

@@ -1,0 +1,304 @@
+"""Rank 0's view of the other ranks: processes that it starts, watches and ends.
+
+Each follower holds one end of three socket pairs, which nobody else can reach: commands (`commands.py`), storage
+requests (`io`), and life, over which it says what it does, what it logs, and that it is still there. A thread of
+rank 0's waits on the life of all of them, whatever the engine's thread hangs in: the first rank that is gone, or says
+nothing for `SILENCE_S`, ends them all, and the server.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mii_hcache.engine.parallel.group import TIMEOUT_S
+from mii_hcache.errors import RankLostError
+
+_log = logging.getLogger(__name__)
+
+SILENCE_S = 20.0
+"""A rank that says nothing for so long hangs; a beat comes every second."""
+SILENCE_AT_START_S = 120.0
+"""The same while it loads: an import may hold all of Python up."""
+END_S = 5.0
+"""Longest that followers may take to end by themselves."""
+TAIL_LINES = 12
+"""Last lines of a follower's output that are told when it died."""
+_LOOK_S = 0.5
+_SEND_BUFFER_BYTES = 4 << 20
+
+
+@dataclass(eq=False, kw_only=True)
+class FollowerProcess:
+    """One other rank, as rank 0 sees it."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    commands: Connection
+    io: Connection
+    life: Connection
+    state: str = "starting"
+    """What it said last: `starting`, `imported`, `ready`, `gone`."""
+    heard_s: float = field(default_factory=time.monotonic)
+    tail: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
+    failure: str | None = None
+    """Why it ends, in its own words."""
+
+
+class Followers:
+    """Ranks 1 to `size - 1`. Any thread may call."""
+
+    def __init__(self, size: int, on_lost: Callable[[RankLostError], None] = lambda error: None) -> None:
+        """Starts the processes; they import what they need and wait for `settings`. `on_lost` is called once, from the
+        watching thread, with why the engine is lost; by then the others have been killed."""
+        self.size = size
+        self.meeting = Path(tempfile.mkdtemp(prefix="mii-hcache-ranks-"))
+        """Where the ranks meet; nobody else may look into it."""
+        self._on_lost = on_lost
+        self._changed = threading.Condition()
+        self._error: RankLostError | None = None
+        self._is_ending = False
+        self._has_ended = False
+        self._members: list[FollowerProcess] = []
+        self._watcher = threading.Thread(target=self._watch, name="hcache-ranks", daemon=True)
+        try:
+            for rank in range(1, size):
+                self._members.append(self._start(rank))
+        except BaseException:
+            self._kill()
+            shutil.rmtree(self.meeting, ignore_errors=True)
+            raise
+        self._watcher.start()
+
+    def _start(self, rank: int) -> FollowerProcess:
+        pairs = [socket.socketpair() for _ in range(3)]
+        try:
+            theirs = [str(pair[1].fileno()) for pair in pairs]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mii_hcache.engine.parallel", str(rank), str(self.size), *theirs],
+                pass_fds=[pair[1].fileno() for pair in pairs],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for rank 0, which then ends the others in order
+                env=_environment(),
+            )
+        finally:
+            for pair in pairs:
+                pair[1].close()
+        commands, io, life = (_connection(pair[0]) for pair in pairs)
+        member = FollowerProcess(rank=rank, process=process, commands=commands, io=io, life=life)
+        threading.Thread(target=_keep_tail, args=(member,), name=f"hcache-rank-{rank}-log", daemon=True).start()
+        return member
+
+    # --- talking ------------------------------------------------------------------------------------------------
+
+    @property
+    def command_links(self) -> list[Connection]:
+        """For `CommandStream`."""
+        return [member.commands for member in self._members]
+
+    @property
+    def io_links(self) -> list[Connection]:
+        """To the threads of the followers that serve storage requests, rank 1 first. Who uses one is its only user."""
+        return [member.io for member in self._members]
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the followers, rank 1 first."""
+        return [member.process.pid for member in self._members]
+
+    def send_settings(self, settings: dict[str, Any]) -> None:
+        """What a follower needs to load its share. Before any command. Raises RankLostError."""
+        for link in self.command_links:
+            try:
+                link.send(settings)
+            except OSError as error:
+                raise self._await_verdict(f"a rank takes no settings: {error}") from error
+
+    def wait_for(self, state: str, progress: Callable[[int], None] = lambda num_there: None) -> None:
+        """Until all followers are in `state`; `progress` hears how many are. Raises RankLostError."""
+        while True:
+            with self._changed:
+                self.check()
+                num_there = sum(member.state == state for member in self._members)
+                if num_there < len(self._members):
+                    self._changed.wait(_LOOK_S)
+            progress(num_there)
+            if num_there == len(self._members):
+                return
+
+    def states(self) -> dict[int, str]:
+        """What each rank does, by its number: `starting`, `imported`, `ready`, `gone`; rank 0 is always there."""
+        return {0: "ready", **{member.rank: member.state for member in self._members}}
+
+    # --- losing -------------------------------------------------------------------------------------------------
+
+    @property
+    def error(self) -> RankLostError | None:
+        """Why the engine is lost."""
+        return self._error
+
+    def check(self) -> None:
+        """Raises RankLostError, with the reason, once the engine is lost."""
+        if self._error is not None:
+            raise RankLostError(str(self._error))
+
+    def lose(self, reason: str, error: BaseException | None = None) -> RankLostError:
+        """Something failed in a way that no rank can go on from. Returns why the engine is lost: what happened to
+        another rank, if that is behind it."""
+        if isinstance(error, RankLostError):
+            return self._await_verdict(reason)
+        self._give_up(reason)
+        return RankLostError(str(self._error))
+
+    def _await_verdict(self, reason: str) -> RankLostError:
+        """A collective or a socket failed: the watching thread knows in a moment which rank is gone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None, timeout=2.0)
+        self._give_up(reason)
+        return RankLostError(str(self._error))
+
+    def _give_up(self, reason: str) -> None:
+        """The first reason counts."""
+        with self._changed:
+            if self._error is not None or self._is_ending:
+                self._error = self._error or RankLostError(reason)
+                return
+            self._error = RankLostError(reason)
+            self._changed.notify_all()
+        self._kill()  # first of all: whoever waits for a rank that hangs is woken by its end
+        _log.critical("%s", reason)
+        threading.Thread(target=self._on_lost, args=(self._error,), name="hcache-ranks-lost", daemon=True).start()
+
+    def _watch(self) -> None:
+        looked_s = time.monotonic()
+        while True:
+            with self._changed:
+                members = [member for member in self._members if member.state != "gone"]
+            if not members or self._has_ended:
+                return
+            for link in multiprocessing.connection.wait([member.life for member in members], _LOOK_S):
+                self._hear(next(member for member in members if member.life is link))
+            now_s = time.monotonic()
+            if now_s - looked_s > 5 * _LOOK_S:  # this process stood still: so may have what the others said
+                for member in members:
+                    member.heard_s = now_s
+            looked_s = now_s
+            for member in members:
+                silence_s = SILENCE_S if member.state == "ready" else SILENCE_AT_START_S
+                if member.state != "gone" and now_s - member.heard_s > silence_s and not self._is_ending:
+                    self._give_up(f"{self._name(member)} hangs: nothing was heard of it for {silence_s:.0f} s")
+
+    def _hear(self, member: FollowerProcess) -> None:
+        try:
+            kind, said = member.life.recv()
+        except (EOFError, OSError):
+            self._bury(member)
+            return
+        member.heard_s = time.monotonic()
+        if kind == "state":
+            with self._changed:
+                member.state = said
+                self._changed.notify_all()
+        elif kind == "log":
+            level, name, words = said
+            logging.getLogger(name).log(level, "rank %d: %s", member.rank, words)
+        elif kind == "failed":
+            member.failure = said
+
+    def _bury(self, member: FollowerProcess) -> None:
+        """Its end of the line is closed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            member.process.wait(1.0)
+        with self._changed:
+            member.state = "gone"
+            self._changed.notify_all()
+        if not self._is_ending:
+            self._give_up(f"{self._name(member)} {_how_it_ended(member)}")
+
+    def _name(self, member: FollowerProcess) -> str:
+        return f"rank {member.rank} of {self.size} (process {member.process.pid})"
+
+    def _kill(self) -> None:
+        for member in self._members:
+            with contextlib.suppress(ProcessLookupError):
+                member.process.kill()
+
+    # --- ending -------------------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """The followers were told to stop, or nobody needs them: returns when they are gone. Idempotent."""
+        with self._changed:
+            self._is_ending = True
+        stop_s = time.monotonic() + (END_S if self._error is None else 0.0)
+        for member in self._members:
+            with contextlib.suppress(OSError):
+                member.commands.close()  # one that was told nothing ends by that, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                member.process.wait(max(0.0, stop_s - time.monotonic()))
+        self._kill()
+        for member in self._members:
+            member.process.wait()
+        self._has_ended = True
+        if self._watcher is not threading.current_thread() and self._watcher.is_alive():
+            self._watcher.join(5 * _LOOK_S)
+        for member in self._members:
+            member.io.close()
+            member.life.close()
+        shutil.rmtree(self.meeting, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, and this very package is found."""
+    package = str(Path(__file__).resolve().parents[3])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+
+
+def _connection(sock: socket.socket) -> Connection:
+    """Of rank 0's end. A send that finds no room for so long finds a rank that hangs."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(TIMEOUT_S), 0))
+    return Connection(sock.detach())
+
+
+def _keep_tail(member: FollowerProcess) -> None:
+    """Reads what a follower prints, for as long as it does."""
+    assert member.process.stdout is not None
+    with member.process.stdout as lines:
+        for line in lines:
+            words = line.decode(errors="replace").rstrip()
+            member.tail.append(words)
+            _log.info("rank %d prints: %s", member.rank, words)
+
+
+def _how_it_ended(member: FollowerProcess) -> str:
+    code = member.process.poll()
+    if member.failure is not None:
+        return f"failed: {member.failure}"
+    if code is None:
+        return "closed its line"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by signal {-code}"
+    time.sleep(0.1)  # its last words are on their way
+    told = "".join(f"\n  {line}" for line in member.tail)
+    return f"ended with status {code}; its last words:{told or ' none'}"

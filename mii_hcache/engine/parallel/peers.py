@@ -1,0 +1,122 @@
+"""Questions about saved state between rank 0 and the others, beside the stream of commands.
+
+They are asked and answered by threads that no engine waits for, in any order. See `runtime.peers`, whose port this is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+
+from mii_hcache.engine.parallel.engine import ParallelEngine
+from mii_hcache.errors import RankLostError
+
+_log = logging.getLogger(__name__)
+
+Reply = Callable[[object], None]
+Answer = Callable[[object, Reply], None]
+"""`answer(question, reply)` on a follower: calls `reply` once, on any thread, and does not block for long."""
+
+ORDER = "state"
+"""Name of the command that carries an order."""
+
+
+class RankPeers:
+    """The other ranks, as rank 0 sees them. Any thread may ask; orders are the engine thread's to give."""
+
+    def __init__(self, engine: ParallelEngine) -> None:
+        """Becomes the only user of the followers' io links."""
+        self._engine = engine
+        self._lines = [_Line(rank, link) for rank, link in enumerate(engine.followers.io_links, start=1)]
+
+    @property
+    def num_ranks(self) -> int:
+        """All of them, rank 0 included."""
+        return 1 + len(self._lines)
+
+    def order(self, order: object) -> None:
+        """Have all followers do this, in the order of commands. Does not wait for them. Raises RankLostError."""
+        self._engine.tell(ORDER, order)
+
+    def ask(self, rank: int, question: object) -> Future[object]:
+        """A follower's answer, RankLostError in its place when the follower is gone. Questions come to a follower in
+        the order in which they were asked."""
+        return self._lines[rank - 1].ask(question)
+
+
+class _Line:
+    """To one follower."""
+
+    def __init__(self, rank: int, link: Connection) -> None:
+        self._rank = rank
+        self._link = link
+        self._lock = threading.Lock()
+        """Guards what follows, and sending: numbers come in order."""
+        self._numbers = itertools.count()
+        self._open: dict[int, Future[object]] = {}
+        self._is_lost = False
+        threading.Thread(target=self._listen, name=f"hcache-rank-{rank}-io", daemon=True).start()
+
+    def ask(self, question: object) -> Future[object]:
+        answer: Future[object] = Future()
+        with self._lock:
+            if not self._is_lost:
+                number = next(self._numbers)
+                self._open[number] = answer
+                try:
+                    self._link.send((number, question))
+                    return answer
+                except OSError:  # gone, or it hangs: whoever watches the ranks will say so
+                    del self._open[number]
+        answer.set_exception(self._error())
+        return answer
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                number, said = self._link.recv()
+                with self._lock:
+                    answer = self._open.pop(number)
+                answer.set_result(said)
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            _log.exception("an answer of rank %d could not be taken", self._rank)
+        with self._lock:
+            self._is_lost = True
+            unanswered, self._open = self._open, {}
+        for answer in unanswered.values():
+            answer.set_exception(self._error())
+
+    def _error(self) -> RankLostError:
+        return RankLostError(f"rank {self._rank} is gone, and with it what it was asked for")
+
+
+def start_answering(link: Connection, answer: Answer) -> None:
+    """On a follower: a thread takes questions until rank 0 is gone. What `answer` raises ends that thread, and leaves
+    what it was asked unanswered: it is to answer with what went wrong."""
+    lock = threading.Lock()
+
+    def reply_to(number: int) -> Reply:
+        def reply(said: object) -> None:
+            try:
+                with lock:
+                    link.send((number, said))
+            except OSError:
+                _log.debug("an answer came when nobody listened any more")
+
+        return reply
+
+    def listen() -> None:
+        try:
+            while True:
+                number, question = link.recv()
+                answer(question, reply_to(number))
+        except (EOFError, OSError):
+            return
+
+    threading.Thread(target=listen, name="hcache-io", daemon=True).start()

@@ -1,0 +1,65 @@
+"""A rank of a model over several is gone: the server ends, soon and with a status of its own, whatever hangs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+from mii_hcache.errors import RankLostError
+from mii_hcache.serve.listening import Server
+
+EXIT_LOST = 3
+"""The exit status."""
+END_S = 7.0
+"""Longest that an orderly end may take: running answers have failed already, what was saved is made durable."""
+FORCE_S = 2.0
+"""Connections that are still open then are closed."""
+
+
+class Loss:
+    """What happens then. `note` may be called from any thread; the rest is the main thread's."""
+
+    def __init__(self, complain: Callable[[str], None]) -> None:
+        """`complain` tells the operator."""
+        self.error: RankLostError | None = None
+        self.server: Server | None = None
+        self._complain = complain
+        self._lock = threading.Lock()
+        self._is_told = False
+
+    def note(self, error: RankLostError) -> None:
+        """The engine is lost and its requests have been told: let the server end, and see to it that it does."""
+        self.error = error
+        _in(END_S, self._end_now)
+        _in(FORCE_S, self._close_connections)
+        if self.server is not None:
+            self.server.should_exit = True
+
+    def end(self, error: RankLostError) -> int:
+        """The exit status, once everything is closed."""
+        with self._lock:
+            self._tell_once(error)
+        return EXIT_LOST
+
+    def _close_connections(self) -> None:
+        if self.server is not None:
+            self.server.should_exit = self.server.force_exit = True
+
+    def _end_now(self) -> None:
+        """Loading, or closing, hangs: what is on disk is whole at any time."""
+        assert self.error is not None
+        with self._lock:
+            self._tell_once(self.error)
+            os._exit(EXIT_LOST)
+
+    def _tell_once(self, error: RankLostError) -> None:
+        if not self._is_told:
+            self._is_told = True
+            self._complain(f"{error}. The model is incomplete, so the server ends; start it again")
+
+
+def _in(seconds: float, then: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, then)
+    timer.daemon = True
+    timer.start()

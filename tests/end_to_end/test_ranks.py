@@ -1,0 +1,178 @@
+"""A server over several processes: whichever of them dies, at whatever moment, all of them are gone soon, and clients
+and operator are told why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.end_to_end.server_kit import Chat, Server, serving, text_of
+from tests.engine.parallel.ranks_kit import children_of, is_running, wait_until_gone
+
+END_S = 10.0
+"""Longest that a server may take to end once a rank is gone."""
+ORPHAN_S = 5.0
+LOST = 3
+"""Exit status of a server that lost a rank."""
+
+
+def _start(root: Path, size: int = 2, *arguments: str) -> Server:
+    return Server(root, "--tensor-parallel", str(size), *arguments)
+
+
+def _others(server: Server, size: int) -> list[int]:
+    """Process ids of ranks 1 and up, as soon as all are there."""
+    deadline_s = time.monotonic() + 60
+    while len(found := children_of(server.process.pid)) < size - 1:
+        assert server.process.poll() is None and time.monotonic() < deadline_s, server.log_path.read_text()
+        time.sleep(0.01)
+    return found
+
+
+def _stream(server: Server, body: dict[str, Any], heard: list[str]) -> None:
+    """Everything that a client hears, and how the stream ended."""
+    with contextlib.suppress(httpx.TransportError):
+        with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+            heard.append(f"status {response.status_code}")
+            for line in response.iter_lines():
+                heard.append(line)
+        heard.append("end")
+
+
+def _expect_end(server: Server, others: list[int], killed: int, size: int) -> str:
+    """The server ends in time, with its status and reason; its log."""
+    started_s = time.monotonic()
+    assert server.process.wait(timeout=END_S + 5) == LOST, server.log_path.read_text()
+    assert time.monotonic() - started_s < END_S
+    wait_until_gone(others, 1.0)
+    log = server.log_path.read_text()
+    assert f"of {size} (process {killed}) was killed by SIGKILL" in log
+    assert "so the server ends; start it again" in log and "Traceback" not in log
+    return log
+
+
+MOMENTS = {"idle": 0, "decode": 400, "prefill": 2, "any": 60}
+"""Moment and the tokens that are asked for."""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("moment", "size"), [("idle", 2), ("decode", 2), ("prefill", 2), ("any", 4)])
+def test_a_rank_that_is_killed_ends_the_server(tmp_path, moment, size):
+    chance = random.Random(f"{moment} {size}")
+    server = _start(tmp_path, size)
+    try:
+        server.wait_until_ready()
+        others = _others(server, size)
+        assert len(others) == size - 1
+        Chat(1).turn(server, 4)
+        heard: list[str] = []
+        if moment != "idle":
+            chat = Chat(2, num_words=1400 if moment == "prefill" else 20)
+            talker = threading.Thread(target=_stream, args=(server, chat.next_body(MOMENTS[moment]), heard))
+            talker.start()
+            while moment == "decode" and len(heard) < 10:
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0.05, 0.25))
+        killed = chance.choice(others)
+        os.kill(killed, signal.SIGKILL)
+        _expect_end(server, others, killed, size)
+        if moment != "idle":
+            talker.join(5)
+            assert not talker.is_alive()
+            if "end" in heard and "data: [DONE]" not in heard:  # not when it was all over before
+                assert any("was killed by SIGKILL" in line for line in heard), heard[-3:]
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_that_is_killed_while_it_loads_ends_the_start(tmp_path):
+    server = _start(tmp_path)
+    try:
+        (other,) = _others(server, 2)
+        time.sleep(random.Random(3).uniform(0.2, 2.0))
+        os.kill(other, signal.SIGKILL)
+        _expect_end(server, [other], other, 2)
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(200)
+def test_no_rank_outlives_rank_0(tmp_path):
+    server = _start(tmp_path)
+    try:
+        server.wait_until_ready()
+        others = _others(server, 2)
+        talker = threading.Thread(target=_stream, args=(server, Chat(5).next_body(400), []))
+        talker.start()
+        time.sleep(0.3)
+        server.process.kill()
+        server.process.wait()
+        wait_until_gone(others, ORPHAN_S)
+        talker.join(5)
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_that_hangs_ends_the_server(tmp_path):
+    """Stopped, not dead: no line is closed. Its silence, or a step that nobody joins, gives it away."""
+    server = _start(tmp_path)
+    try:
+        server.wait_until_ready()
+        (other,) = _others(server, 2)
+        os.kill(other, signal.SIGSTOP)
+        heard: list[str] = []
+        _stream(server, Chat(6).next_body(50), heard)
+        assert server.process.wait(timeout=30 + END_S) == LOST
+        wait_until_gone([other], 1.0)
+        assert "hangs: nothing was heard of it for" in server.log_path.read_text()
+        assert any("hangs" in line for line in heard) or "end" not in heard
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_ends_all_in_order_and_says_the_same_as_one_process(tmp_path):
+    chat, alone = Chat(7), Chat(7)
+    with serving(tmp_path, "--method", "recompute", name="alone") as server:
+        alone.turn(server)
+    server = _start(tmp_path)
+    try:
+        server.wait_until_ready()
+        others = _others(server, 2)
+        running = Chat(8)
+        talker = threading.Thread(target=running.turn, args=(server, 60))
+        assert text_of(chat.turn(server)) == text_of(alone.answers[0])
+        talker.start()
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        for other in others:  # a terminal, or a service manager, tells every process
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(other, signal.SIGTERM)
+                os.kill(other, signal.SIGINT)
+        assert server.process.wait(timeout=60) == 0, server.log_path.read_text()
+        talker.join(5)
+        assert running.answers[0]["usage"]["completion_tokens"] == 60, "running answers end"
+        assert not any(is_running(other) for other in others)
+        assert "Good bye" in server.log_path.read_text()
+    finally:
+        server.kill()
+
+
+def test_a_rank_is_nothing_to_be_started_by_hand():
+    told = subprocess.run(
+        [sys.executable, "-m", "mii_hcache.engine.parallel"], capture_output=True, text=True, timeout=60
+    )
+    assert told.returncode == 1 and "--tensor-parallel starts" in told.stderr

@@ -1,0 +1,77 @@
+"""Questions reach a follower in their order and are answered in any; a follower that is gone answers with an error."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import wait
+from multiprocessing import Pipe
+from types import SimpleNamespace
+
+import pytest
+
+from mii_hcache.engine.parallel.peers import RankPeers, Reply, start_answering
+from mii_hcache.errors import RankLostError
+
+
+def _peers(num_others: int) -> tuple[RankPeers, list]:
+    pairs = [Pipe() for _ in range(num_others)]
+    told: list = []
+    engine = SimpleNamespace(
+        followers=SimpleNamespace(io_links=[ours for ours, _ in pairs]), tell=lambda *order: told.append(order)
+    )
+    peers = RankPeers(engine)
+    peers.order("do this")
+    assert told == [("state", "do this")] and peers.num_ranks == 1 + num_others
+    return peers, [theirs for _, theirs in pairs]
+
+
+def test_answers_find_their_questions():
+    peers, links = _peers(2)
+    asked: list[list[int]] = [[], []]
+    held: list[list[tuple[int, Reply]]] = [[], []]
+
+    def answer_of(place):
+        def answer(question: int, reply: Reply) -> None:
+            asked[place].append(question)
+            held[place].append((question, reply))
+            if len(held[place]) == 10:  # the last first
+                for number, late in reversed(held[place]):
+                    late((place, number * number))
+                held[place].clear()
+
+        return answer
+
+    for place, link in enumerate(links):
+        start_answering(link, answer_of(place))
+    answers = {(rank, number): peers.ask(rank, number) for number in range(100) for rank in (1, 2)}
+    assert not wait(answers.values(), timeout=20).not_done
+    assert all(answer.result() == (rank - 1, number * number) for (rank, number), answer in answers.items())
+    assert asked == [list(range(100))] * 2
+
+
+def test_many_threads_may_ask():
+    peers, (link,) = _peers(1)
+    start_answering(link, lambda question, reply: reply(question))
+    wrong = []
+
+    def ask(who: int) -> None:
+        for number in range(200):
+            if peers.ask(1, (who, number)).result(20) != (who, number):
+                wrong.append((who, number))
+
+    threads = [threading.Thread(target=ask, args=(who,)) for who in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_who_is_gone_answers_nothing_more():
+    peers, (link,) = _peers(1)
+    before = peers.ask(1, "are you there?")
+    assert not before.done()
+    link.close()
+    for answer in (before, peers.ask(1, "and now?")):
+        with pytest.raises(RankLostError, match="rank 1 is gone"):
+            answer.result(10)
