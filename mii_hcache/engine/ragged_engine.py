@@ -17,6 +17,7 @@ from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import token_slots
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.errors import ConfigError, HCacheError, RankLostError, UnsupportedModelError
+from mii_hcache.runtime.ports import EngineAdapter
 
 _log = logging.getLogger(__name__)
 
@@ -224,6 +225,11 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def lost(self) -> RankLostError | None:
         """Why this engine can never run again, where it is one of several ranks."""
         return None
+
+    @property
+    def own(self) -> EngineAdapter:
+        """This process's share of the engine: what is written through its targets reaches no other rank."""
+        return self
 
     def close(self) -> None:
         """Nothing runs on it any more. Idempotent."""

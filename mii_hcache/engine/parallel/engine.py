@@ -12,11 +12,12 @@ from mii_hcache.engine.parallel.commands import STOP, CommandStream
 from mii_hcache.engine.parallel.followers import Followers
 from mii_hcache.engine.ragged_engine import HCacheEngine, SequenceBlocks
 from mii_hcache.errors import HCacheError, RankLostError
+from mii_hcache.runtime.ports import EngineAdapter
 
 
 class ParallelBlocks(SequenceBlocks):
-    """The blocks of one sequence on every rank. What only rank 0 could do is refused: the others' blocks would hold
-    nothing."""
+    """The blocks of one sequence on every rank. Rows are each rank's own to bring (`ParallelEngine.own`): written here
+    they would leave the others' blocks empty, so that is refused."""
 
     _engine: ParallelEngine
 
@@ -41,6 +42,21 @@ class ParallelBlocks(SequenceBlocks):
         self._check_commit()
         with self._engine.telling("commit", self.uid, num_tokens):
             super().commit(num_tokens)
+
+
+class OwnRank:
+    """Rank 0's share alone (`runtime.ports.EngineAdapter`): its targets reach no other rank. All else is the
+    engine's."""
+
+    def __init__(self, engine: ParallelEngine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def target(self, uid: int) -> SequenceBlocks:
+        """See `EngineAdapter.target`."""
+        return SequenceBlocks(self._engine, uid)
 
 
 class ParallelEngine(HCacheEngine):
@@ -114,6 +130,10 @@ class ParallelEngine(HCacheEngine):
     @property
     def lost(self) -> RankLostError | None:
         return self.followers.error
+
+    @property
+    def own(self) -> EngineAdapter:
+        return OwnRank(self)
 
     def close(self) -> None:
         """Let the other ranks end; returns when they are gone. Idempotent."""
