@@ -151,6 +151,10 @@ class SpanLayout:
         """Bytes of a chunk of this kind."""
         return self.hidden_chunk_bytes if kind is ChunkKind.HIDDEN else self.kv_chunk_bytes
 
+    def suits(self, num_ranks: int) -> bool:
+        """Whether that many ranks can bring it back: hidden rows always, K and V only as they were cut."""
+        return self.kv_shards == num_ranks or ChunkKind.KV not in self.kinds
+
     def shards_of(self, kind: ChunkKind) -> int:
         """Chunks of a layer of this kind."""
         return 1 if kind is ChunkKind.HIDDEN else self.kv_shards

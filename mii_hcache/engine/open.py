@@ -155,7 +155,7 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
     state = open_state(
         config.state_dirs,
         config.state_capacity_bytes,
-        config.dram_capacity_bytes,
+        config.dram_capacity_bytes if config.tensor_parallel == 1 else 0,
         io=config.io,
         deadline_s=config.disk_deadline_s,
         durability=config.durability,
@@ -170,6 +170,11 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
         loaded = load_engine(config, state_dir, progress, lost)
         opening.callback(loaded.engine.close)
         notes = [*state.notes, *loaded.notes]
+        if config.tensor_parallel > 1:
+            notes.append(
+                "Saved state is not kept in DRAM in front of the files: ranks share only files. A --state-dir on a "
+                "tmpfs does the same."
+            )
         tokenizer = Tokenizer(loaded.path)
         method, why, profile = _choose_method(config, loaded, state.directories, notes, progress)
         store = state.store
@@ -204,11 +209,15 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
 
 
 def _check_parallel(config: HCacheConfig) -> None:
-    """Over several ranks nothing is saved yet."""
-    if config.tensor_parallel > 1 and config.method not in (None, "recompute"):
+    """What several ranks cannot do yet."""
+    if config.tensor_parallel == 1:
+        return
+    if config.save == "direct":
+        raise ConfigError(f"save is 'direct' and tensor_parallel {config.tensor_parallel}: only one rank can save so")
+    if config.method is not None and method_named(config.method).needs_costs:
         raise ConfigError(
-            f"method is {config.method!r} and tensor_parallel {config.tensor_parallel}: over several ranks nothing is "
-            "saved yet; choose recompute, or one rank"
+            f"method is {config.method!r} and tensor_parallel {config.tensor_parallel}: costs over several ranks "
+            "cannot be measured yet; choose hidden, kv or recompute"
         )
 
 
@@ -221,8 +230,12 @@ def _choose_method(
 ) -> tuple[Method, str, MeasuredProfile | None]:
     """The method, why it is that one, and the costs that it plans with."""
     if config.tensor_parallel > 1 and config.method is None:
-        notes.append("Over several ranks nothing is saved yet: histories are computed again.")
-        return method_named("recompute"), "the only one over several ranks", None
+        method = default_method(loaded.engine.geometry)
+        notes.append(
+            f"Costs over several ranks cannot be measured yet, so nothing is planned: {method.name} was chosen because "
+            "it takes the least bytes."
+        )
+        return method, "the smaller of hidden and kv", None
     method = method_named(config.method or "auto")
     why = "chosen by --method" if config.method else "the default"
     if not method.needs_costs:

@@ -18,6 +18,7 @@ from mii_hcache.engine.modules.batch_plan import runs_of, token_slots
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.ragged_batch import StepBatch
 from mii_hcache.errors import ConfigError, HCacheError, RankLostError, UnsupportedModelError
+from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.streams import Stream, streams_of
 
 _log = logging.getLogger(__name__)
@@ -276,12 +277,23 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
 
     @property
+    def rank_states(self) -> dict[int, str]:
+        """What each rank does, by its number; empty where there is only this one."""
+        return {}
+
+    @property
     def lost(self) -> RankLostError | None:
         """Why this engine can never run again, where it is one of several ranks."""
         return None
 
+    @property
+    def own(self) -> EngineAdapter:
+        """This process's share of the engine: what is written through its targets reaches no other rank."""
+        return self
+
     def close(self) -> None:
         """Nothing runs on it any more. Idempotent."""
+
     def warm_up(self) -> None:
         """Have everything compiled now that Triton compiles at first use (seconds for each kernel), and not under the
         first requests: a step of one token and one of many, forgotten at once. The engine holds no sequence yet. Every

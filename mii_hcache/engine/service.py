@@ -16,6 +16,8 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ModelGeometry
 from mii_hcache.core.identity import chain_seed
 from mii_hcache.core.methods import Method
 from mii_hcache.engine.job import Job
+from mii_hcache.engine.parallel.engine import ParallelEngine
+from mii_hcache.engine.parallel.state import SharedState
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
 from mii_hcache.errors import HCacheError, QueueFullError, RankLostError, RequestError
@@ -28,6 +30,7 @@ from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.scatter import make_scatter
 from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.tiles import LocalTiles
 from mii_hcache.runtime.timeline import TraceFile
 from mii_hcache.storage.base import ChunkStore
 
@@ -67,14 +70,21 @@ class EngineService:
             counters=self._counters,
             max_fill_tokens=engine.max_fill_tokens,
             pieces=pieces_on(engine.device),
+            num_ranks=1 if engine.group is None else engine.group.size,
         )
+        self.shared: SharedState | None = None
+        """The state of the other ranks, where there are any and something is saved."""
+        if isinstance(engine, ParallelEngine) and self.policy.storage is not None:
+            self.shared = SharedState(
+                engine, store, io=config.io, emulated_read_bytes_per_s=config.emulated_read_bytes_per_s
+            )
         losses_s = self.policy.losses_s(list(costs or ("",))[-1], 1 + self._max_context_tokens // SPAN_TOKENS)
         if losses_s:
             store.weigh(lambda span_idx: losses_s[min(span_idx, len(losses_s) - 1)])
         trace = None if config.trace is None else TraceFile(Path(config.trace))  # before there are threads to end
         sightings = Sightings(save_after=config.save_after)
-        self._saver = Saver(
-            adapter=engine,
+        self._saver = (Saver if self.shared is None else self.shared.open_saver)(
+            adapter=engine.own,
             store=store,
             plan=self.policy.storage,
             max_batch_tokens=engine.max_batch_tokens,
@@ -87,11 +97,12 @@ class EngineService:
             is_worth_saving=sightings.is_worth_saving,
         )
         self._restorer = Restorer(
-            adapter=engine,
+            adapter=engine.own,
             store=store,
             counters=self._counters,
             # an emulated disk may be as slow as it likes
             read_deadline_s=math.inf if config.emulated_read_bytes_per_s else config.disk_deadline_s,
+            open_tiles=LocalTiles if self.shared is None else self.shared.open_tiles,
         )
         self._scheduler = HCacheScheduler(
             engine=engine,
@@ -206,6 +217,11 @@ class EngineService:
         """Whether the engine thread runs; False when it died or was closed, and from the moment on that a rank of a
         model over several is known to be lost."""
         return self._failure is None and self._thread.is_alive()
+
+    @property
+    def rank_states(self) -> Mapping[int, str]:
+        """What each process of a model over several does; empty for one."""
+        return self._engine.rank_states
 
     def lose(self, error: RankLostError) -> None:
         """A rank is gone, and the engine will never run again: every request ends with `error`, within `LOSS_WAIT_S`,

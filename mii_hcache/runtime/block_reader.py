@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class BlockReader:
-    """Owns a bounded pool of buffers `[num_layers, SPAN_TOKENS, 2, num_kv_heads, head_size]`.
+    """Owns a bounded pool of buffers `[num_layers, SPAN_TOKENS, 2, num_kv_heads, head_size]`, of a rank's own heads.
 
     Engine thread only, except `release`.
 
@@ -35,6 +35,7 @@ class BlockReader:
         num_layers: int,
         max_buffers: int,
         stage: Stage | None = None,
+        num_ranks: int = 1,
     ) -> None:
         """`stage`: None on a CPU."""
         geometry = adapter.geometry
@@ -42,7 +43,7 @@ class BlockReader:
         self._counters = counters
         self._stage = stage
         self._buffers = SpanBuffers(
-            shape=(num_layers, SPAN_TOKENS, 2, geometry.num_kv_heads, geometry.head_size),
+            shape=(num_layers, SPAN_TOKENS, 2, geometry.shard_kv_heads(num_ranks), geometry.head_size),
             dtype=adapter.dtype,
             max_buffers=max_buffers,
             idle_s=IDLE_S,

@@ -15,6 +15,7 @@ from mii_hcache.runtime.block_reader import BlockReader
 from mii_hcache.runtime.buffers import IDLE_S, SpanBuffers
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
+from mii_hcache.runtime.share import WHOLE, Share
 from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import RowCopy, Snapshot, SpanPut
 from mii_hcache.runtime.stage import Stage
@@ -39,13 +40,17 @@ class SpanCutter:
         is_settled: Callable[[SequenceTrack, int], bool],
         max_kv_buffers: int,
         stage: Stage | None = None,
+        share: Share = WHOLE,
+        name_put: Callable[[SequenceTrack, int], int] = lambda track, span_idx: 0,
     ) -> None:
         """`hidden_rows`: row in the ring and in open spans of each layer that is tapped. `is_settled`: whether a span
-        needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `stage`: None on a CPU."""
+        needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `stage`: None on a CPU. `share`: what
+        of each span is saved here; `name_put`: by which name several ranks speak of a put."""
         self._geometry = adapter.geometry
+        self._share = share
+        self._name_put = name_put
         self._plan = plan
-        self._pattern = _Pattern(self._geometry, plan.kinds)
-        self._other_pattern = _Pattern(self._geometry, plan.other_kinds or plan.kinds)
+        self._patterns: dict[tuple[bool, bool], _Pattern] = {}
         self._hidden_rows = hidden_rows
         self._sink = sink
         self._counters = counters
@@ -64,6 +69,7 @@ class SpanCutter:
             num_layers=num_kv_layers,
             max_buffers=max_kv_buffers if num_kv_layers else 0,
             stage=stage,
+            num_ranks=share.num_ranks,
         )
 
     def cut(
@@ -139,7 +145,7 @@ class SpanCutter:
         from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is
         no room for those."""
         pattern = self._pattern_of(span_idx)
-        layout, kv_layers, kv = pattern.layout, pattern.kv_layers, None
+        kv_layers, kv = pattern.kv_layers, None
         if kv_layers:
             kv = self._patience.wait_for(self._kv_blocks.acquire)
             ready = None if kv is None else self._kv_blocks.read(track.uid, span_idx, kv_layers, kv)
@@ -151,13 +157,14 @@ class SpanCutter:
         releases = [action for action in (release, back) if action is not None]
         kv_rows = iter(() if kv is None else kv)
         rows = []
-        for chunk in layout.chunks:
+        for chunk in pattern.chunks:
             if chunk.kind is ChunkKind.KV:
                 rows.append(next(kv_rows))
             else:
                 assert hidden is not None
                 rows.append(hidden[self._hidden_rows[chunk.layer_idx]])
-        return SpanPut(record=track.record(span_idx, layout), rows=rows, releases=releases)
+        record, put_id = track.record(span_idx, pattern.layout), self._name_put(track, span_idx)
+        return SpanPut(record=record, rows=rows, releases=releases, put_id=put_id)
 
     def discard(self, open_span: OpenSpan | None) -> None:
         """An open span is not continued: its memory comes back after the copies of earlier steps."""
@@ -170,13 +177,19 @@ class SpanCutter:
 
     def _pattern_of(self, span_idx: int) -> _Pattern:
         kinds = self._plan.kinds_of(span_idx)
-        return self._pattern if kinds is self._plan.kinds else self._other_pattern
+        key = kinds is self._plan.kinds, self._share.has_hidden(span_idx)
+        pattern = self._patterns.get(key)
+        if pattern is None:
+            pattern = self._patterns[key] = _Pattern(self._geometry, kinds, self._share, span_idx)
+        return pattern
 
 
 class _Pattern:
-    """How a span is saved: asked for by every sequence in every step, so worked out once."""
+    """How spans like the one at `span_idx` are saved here: asked for by every sequence in every step, so worked out
+    once."""
 
-    def __init__(self, geometry: ModelGeometry, kinds: LayerKinds) -> None:
-        self.layout = SpanLayout.of(geometry, kinds)
-        self.needs_hidden = ChunkKind.HIDDEN in self.layout.kind_counts
-        self.kv_layers = [chunk.layer_idx for chunk in self.layout.chunks if chunk.kind is ChunkKind.KV]
+    def __init__(self, geometry: ModelGeometry, kinds: LayerKinds, share: Share, span_idx: int) -> None:
+        self.layout = SpanLayout.of(geometry, kinds, share.num_ranks)
+        self.chunks = [self.layout.chunks[chunk_idx] for chunk_idx in share.chunks(span_idx, self.layout)]
+        self.needs_hidden = any(chunk.kind is ChunkKind.HIDDEN for chunk in self.chunks)
+        self.kv_layers = [chunk.layer_idx for chunk in self.chunks if chunk.kind is ChunkKind.KV]

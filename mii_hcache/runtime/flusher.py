@@ -36,7 +36,7 @@ class Flusher(SnapshotSink):
     """Owns the background threads. `submit` is for one thread; the rest may be called from any."""
 
     def __init__(
-        self, *, store: ChunkStore, counters: Counters, num_threads: int, scatter: Scatter | None = None
+        self, *, store: ChunkStore | None, counters: Counters, num_threads: int, scatter: Scatter | None = None
     ) -> None:
         """`num_threads` put spans."""
         super().__init__(store=store, counters=counters, scatter=scatter)

@@ -29,13 +29,26 @@ class Healer:
         is_settled: Callable[[SequenceTrack, int], bool],
         submit: Callable[[Snapshot], None],
         stage: Stage | None = None,
+        num_ranks: int = 1,
+        name_put: Callable[[SequenceTrack, int], int] = lambda track, span_idx: 0,
     ) -> None:
-        """`is_settled`: whether a span needs no saving; `submit` takes what was read; `stage`: None on a CPU."""
+        """`is_settled`: whether a span needs no saving; `submit` takes what was read; `stage`: None on a CPU.
+        `num_ranks` save it together, of whom each has K and V of its own heads, and speak of a put by what `name_put`
+        says."""
+        self._num_ranks = num_ranks
+        self._name_put = name_put
         self._geometry = adapter.geometry
         self._counters = counters
         self._is_settled = is_settled
         self._submit = submit
-        self._blocks = BlockReader(adapter, counters, num_layers=self._geometry.num_layers, max_buffers=4, stage=stage)
+        self._blocks = BlockReader(
+            adapter,
+            counters,
+            num_layers=self._geometry.num_layers,
+            max_buffers=4,
+            stage=stage,
+            num_ranks=num_ranks,
+        )
 
     def heal(self, track: SequenceTrack, wait_s: float) -> bool:
         """Save whole spans that the store lacks (dropped, evicted, damaged), read from the blocks as `kv`. Call before
@@ -48,12 +61,16 @@ class Healer:
         for span_idx in range(track.num_spans):
             if self._is_settled(track, span_idx):
                 continue
-            buffer = self._blocks.acquire(max(0.0, deadline_s - time.monotonic()))
-            if buffer is None:
+            is_read = self.heal_span(track, span_idx, max(0.0, deadline_s - time.monotonic()))
+            if is_read is None:
                 return False
-            is_read = self._read(track, span_idx, buffer)
             self._counters.add("healed_spans_total" if is_read else "unhealed_spans_total")
         return True
+
+    def heal_span(self, track: SequenceTrack, span_idx: int, wait_s: float) -> bool | None:
+        """Save one span. False when it could not be read; None when it found no buffer within `wait_s`."""
+        buffer = self._blocks.acquire(wait_s)
+        return None if buffer is None else self._read(track, span_idx, buffer)
 
     def give_up(self, track: SequenceTrack) -> None:
         """Count the spans of a sequence that were never healed; its next turn will prefill from the first of them."""
@@ -62,7 +79,7 @@ class Healer:
 
     def _read(self, track: SequenceTrack, span_idx: int, buffer: torch.Tensor) -> bool:
         """Save a span from its blocks; takes the buffer over. False: it could not be read."""
-        layout = SpanLayout.uniform(self._geometry, ChunkKind.KV)
+        layout = SpanLayout.uniform(self._geometry, ChunkKind.KV, self._num_ranks)
         ready = self._blocks.read(track.uid, span_idx, range(layout.num_layers), buffer)
         if ready is None:
             return False
@@ -70,6 +87,7 @@ class Healer:
             record=track.record(span_idx, layout),
             rows=list(buffer),
             releases=[partial(self._blocks.release, buffer)],
+            put_id=self._name_put(track, span_idx),
         )
         self._submit(Snapshot(ready=ready, whole=[put]))
         return True

@@ -39,12 +39,19 @@ class Lookup:
 
 
 def look_up(
-    store: ChunkStore, spans: Sequence[tuple[SpanId, bytes]], *, max_tokens: int, fill_layers: int = 0
+    store: ChunkStore,
+    spans: Sequence[tuple[SpanId, bytes]],
+    *,
+    max_tokens: int,
+    fill_layers: int = 0,
+    num_ranks: int = 1,
 ) -> Lookup:
     """Walk a prompt's spans (`core.identity.spans_of`) while the store has them; at most `max_tokens` tokens.
 
     `fill_layers`: of a model whose missing spans can be computed; then the walk goes on to the last span that is there.
     A span's id vouches for all tokens before it, so what lies behind a gap is this prompt's all the same.
+
+    K and V that other numbers of ranks saved than `num_ranks` are as good as missing, for `other_parallelism`.
     """
     records: list[SpanRecord] = []
     num_found = 0
@@ -55,6 +62,8 @@ def look_up(
             # Equal ids over different tokens: a broken catalog or a hash collision. Either way not this prompt's state.
             missing = missing or (span_id, "mismatch")
             break
+        if record is not None and not record.layout.suits(num_ranks):
+            missing, record = missing or (span_id, "other_parallelism"), None
         if record is None:
             missing = missing or (span_id, store.why_missing(span_id))
             if not fill_layers:

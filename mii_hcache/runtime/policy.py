@@ -62,8 +62,11 @@ class RestorePolicy:
         counters: Counters,
         tile_tokens: int,
         chunk_tokens: int,
+        num_ranks: int = 1,
     ) -> None:
-        """`storage`: what is saved, None for nothing. `estimate` None: this method decides without costs."""
+        """`storage`: what is saved, None for nothing. `estimate` None: this method decides without costs. `num_ranks`
+        hold the model together."""
+        self._num_ranks = num_ranks
         self._geometry = geometry
         self.method = method
         self.storage = storage
@@ -80,7 +83,7 @@ class RestorePolicy:
     def find(self, store: ChunkStore, spans: Sequence[tuple[SpanId, bytes]], *, max_tokens: int) -> Lookup:
         """What of a prompt is worth bringing back: up to its first missing span, or up to the last one that is there,
         whichever has all these tokens sooner."""
-        lookup = look_up(store, spans, max_tokens=max_tokens, fill_layers=self.fill_layers)
+        lookup = look_up(store, spans, max_tokens=max_tokens, fill_layers=self.fill_layers, num_ranks=self._num_ranks)
         unbroken = lookup.unbroken()
         if unbroken.num_tokens == lookup.num_tokens:
             return lookup
@@ -251,10 +254,11 @@ def make_policy(
     counters: Counters,
     max_fill_tokens: int,
     pieces: Pieces = HOST,
+    num_ranks: int = 1,
 ) -> RestorePolicy:
-    """What `method` saves and how it restores, for one model. `costs`: of this machine and model, by the tier that is
-    read from; storage is planned for the last one, where most histories will lie in the long run. `pieces`: what the
-    restorer works with.
+    """What `method` saves and how it restores, for one model that `num_ranks` hold together. `costs`: of this machine
+    and model, by the tier that is read from; storage is planned for the last one, where most histories will lie in the
+    long run. `pieces`: what the restorer works with.
 
     Raises ConfigError when the method needs costs and has none, or recomputes parts that this engine cannot.
     """
@@ -280,4 +284,5 @@ def make_policy(
         counters=counters,
         tile_tokens=pieces.tile_spans * SPAN_TOKENS,
         chunk_tokens=min(pieces.alone_fill_tokens, max_fill_tokens) or pieces.alone_fill_tokens,
+        num_ranks=num_ranks,
     )

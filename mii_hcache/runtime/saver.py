@@ -30,6 +30,7 @@ from mii_hcache.runtime.healer import Healer
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.scatter import Scatter
+from mii_hcache.runtime.share import WHOLE, Share
 from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import Snapshot
 from mii_hcache.runtime.stage import Stage
@@ -62,7 +63,7 @@ class Saver:
         self,
         *,
         adapter: EngineAdapter,
-        store: ChunkStore,
+        store: ChunkStore | None,
         plan: StoragePlan | None,
         max_batch_tokens: int,
         counters: Counters,
@@ -73,12 +74,15 @@ class Saver:
         ring_batches: int = 2,
         is_worth_saving: Callable[[SpanId], bool] = lambda span_id: True,
         streams: Streams | None = None,
+        share: Share = WHOLE,
+        sink: SnapshotSink | None = None,
     ) -> None:
         """`plan`: what is saved of each span, None for nothing; `is_worth_saving` picks spans (`Sightings`).
         `save`: `two-stage`, or `direct`, which writes within the step and has no ring and no threads (`direct.py`).
         `save_wait`: share of a prefill step that it may wait for room. The ring holds `ring_batches` (>= 2) full ragged
-        batches. `num_threads` put spans; `scatter` copies rows, None being the best one here. `streams`: of
-        the engine's device, None for those that it has."""
+        batches. `num_threads` put spans; `scatter` copies rows, None being the best one here. `streams`: of the
+        engine's device, None for those that it has. `share`: what of each span is saved here. `sink`: where it goes,
+        whatever `save` and `num_threads` say; None: to `store`."""
         is_direct = save == "direct"
         self.streams = streams_of(adapter.device) if streams is None else streams
         """Of the engine's device."""
@@ -89,15 +93,20 @@ class Saver:
         self._is_worth_saving = is_worth_saving
         self._tracks: dict[int, SequenceTrack] = {}
         # Direct: room that a step takes comes back only at its own end, so that waiting for it would be in vain.
-        share = 0.0 if is_direct else save_wait
+        wait_share = 0.0 if is_direct else save_wait
         self._patience = Patience(
-            share=share, max_batch_tokens=max_batch_tokens, counters=counters, main=self.streams.main
+            share=wait_share, max_batch_tokens=max_batch_tokens, counters=counters, main=self.streams.main
         )
         self._segments: list[StepSegment] = []
         self._num_tapped = 0
         self._hidden_rows = _hidden_rows(plan)
+        self._share = share
         self._sink: SnapshotSink
-        if is_direct:
+        if sink is not None:
+            self._sink = sink
+        elif store is None:
+            raise ValueError("a saver needs a store or a sink")
+        elif is_direct:
             self._sink = DirectWriter(store=store, counters=counters, scatter=scatter, hidden_rows=self._hidden_rows)
         else:
             self._sink = Flusher(store=store, counters=counters, scatter=scatter, num_threads=num_threads)
@@ -119,9 +128,17 @@ class Saver:
                 is_settled=self._is_settled,
                 max_kv_buffers=NO_BOUND if is_direct else max(4, ring_rows // SPAN_TOKENS),
                 stage=stage,
+                share=share,
+                name_put=self._name_put,
             )
         self._healer = Healer(
-            adapter=adapter, counters=counters, is_settled=self._is_settled, submit=self._submit, stage=stage
+            adapter=adapter,
+            counters=counters,
+            is_settled=self._is_settled,
+            submit=self._submit,
+            stage=stage,
+            num_ranks=share.num_ranks,
+            name_put=self._name_put,
         )
 
     def _make_capture(self, ring_rows: int, stage: Stage | None) -> StepCapture:
@@ -243,13 +260,17 @@ class Saver:
 
     def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
         """Whether a whole span needs no saving: it is saved, about to be, not worth it, or it was given up."""
+        assert self._store is not None
         span_id = track.span_ids[span_idx]
-        return (
-            span_id in track.left_out
-            or not self._is_worth_saving(span_id)
-            or self._store.find(span_id) is not None
-            or self._sink.is_pending((span_id,))
-        )
+        if span_id in track.left_out or not self._is_worth_saving(span_id):
+            return True
+        found = self._store.find(span_id)
+        is_saved = found is not None and found.layout.suits(self._share.num_ranks)
+        return is_saved or self._sink.is_pending((span_id,))
+
+    def _name_put(self, track: SequenceTrack, span_idx: int) -> int:
+        """By which name several ranks speak of a span that is about to be put; 0 where there is one."""
+        return 0
 
     # --- waiting ------------------------------------------------------------------------------------------------
 

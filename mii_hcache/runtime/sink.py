@@ -12,7 +12,7 @@ from mii_hcache.runtime.scatter import Scatter, make_scatter
 from mii_hcache.runtime.snapshot import Snapshot, SpanPut
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan
-from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.base import ChunkStore, SpanRecord
 
 _log = logging.getLogger(__name__)
 
@@ -21,11 +21,19 @@ class SnapshotSink(ABC):
     """Takes snapshots and sees them into the store, in the order of the steps. What fails is logged, counted and lost:
     nothing is raised. `submit` and `forget` are for one thread; the rest may be called from any."""
 
-    def __init__(self, *, store: ChunkStore, counters: Counters, scatter: Scatter | None = None) -> None:
-        """`scatter`: None makes the best one here."""
-        self._store = store
+    num_ranks = 1
+    """Ranks that save a span together."""
+
+    def __init__(self, *, store: ChunkStore | None, counters: Counters, scatter: Scatter | None = None) -> None:
+        """`store`: None for sinks that only hand on. `scatter`: None makes the best one here."""
+        self._given_store = store
         self._counters = counters
         self._scatter = make_scatter() if scatter is None else scatter
+
+    @property
+    def _store(self) -> ChunkStore:
+        assert self._given_store is not None, "this sink has no store"
+        return self._given_store
 
     @abstractmethod
     def submit(self, snapshot: Snapshot) -> None:
@@ -72,6 +80,7 @@ class SnapshotSink(ABC):
     def _store_span(self, put: SpanPut) -> None:
         """Put a span, and count what became of it."""
         try:
+            self._make_way(put.record)
             if self._put(put):
                 self._counters.add("saved_spans_total")
                 self._counters.add("saved_bytes_total", put.record.num_bytes)
@@ -83,3 +92,9 @@ class SnapshotSink(ABC):
 
     def _put(self, put: SpanPut) -> bool:
         return self._store.put(put.record, [as_bytes(rows) for rows in put.rows])
+
+    def _make_way(self, record: SpanRecord) -> None:
+        """Delete a span that another number of ranks saved, which those of now cannot bring back: this one they can."""
+        found = self._store.find(record.span_id)
+        if found is not None and not found.layout.suits(self.num_ranks):
+            self._store.delete([record.span_id])

@@ -18,7 +18,10 @@ class SpanPut:
 
     record: SpanRecord
     rows: Sequence[torch.Tensor]
-    """Of each chunk, in the order of the record's layout: `[SPAN_TOKENS, ...]`, host, contiguous."""
+    """Of each chunk that is this rank's, in the order of the record's layout: `[SPAN_TOKENS, ...]`, host,
+    contiguous."""
+    put_id: int = 0
+    """By which several ranks speak of it; 0 where there is one."""
     releases: Sequence[Callable[[], None]] = ()
     """Called when the rows are no longer needed."""
 

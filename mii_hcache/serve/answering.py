@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -72,6 +72,12 @@ class Answering:
     def engine_is_alive(self) -> bool:
         """Whether there is somebody to answer."""
         return bool(getattr(self._service, "is_alive", True))
+
+    @property
+    def ranks(self) -> dict[str, str]:
+        """What each process of a model over several does; empty for others."""
+        states: Mapping[int, str] = getattr(self._service, "rank_states", {})
+        return {str(rank): state for rank, state in states.items()}
 
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`."""

@@ -134,17 +134,17 @@ def _add_openai_routes(app: FastAPI, answering: Answering) -> None:
 def _add_watching_routes(app: FastAPI, answering: Answering, metrics: ServerMetrics) -> None:
     @app.get("/health", responses=health_responses())
     async def health() -> Response:
-        """200 while requests are taken, 503 while the last ones finish (`draining`) or when the engine has died
-        (`failed`)."""
+        """200 while requests are taken, 503 while the last ones finish (`draining`) or when the engine has died, or
+        one of its processes (`failed`)."""
         status = "failed" if not answering.engine_is_alive else "draining" if answering.draining else "ok"
-        return JSONResponse(
-            {
-                "status": status,
-                "model": answering.model_name,
-                "max_context_tokens": answering.max_context_tokens,
-            },
-            status_code=200 if status == "ok" else 503,
-        )
+        body = {
+            "status": status,
+            "model": answering.model_name,
+            "max_context_tokens": answering.max_context_tokens,
+        }
+        if answering.ranks:
+            body["ranks"] = answering.ranks
+        return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
     @app.get("/metrics", responses=metrics_responses(), response_class=PlainTextResponse)
     def metrics_text() -> Response:

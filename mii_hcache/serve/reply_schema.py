@@ -187,6 +187,8 @@ class Health(_Reply):
     status: Literal["ok", "draining", "failed"]
     model: str
     max_context_tokens: Count
+    ranks: dict[str, Literal["starting", "imported", "met", "ready", "gone"]] | None = None
+    """What each process of a model over several does, by its number; not there for others."""
 
 
 _STREAM: dict[str, Any] = {"text/event-stream": {}}

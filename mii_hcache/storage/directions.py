@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mii_hcache.core.geometry import ChunkKind
@@ -111,11 +111,16 @@ class JoinedDirections:
 
 
 class SharedDraft(ABC):
-    """Room for a span whose chunks several processes write. Belongs to its writer until one of the methods is called,
-    each of which ends it. Any thread; methods block on I/O."""
+    """Room for a span whose chunks several processes write. Belongs to its writer until it is published,
+    dropped or abandoned. Any thread; methods block on I/O."""
 
     payloads: tuple[PayloadDirection, ...]
     """Of each chunk of the span."""
+
+    @abstractmethod
+    def write(self, chunks: Mapping[int, memoryview]) -> list[int]:
+        """Write some chunks, by their index, from here; their CRC32Cs, in that order. Does not end it. Raises OSError:
+        then what was written is unknown."""
 
     @abstractmethod
     def publish(self, crcs: Sequence[int]) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from crc32c import crc32c
 
 from mii_hcache.storage.base import ReadOutcome, SpanRecord
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft, SlotDirection
-from mii_hcache.storage.drafts import FileDrafts, SpanDraft
+from mii_hcache.storage.drafts import FileDrafts, RowWrite, SpanDraft
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
@@ -81,6 +83,10 @@ class FileSharedDraft(SharedDraft):
         self._drafts = drafts
         self._draft = draft
         self._record = record
+
+    def write(self, chunks: Mapping[int, memoryview]) -> list[int]:
+        self._drafts.write([RowWrite(self._draft, idx, 0, chunk) for idx, chunk in chunks.items()])
+        return [crc32c(chunk) for chunk in chunks.values()]
 
     def publish(self, crcs: Sequence[int]) -> bool:
         return self._drafts.publish_written(self._draft, self._record, crcs)

@@ -18,6 +18,7 @@ def machine_checks() -> list[tuple[str, Check]]:
     """In the order in which they should be told."""
     return [
         ("GPU", _gpu),
+        ("ranks", _ranks),
         ("CPU", _cpu),
         ("16 bit on CPU", _sixteen_bit),
         ("memory", _memory),
@@ -31,7 +32,11 @@ def _gpu() -> Finding:
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        more = f"; {torch.cuda.device_count()} in all, one is used" if torch.cuda.device_count() > 1 else ""
+        more = (
+            f"; {torch.cuda.device_count()} in all: --tensor-parallel uses several"
+            if torch.cuda.device_count() > 1
+            else ""
+        )
         capability = f"{properties.major}.{properties.minor}"
         return ok("GPU", f"{properties.name}, {size(properties.total_memory)}, compute capability {capability}{more}")
     if not _DRIVER.exists():
@@ -43,6 +48,24 @@ def _gpu() -> Finding:
     hidden = f" (CUDA_VISIBLE_DEVICES is {visible!r})" if visible is not None else ""
     reason = f"torch is built for CUDA {torch.version.cuda} and finds no device{hidden}"
     return problem("GPU", reason, "see what nvidia-smi says; the driver may be too old for this CUDA")
+
+
+def _ranks() -> Finding:
+    """A model over several processes: what they would talk over."""
+    import torch
+    import torch.distributed as torch_dist
+
+    on_gpus = torch.cuda.is_available()
+    backend = "nccl" if on_gpus else "gloo"
+    if not torch_dist.is_available() or not torch_dist.is_backend_available(backend):
+        reason = f"this torch has no {backend}: a model cannot be split over processes (--tensor-parallel)"
+        return off("ranks", reason)
+    if not on_gpus:
+        return ok("ranks", f"gloo: --tensor-parallel may be 2 to {max(2, num_usable_cpus())} on these cores")
+    count = torch.cuda.device_count()
+    if count < 2:
+        return off("ranks", "NCCL, and one GPU: --tensor-parallel needs one for each rank")
+    return ok("ranks", f"NCCL: --tensor-parallel may be 2 to {count}; it has not run on GPUs yet")
 
 
 def _cpu() -> Finding:

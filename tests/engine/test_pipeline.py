@@ -394,7 +394,7 @@ def test_one_failure_cancels_the_others(echo):
     [
         ({"replica_num": 2}, "unknown setting replica_num; known: .*kv_blocks"),
         ({"tensor_parallel": 0}, "tensor_parallel must be >= 1, got 0"),
-        ({"tensor_parallel": 2, "method": "kv"}, "over several ranks nothing is saved yet"),
+        ({"tensor_parallel": 2, "save": "direct"}, "only one rank can save so"),
         ({"model_name_or_path": "b"}, "model is 'a' and model_name_or_path 'b'"),
         ({"method": "magic"}, "method must be one of"),
     ],

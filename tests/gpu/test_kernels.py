@@ -80,7 +80,6 @@ def test_rotating_and_scattering(device, heads, dtype):
     pytest.importorskip("mii_hcache.engine.kernels", reason="this version has no Triton kernels")
     pytest.importorskip("triton", reason="Triton is not installed")
     from mii_hcache.engine.kernels.rope_scatter import make_tables, rope_scatter
-
     from mii_hcache.engine.modules.rope import rotary_tables, rotate
 
     num_heads, kv_heads, head_size = heads

@@ -34,6 +34,15 @@ def test_a_dead_engine_is_noticed(http, client, service):
     assert caught.value.status_code == 503
 
 
+def test_the_ranks_of_a_model_over_several_processes_are_named(http, service):
+    service.rank_states = {0: "ready", 1: "gone"}
+    service.is_alive = False
+    response = http.get("/health")
+    assert response.status_code == 503
+    assert (response.json()["status"], response.json()["ranks"]) == ("failed", {"0": "ready", "1": "gone"})
+    del service.rank_states
+
+
 def test_the_schema_describes_the_bodies(http):
     paths = http.get("/openapi.json").json()["paths"]
     schema = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,11 +12,13 @@ from mii_hcache.engine.parallel.commands import STOP, CommandStream
 from mii_hcache.engine.parallel.followers import Followers
 from mii_hcache.engine.ragged_engine import HCacheEngine, SequenceBlocks
 from mii_hcache.errors import HCacheError, RankLostError
+from mii_hcache.runtime.ports import EngineAdapter
+from mii_hcache.runtime.streams import Stream
 
 
 class ParallelBlocks(SequenceBlocks):
-    """The blocks of one sequence on every rank. What only rank 0 could do is refused: the others' blocks would hold
-    nothing."""
+    """The blocks of one sequence on every rank. Rows are each rank's own to bring (`ParallelEngine.own`): written here
+    they would leave the others' blocks empty, so that is refused."""
 
     _engine: ParallelEngine
 
@@ -31,16 +33,34 @@ class ParallelBlocks(SequenceBlocks):
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         raise HCacheError("rows of one rank cannot be projected alone")
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
         raise HCacheError("K and V of one rank cannot be written alone")
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
+        raise HCacheError("K and V of one rank cannot be read alone")
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
         raise HCacheError("K and V of one rank cannot be read alone")
 
     def commit(self, num_tokens: int) -> None:
         self._check_commit()
         with self._engine.telling("commit", self.uid, num_tokens):
             super().commit(num_tokens)
+
+
+class OwnRank:
+    """Rank 0's share alone (`runtime.ports.EngineAdapter`): its targets reach no other rank. All else is the
+    engine's."""
+
+    def __init__(self, engine: ParallelEngine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def target(self, uid: int) -> SequenceBlocks:
+        """See `EngineAdapter.target`."""
+        return SequenceBlocks(self._engine, uid)
 
 
 class ParallelEngine(HCacheEngine):
@@ -108,8 +128,16 @@ class ParallelEngine(HCacheEngine):
         return self._model.joined_logits(output, rows)  # type: ignore[no-any-return]
 
     @property
+    def rank_states(self) -> dict[int, str]:
+        return self.followers.states()
+
+    @property
     def lost(self) -> RankLostError | None:
         return self.followers.error
+
+    @property
+    def own(self) -> EngineAdapter:
+        return OwnRank(self)
 
     def close(self) -> None:
         """Let the other ranks end; returns when they are gone. Idempotent."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # imports take seconds: first of all this process must be abl
 
     from mii_hcache.engine.parallel.group import RankGroup
     from mii_hcache.engine.ragged_engine import HCacheEngine
+    from mii_hcache.runtime.following import FollowingState
 
 BEAT_S = 1.0
 EXIT_FAILED = 1
@@ -75,6 +76,8 @@ class Follower:
         self.group = group
         self.io = io
         """The other end of `Followers.io_links`: for a thread of its own."""
+        self.state: FollowingState | None = None
+        """This rank's share of saved state (`parallel.state`)."""
         self.at_end: list[Callable[[], None]] = []
         """Called, last one first, when rank 0 says that it is over."""
         self._output: torch.Tensor | None = None
@@ -123,6 +126,7 @@ def _run(rank: int, size: int, commands: Connection, io: Connection, life: Life)
 
     from mii_hcache.engine import compat
     from mii_hcache.engine.parallel import commands as stream
+    from mii_hcache.engine.parallel import state  # noqa: F401 its commands are registered
     from mii_hcache.engine.parallel.group import RankGroup
     from mii_hcache.engine.parallel.opening import device_of, share_threads
     from mii_hcache.engine.ragged_engine import build_engine

@@ -260,8 +260,7 @@ class Followers:
         self._has_ended = True
         if self._watcher is not threading.current_thread() and self._watcher.is_alive():
             self._watcher.join(5 * _LOOK_S)
-        for member in self._members:
-            member.io.close()
+        for member in self._members:  # who reads the io line hears its end, and then lets go of it
             member.life.close()
         shutil.rmtree(self.meeting, ignore_errors=True)
 

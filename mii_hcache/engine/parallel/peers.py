@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 
 from mii_hcache.engine.parallel.engine import ParallelEngine
-from mii_hcache.errors import RankLostError
+from mii_hcache.runtime.parts import Reply
+from mii_hcache.runtime.peers import PeerLostError
 
 _log = logging.getLogger(__name__)
 
-Reply = Callable[[object], None]
 Answer = Callable[[object, Reply], None]
 """`answer(question, reply)` on a follower: calls `reply` once, on any thread, and does not block for long."""
 
@@ -43,7 +43,7 @@ class RankPeers:
         self._engine.tell(ORDER, order)
 
     def ask(self, rank: int, question: object) -> Future[object]:
-        """A follower's answer, RankLostError in its place when the follower is gone. Questions come to a follower in
+        """A follower's answer, PeerLostError in its place when the follower is gone. Questions come to a follower in
         the order in which they were asked."""
         return self._lines[rank - 1].ask(question)
 
@@ -92,8 +92,8 @@ class _Line:
         for answer in unanswered.values():
             answer.set_exception(self._error())
 
-    def _error(self) -> RankLostError:
-        return RankLostError(f"rank {self._rank} is gone, and with it what it was asked for")
+    def _error(self) -> PeerLostError:
+        return PeerLostError(f"rank {self._rank} is gone, and with it what it was asked for")
 
 
 def start_answering(link: Connection, answer: Answer) -> None:

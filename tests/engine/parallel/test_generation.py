@@ -3,7 +3,9 @@ ranks agree on every block to the end."""
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 from typing import Any
 
 import pytest
@@ -103,6 +105,22 @@ def test_ranks_that_disagree_stop_at_once(tiny_model):
                 engine.put([1], token_tensors([[6]]))
         with pytest.raises(RankLostError, match="holds other blocks"):
             engine.evict(1)
+
+
+@pytest.mark.timeout(120)
+def test_the_death_of_a_rank_is_noticed_by_who_does_nothing(tiny_model):
+    told: queue.SimpleQueue[RankLostError] = queue.SimpleQueue()
+    with parallel_engine(tiny_model("llama"), 2, num_blocks=20, on_lost=told.put) as engine:
+        client = open_client(engine, method="recompute")
+        assert client.service.rank_states == {0: "ready", 1: "ready"}
+        os.kill(engine.followers.pids[0], signal.SIGKILL)
+        error = told.get(timeout=5)
+        assert "rank 1 of 2" in str(error) and "was killed by SIGKILL" in str(error)
+        client.service.lose(error)  # who opened the engine passes it on
+        assert not client.service.is_alive and client.service.rank_states[1] == "gone"
+        with pytest.raises(HCacheError, match="was killed by SIGKILL"):
+            client.send([3, 4, 5], 4)
+        client.service.close()
 
 
 @pytest.mark.timeout(120)

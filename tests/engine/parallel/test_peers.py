@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mii_hcache.engine.parallel.peers import RankPeers, Reply, start_answering
-from mii_hcache.errors import RankLostError
+from mii_hcache.engine.parallel.peers import RankPeers, start_answering
+from mii_hcache.runtime.parts import Reply
+from mii_hcache.runtime.peers import PeerLostError
 
 
 def _peers(num_others: int) -> tuple[RankPeers, list]:
@@ -73,5 +74,5 @@ def test_who_is_gone_answers_nothing_more():
     assert not before.done()
     link.close()
     for answer in (before, peers.ask(1, "and now?")):
-        with pytest.raises(RankLostError, match="rank 1 is gone"):
+        with pytest.raises(PeerLostError, match="rank 1 is gone"):
             answer.result(10)
