@@ -64,6 +64,27 @@ class Waits:
         self.waited.append(event)
 
 
+@given(steps=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6), st.booleans()), min_size=1, max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_whatever_lay_there_was_sent_before_it_is_written_again(steps):
+    """To the byte: every part that was sent is compared with every one that is taken later."""
+    streams = Waits()
+    stage = Stage(streams=streams, device=CPU, num_bytes=100 * 40 * 7 + 512)
+    sent: list[tuple[int, int, object]] = []
+    for num_rows, num_layers, is_failing in steps:
+        parts = stage.take_rows(num_layers, 100 * num_rows)
+        spans = [(part.memory.data_ptr(), part.memory.data_ptr() + part.memory.numel()) for part in parts]
+        if len(spans) == 2:
+            assert spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0], "a step's own parts lie over each other"
+        last = max((idx for idx, (_, _, event) in enumerate(sent) if event in streams.waited), default=-1)
+        for start, stop in spans:
+            over = [idx for idx, (first, end, _) in enumerate(sent) if first < stop and start < end]
+            assert max(over, default=-1) <= last, "overwritten while it is sent"
+        if not is_failing:
+            event = stage.send([(torch.empty_like(part.memory), part) for part in parts])
+            sent += [(start, stop, event) for start, stop in spans]
+
+
 GEOMETRY = geometry_of(num_layers=6, hidden_size=64, dtype="bfloat16")
 PLANS = {
     "hidden": uniform_storage(GEOMETRY, ChunkKind.HIDDEN),
