@@ -8,6 +8,8 @@ and restoring, the same bits; a token's row of it is as large as a head.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -99,8 +101,9 @@ def rope_scatter_kernel(
         tl.store(target[:, None] + KV_HEADS * HEAD + whole[None, :], value, mask=is_whole)
 
 
+@cache
 def constants(*, query_heads: int, kv_heads: int, head_size: int, rotary_dim: int, has_norm: bool) -> dict[str, int]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; shared, not to be changed."""
     return {
         "QUERY_HEADS": query_heads,
         "KV_HEADS": kv_heads,
