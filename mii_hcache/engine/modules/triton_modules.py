@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 
 from mii_hcache.engine.kernels.gate import silu_mul
+from mii_hcache.engine.kernels.head_norm import norm_heads
 from mii_hcache.engine.kernels.norm import add_norm
 from mii_hcache.engine.kernels.paged_attention import attend_tiles
 from mii_hcache.engine.kernels.rope_scatter import make_tables, rope_scatter
@@ -55,6 +56,14 @@ class TritonAttention(PagedAttention):
     def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
         self._rotary = None if inv_freq is None else make_tables(inv_freq, num_positions)
         self._windows = list(dict.fromkeys(windows))
+
+    @staticmethod
+    def norm_heads(
+        qkv: torch.Tensor, q_gamma: torch.Tensor, k_gamma: torch.Tensor, num_kv_heads: int, eps: float
+    ) -> torch.Tensor:
+        """In place."""
+        norm_heads(qkv, q_gamma, k_gamma, kv_heads=num_kv_heads, eps=eps)
+        return qkv
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile what only long histories need: a merge of nothing, for each kind of tile."""
