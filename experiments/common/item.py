@@ -99,8 +99,9 @@ class Item:
 
     @property
     def key(self) -> str:
-        """`fig11` of `fig11_sensitivity`."""
-        return self.folder.split("_")[0]
+        """`fig11` of `fig11_sensitivity`; pages beyond the paper go by their whole name."""
+        head = self.folder.split("_")[0]
+        return head if head.startswith(("fig", "tab")) else self.folder
 
     @property
     def is_beyond(self) -> bool:

@@ -56,6 +56,8 @@ ITEM = Item(
         Panel(key="e", title="error of scores over a context", x_label="tokens", y_label="of their size", log_y=True),
         Panel(key="f", title="a key's score with the query it matches", x_label="position", y_label="of the true one"),
         Panel(key="g", title="logits of a tiny random model", x_label="tokens", y_label="of their size", log_y=True),
+        Panel(key="next tokens", title="its next tokens", x_label="tokens", y_label="share that is the same"),
+        Panel(key="greedy", title="its greedy tokens up to the first that differs", x_label="tokens", y_label="tokens"),
     ),
     why="A trained model may bear more or less of this than a random one. Which GPU instructions stand for sine, "
     "cosine and power under `--use_fast_math` is modelled (argument in turns, rounded to float32), not measured.",

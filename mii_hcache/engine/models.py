@@ -27,13 +27,9 @@ from deepspeed.inference.v2.modules.configs import (
 )
 
 from mii_hcache.core.geometry import ModelGeometry
-<<<<<<< HEAD
-from mii_hcache.engine.modules.norm import rms_norm
+from mii_hcache.engine.modules.norm import norm_heads
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.shards import gather_vocab, shard_attn_out
-=======
-from mii_hcache.engine.modules.norm import norm_heads
->>>>>>> kernels
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
 
 _DTYPES = {torch.float32: DtypeEnum.fp32, torch.bfloat16: DtypeEnum.bf16, torch.float16: DtypeEnum.fp16}

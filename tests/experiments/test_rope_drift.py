@@ -126,7 +126,7 @@ def test_agreement_counts_up_to_the_first_difference():
 def test_smoke(tmp_path):
     options = [] if find_spec("matplotlib") else ["--no-plots"]
     assert runner.main([*options, "--out", str(tmp_path), "rope_drift"]) == 0
-    rows = read_rows(tmp_path / "rope.jsonl")
+    rows = read_rows(tmp_path / "rope_drift.jsonl")
     assert {row.how for row in rows} == {"simulated"}
     assert {row.panel for row in rows} == {*"abcdefg", "next tokens", "greedy"}
     assert all("never run on a GPU" in row.note for row in rows)

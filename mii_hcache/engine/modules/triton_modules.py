@@ -150,13 +150,8 @@ class TritonAttention(PagedAttention):
     ) -> torch.Tensor:
         plan = self.plan
         assert plan is not None
-<<<<<<< HEAD
-        num_heads, num_kv_heads, head_size = self._config.n_heads_q, self._config.n_heads_kv, self._config.head_size
-        self.rope_scatter(qkv, kv_cache, plan.positions, plan.slots, self._rotary, query_heads=num_heads)
-=======
         num_heads, head_size = self._config.n_heads_q, self._config.head_size
-        rope_scatter(qkv, kv_cache, plan.positions, plan.slots, self._rotary, query_heads=num_heads)
->>>>>>> kernels
+        self.rope_scatter(qkv, kv_cache, plan.positions, plan.slots, self._rotary, query_heads=num_heads)
         out = qkv.new_empty(qkv.shape[0], num_heads * head_size)
         if query_positions is not None:
             q, attended = (
