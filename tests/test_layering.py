@@ -96,6 +96,16 @@ def test_imports_point_down():
     assert not found, "\n" + "\n".join(found)
 
 
+def test_gpu_kernels_know_no_host():
+    """What computes on the GPU needs torch and Triton only: it could serve another engine."""
+    tops = set()
+    for path, module, is_package in modules():
+        if module.startswith("mii_hcache.engine.kernels"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tops |= {name.split(".")[0] for _, name in imported_names(tree, module, is_package=is_package)}
+    assert tops - sys.stdlib_module_names == {"mii_hcache", "numpy", "torch", "triton"}
+
+
 def test_files_stay_readable():
     sizes = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())

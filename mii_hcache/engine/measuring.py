@@ -33,7 +33,8 @@ _UID = 0
 
 def machine_of(engine: HCacheEngine) -> str:
     """What the costs depend on, besides the model."""
-    return f"{device_name(engine.device)}, {num_usable_cpus()} cores"
+    kernels = "" if engine.device.type == "cpu" else f", {engine.kernels} kernels"
+    return f"{device_name(engine.device)}, {num_usable_cpus()} cores{kernels}"
 
 
 def can_measure(engine: HCacheEngine) -> bool:

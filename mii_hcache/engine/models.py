@@ -27,7 +27,7 @@ from deepspeed.inference.v2.modules.configs import (
 )
 
 from mii_hcache.core.geometry import ModelGeometry
-from mii_hcache.engine.modules.norm import rms_norm
+from mii_hcache.engine.modules.norm import norm_heads
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
 
 _DTYPES = {torch.float32: DtypeEnum.fp32, torch.bfloat16: DtypeEnum.bf16, torch.float16: DtypeEnum.fp16}
@@ -190,18 +190,15 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         """`[num_tokens]` ids and absolute positions to the residual stream that enters layer 0."""
         return self.embed.embed(token_ids, positions, self.word_emb, self.word_emb_pos)  # type: ignore[no-any-return]
 
-    def _norm_heads(self, heads: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        """Norm over each head: `[num_tokens, num_heads * head_size]`."""
-        return rms_norm(heads.unflatten(-1, (-1, self.head_size)), gamma, self.norm_eps).flatten(-2)
-
     def project_qkv(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """QKV of one layer before rotation: `[num_tokens, (num_heads + 2 * num_kv_heads) * head_size]`."""
         qkv = F.linear(hidden, layer.qkv_w, layer.qkv_b)
         if layer.q_norm_gamma is None or layer.k_norm_gamma is None:
             return qkv
-        num_q, num_kv = self.n_heads_q_local * self.head_size, self.n_heads_kv_local * self.head_size
-        q, k, v = qkv.split([num_q, num_kv, num_kv], dim=-1)
-        return torch.cat([self._norm_heads(q, layer.q_norm_gamma), self._norm_heads(k, layer.k_norm_gamma), v], dim=-1)
+        norm = getattr(self.attn, "norm_heads", norm_heads)  # a kernel of its own, where the modules have one
+        return norm(  # type: ignore[no-any-return]
+            qkv, layer.q_norm_gamma, layer.k_norm_gamma, self.n_heads_kv_local, self.norm_eps
+        )
 
     def feed_forward(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """What a layer's second half adds to the residual stream."""

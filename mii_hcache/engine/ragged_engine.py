@@ -199,6 +199,16 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         self.allocator.on_free = poison
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
 
+    def warm_up(self) -> None:
+        """Have everything compiled now that Triton compiles at first use (seconds for each kernel), and not under the
+        first requests: a step of one token and one of many, forgotten at once. The engine holds no sequence yet."""
+        self._model.attn.warm_up(self.kv_cache(0))
+        for num_tokens in (1, min(64, self.max_batch_tokens, self.max_context_tokens)):
+            try:
+                self.put([0], token_tensors([[0] * num_tokens]))
+            finally:
+                self.evict(0)
+
     def target(self, uid: int) -> SequenceBlocks:
         """The sequence's blocks as they are now."""
         return SequenceBlocks(self, uid)
@@ -310,9 +320,12 @@ def build_engine(
         }
     )
     try:
-        return HCacheEngine(policy, engine_config, kernels)
+        engine = HCacheEngine(policy, engine_config, kernels)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
+    if kernels == "triton" and device_type == "cuda":
+        engine.warm_up()
+    return engine
 
 
 def _pick_dtype(name: str, configured: Any) -> torch.dtype:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mii_hcache.engine import modules
+from mii_hcache.engine import compat, modules
 from mii_hcache.engine.modules.batch_plan import make_plan
 from mii_hcache.engine.modules.upload import ALIGNMENT, RING, StepUpload
 from mii_hcache.errors import ConfigError
@@ -112,3 +114,35 @@ def test_a_plan_says_where_every_row_is():
             assert plan.positions[first + row] == position
             assert plan.slots[first + row] == int(table[position // 16]) * 16 + position % 16
     assert torch.equal(plan.token_ids, token_ids) and plan.extra[0].item() == 7
+
+
+class Watched(Event):
+    """Says what it sees when it is waited for."""
+
+    is_done = False
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.synchronize = look  # type: ignore[method-assign]
+
+    def synchronize(self) -> None:
+        raise NotImplementedError
+
+
+def test_the_hosts_pinned_buffers_are_written_again_only_once_their_copies_are_over():
+    compat.install()
+    from deepspeed.inference.v2.ragged.manager_configs import DSStateManagerConfig
+
+    from mii_hcache.engine.ragged_batch import StepBatch
+
+    streams, seen = HostStreams(), []
+    batch = StepBatch(DSStateManagerConfig(), streams, for_stock=True)
+    look = lambda: seen.append(batch.input_ids(on_device=False)[:3].tolist())  # noqa: E731
+    streams.main.record = lambda: Watched(look)  # type: ignore[method-assign]
+    sequence = SimpleNamespace(seen_tokens=5, kv_blocks_ptr=64)
+    for token_ids in ([1, 2, 3], [4, 5, 6]):
+        batch.clear()
+        batch.insert_sequence(sequence, torch.tensor(token_ids), do_checks=False)
+        batch.finalize()
+        assert batch.descriptors == [(0, 3, 5)] and batch.table_pointers == [64]
+        assert batch.token_ids.tolist() == batch.input_ids().tolist() == token_ids
+    assert seen == [[1, 2, 3]]

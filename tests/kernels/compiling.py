@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mii_hcache.engine.kernels import gate, norm, paged_attention, rope_scatter, split_merge
+from mii_hcache.engine.kernels import gate, head_norm, norm, paged_attention, rope_scatter, split_merge
 from mii_hcache.engine.kernels.work import tile_shapes
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -41,7 +41,7 @@ POINTERS = {
     "sin": "*fp32",
 }
 SCALARS = {"eps": "fp32", "scale": "fp32", "softcap": "fp32"}
-TENSORS = {"rows", "cache", "out", "gamma", "beta", "residual", "hidden", "product"}
+TENSORS = {"rows", "cache", "out", "gamma", "q_gamma", "k_gamma", "beta", "residual", "hidden", "product"}
 """In the model's dtype. What is left are 32-bit integers."""
 _ASYNC_COPY = r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)"
 
@@ -96,6 +96,12 @@ def small_cases() -> Iterator[Case]:
             constants={"COLUMNS": 8192, "HAS_HIDDEN": True, "IS_RMS": is_rms},
             num_warps=norm.num_warps_for(8192),
         )
+    yield Case(
+        name="head_norm",
+        kernel=head_norm.head_norm_kernel,
+        constants=head_norm.constants(query_heads=32, head_size=128),
+        num_warps=head_norm.NUM_WARPS,
+    )
     yield Case(
         name="silu_mul",
         kernel=gate.silu_mul_kernel,

@@ -10,8 +10,8 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """The GPU where there is one; else Triton's interpreter computes on the CPU (`tests/conftest.py`)."""
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
-"""bfloat16 is left to GPUs: the interpreter truncates where a GPU rounds."""
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""bfloat16 is left to GPUs: the interpreter truncates where they round, and multiplies matrices of its bits."""
 
 
 @dataclass(kw_only=True)

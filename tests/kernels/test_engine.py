@@ -126,6 +126,12 @@ def test_computed_and_restored_rows_are_the_same(small_model):
         torch.testing.assert_close(rows[0], rows[1], atol=1e-5, rtol=1e-5)
 
 
+def test_warming_up_leaves_nothing_behind(small_model):
+    engine = _engine(small_model("llama-gqa"))
+    engine.warm_up()
+    assert (engine.num_free_blocks, engine.num_tracked) == (engine.num_blocks, 0)
+
+
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
     import triton
 

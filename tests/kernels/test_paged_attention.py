@@ -106,6 +106,12 @@ def test_head_sizes(head_size):
     _check([(0, 33), (64, 1), (30, 40)], heads=(2, 1), head_size=head_size, block_size=16, dtype=torch.float16)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="Triton's interpreter cannot multiply bfloat16")
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_bfloat16(heads):
+    _check(RAGGED, heads=heads, head_size=128, block_size=64, dtype=torch.bfloat16, num_programs=MANY_PROGRAMS)
+
+
 @pytest.mark.parametrize("num_programs", [FEW_PROGRAMS, MANY_PROGRAMS])
 def test_long_histories_whole_and_split(num_programs):
     lengths = [(2046, 1), (1500, 40), (10, 1)]

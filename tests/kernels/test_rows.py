@@ -9,7 +9,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'mii-hcache[test]')")
 
 from mii_hcache.engine.kernels.gate import silu_mul
+from mii_hcache.engine.kernels.head_norm import norm_heads
 from mii_hcache.engine.kernels.norm import add_norm
+from mii_hcache.engine.modules.norm import norm_heads as torch_norm_heads
 from mii_hcache.engine.modules.norm import rms_norm
 from tests.kernels.kernel_kit import DEVICE
 
@@ -58,6 +60,20 @@ def test_rows_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError):
             add_norm(x, hidden, weight, None, out, eps=1e-5, is_rms=is_rms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "head_size"), [((4, 2), 64), ((3, 1), 80)])
+def test_norm_heads(heads, head_size, dtype):
+    num_heads, kv_heads = heads
+    rows = _rows(19, (num_heads + 2 * kv_heads) * head_size, dtype=dtype, scale=3.0)
+    q_gamma, k_gamma = _rows(head_size, dtype=dtype), 1 + _rows(head_size, dtype=dtype)
+    expected = torch_norm_heads(rows, q_gamma, k_gamma, kv_heads, 1e-5)
+    norm_heads(rows, q_gamma, k_gamma, kv_heads=kv_heads, eps=1e-5)
+    _assert_nearly(rows, expected)
+    assert torch.equal(rows[:, -kv_heads * head_size :], expected[:, -kv_heads * head_size :])
+    with pytest.raises(ValueError, match="whole heads"):
+        norm_heads(rows[:, 1:], q_gamma, k_gamma, kv_heads=kv_heads, eps=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -6,6 +6,8 @@ queries share what is read. It goes over its keys with an online softmax in base
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -162,6 +164,7 @@ def paged_attention_kernel(
         tl.store(log_sums + partial_row, best + tl.log2(weight_sum), mask=is_row)
 
 
+@cache
 def constants(
     shape: TileShape,
     *,
@@ -173,7 +176,7 @@ def constants(
     has_window: bool = False,
     has_softcap: bool = False,
 ) -> dict[str, object]:
-    """What the kernel is compiled for. float32 is multiplied as such: TF32 keeps ten bits."""
+    """What the kernel is compiled for; shared, not to be changed. float32 is multiplied as such: TF32 has ten bits."""
     return {
         "KV_HEADS": kv_heads,
         "GROUP": group,

@@ -8,10 +8,13 @@ and restoring, the same bits; a token's row of it is as large as a head.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
+from mii_hcache.engine.kernels.head_norm import rms_factor, scaled
 from mii_hcache.engine.modules.rope import rotary_tables
 
 TOKENS = 16
@@ -27,7 +30,7 @@ def make_tables(inv_freq: torch.Tensor, num_positions: int) -> tuple[torch.Tenso
     return tuple(table[:, 0, :half].contiguous().to(inv_freq.device) for table in (cos, sin))  # type: ignore[return-value]
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_scatter_kernel(
     rows,  # [num_tokens, row_stride]: heads of q, of k, of v
     row_stride,
@@ -55,13 +58,13 @@ def rope_scatter_kernel(
     row = rows + token.to(tl.int64) * row_stride + head * HEAD
     slot = tl.load(slots + token, mask=is_token, other=0)
     target = cache + slot * (2 * KV_HEADS * HEAD) + (head - QUERY_HEADS) * HEAD
-    dtype = rows.dtype.element_ty
+    dtype: tl.constexpr = rows.dtype.element_ty
 
     whole = tl.arange(0, HEAD_PAD)
     is_whole = is_token[:, None] & (whole < HEAD)[None, :]
-    if HAS_NORM:  # the model's keys only: queries of a step are normed with its projection
+    if HAS_NORM:  # restored keys only: a step's heads are normed before (`head_norm`)
         wide = tl.load(row[:, None] + whole[None, :], mask=is_whole, other=0.0).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD + eps)
+        factor = rms_factor(wide, eps, HEAD)
 
     if ROTARY > 0:
         half: tl.constexpr = ROTARY // 2
@@ -70,10 +73,10 @@ def rope_scatter_kernel(
         first = tl.load(row[:, None] + at[None, :], mask=is_half, other=0.0).to(tl.float32)
         second = tl.load(row[:, None] + half + at[None, :], mask=is_half, other=0.0).to(tl.float32)
         if HAS_NORM:
-            first_gamma = tl.load(gamma + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
-            second_gamma = tl.load(gamma + half + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
-            first = ((first * factor[:, None]).to(dtype).to(tl.float32) * first_gamma).to(dtype).to(tl.float32)
-            second = ((second * factor[:, None]).to(dtype).to(tl.float32) * second_gamma).to(dtype).to(tl.float32)
+            first_gamma = tl.load(gamma + at, mask=at < half, other=0.0).to(tl.float32)
+            second_gamma = tl.load(gamma + half + at, mask=at < half, other=0.0).to(tl.float32)
+            first = scaled(first, factor, first_gamma, dtype).to(tl.float32)
+            second = scaled(second, factor, second_gamma, dtype).to(tl.float32)
         position = tl.load(positions + token, mask=is_token, other=0)
         angle = position[:, None] * half + at[None, :]
         c = tl.load(cos + angle, mask=is_half, other=0.0)
@@ -92,15 +95,16 @@ def rope_scatter_kernel(
             is_rest = is_whole & (whole >= ROTARY)[None, :]
             rest = tl.load(row[:, None] + whole[None, :], mask=is_rest, other=0.0)
             if HAS_NORM:
-                rest_gamma = tl.load(gamma + whole, mask=whole < HEAD, other=0.0).to(tl.float32)[None, :]
-                rest = ((rest.to(tl.float32) * factor[:, None]).to(dtype).to(tl.float32) * rest_gamma).to(dtype)
+                rest_gamma = tl.load(gamma + whole, mask=whole < HEAD, other=0.0).to(tl.float32)
+                rest = scaled(rest.to(tl.float32), factor, rest_gamma, dtype)
             tl.store(target[:, None] + whole[None, :], rest, mask=is_rest)
         value = tl.load(row[:, None] + KV_HEADS * HEAD + whole[None, :], mask=is_whole, other=0.0)
         tl.store(target[:, None] + KV_HEADS * HEAD + whole[None, :], value, mask=is_whole)
 
 
+@cache
 def constants(*, query_heads: int, kv_heads: int, head_size: int, rotary_dim: int, has_norm: bool) -> dict[str, int]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; shared, not to be changed."""
     return {
         "QUERY_HEADS": query_heads,
         "KV_HEADS": kv_heads,
@@ -140,7 +144,7 @@ def rope_scatter(
     if positions.shape != (num_tokens,) or slots.shape != (num_tokens,) or slots.dtype != torch.int64:
         raise ValueError(f"positions {tuple(positions.shape)}, slots {tuple(slots.shape)} of {num_tokens} tokens")
     if k_gamma is not None and query_heads:
-        raise ValueError("the norm over heads is for restored keys: a step's are normed with its projection")
+        raise ValueError("the norm over heads is for restored keys: a step's are normed before, by `norm_heads`")
     if num_tokens == 0:
         return
     cos, sin = tables if tables is not None else (rows, rows)

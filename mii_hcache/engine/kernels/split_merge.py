@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -54,8 +56,9 @@ def split_merge_kernel(
     tl.store(target, total.to(out.dtype.element_ty), mask=is_element)
 
 
+@cache
 def constants(*, kv_heads: int, group: int, head_size: int, rows: int) -> dict[str, int]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; shared, not to be changed."""
     return {
         "KV_HEADS": kv_heads,
         "GROUP": group,

@@ -18,6 +18,10 @@ needed, and nothing of the module's is written but the blocks: it may run on ano
     attn.prepare(inv_freq, num_positions, windows)
 
 comes once, before all else: the model's frequencies, how many positions there are, the windows of its layers.
+
+    attn.norm_heads(qkv, q_gamma, k_gamma, num_kv_heads, eps)
+
+is there where a set of modules has something faster than `norm.norm_heads`, with the same arithmetic.
 """
 
 from __future__ import annotations

@@ -19,6 +19,17 @@ def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
     return gamma * wide.to(x.dtype)
 
 
+def norm_heads(
+    qkv: torch.Tensor, q_gamma: torch.Tensor, k_gamma: torch.Tensor, num_kv_heads: int, eps: float
+) -> torch.Tensor:
+    """RMSNorm over each query and each key head: `[num_tokens, (num_heads + 2 * num_kv_heads) * head_size]`, as given.
+    q_gamma, k_gamma: `[head_size]`. `qkv` may be overwritten."""
+    head_size = q_gamma.shape[0]
+    heads = qkv.unflatten(-1, (-1, head_size))
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    return torch.cat([rms_norm(q, q_gamma, eps), rms_norm(k, k_gamma, eps), v], dim=1).flatten(1)
+
+
 class _PreNorm(DSPreNormBase):  # type: ignore[misc]
     """`residual += hidden_states; return residual, norm(residual)`.
 

@@ -6,6 +6,7 @@ to the bit where nothing is summed; so state saved under either may be restored 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 import triton
 
 from mii_hcache.engine.kernels.gate import silu_mul
+from mii_hcache.engine.kernels.head_norm import norm_heads
 from mii_hcache.engine.kernels.norm import add_norm
 from mii_hcache.engine.kernels.paged_attention import attend_tiles
 from mii_hcache.engine.kernels.rope_scatter import make_tables, rope_scatter
 from mii_hcache.engine.kernels.split_merge import merge_splits
-from mii_hcache.engine.kernels.work import Work, plan_work, tile_shapes
+from mii_hcache.engine.kernels.work import MERGE_FIELDS, Work, plan_work, tile_shapes
 from mii_hcache.engine.modules.attend import attend_gathered
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import make_plan
@@ -47,13 +49,32 @@ class TritonAttention(PagedAttention):
         self._windows: list[int | None] = [None]
         self._work: dict[int | None, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         """By window: items and merges on the device, of narrow and wide tiles."""
-        self._partials: list[torch.Tensor] = []
+        self._room: list[torch.Tensor] = []
+        self._partials: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Partial results and their log-sums, of narrow and wide tiles: views of `_room`."""
 
     rope_scatter = staticmethod(rope_scatter)
 
     def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
         self._rotary = None if inv_freq is None else make_tables(inv_freq, num_positions)
         self._windows = list(dict.fromkeys(windows))
+
+    @staticmethod
+    def norm_heads(
+        qkv: torch.Tensor, q_gamma: torch.Tensor, k_gamma: torch.Tensor, num_kv_heads: int, eps: float
+    ) -> torch.Tensor:
+        """In place."""
+        norm_heads(qkv, q_gamma, k_gamma, kv_heads=num_kv_heads, eps=eps)
+        return qkv
+
+    def warm_up(self, kv_cache: torch.Tensor) -> None:
+        """Compile what only long histories need: a merge of nothing, for each kind of tile."""
+        num_kv_heads, head_size = kv_cache.shape[-2:]
+        out = kv_cache.new_empty(1, num_kv_heads * self._group * head_size)
+        merges = torch.zeros(1, MERGE_FIELDS, dtype=torch.int32, device=kv_cache.device)
+        for shape in self._shapes:
+            partials = torch.zeros(1, num_kv_heads, shape.rows, head_size, device=kv_cache.device)
+            merge_splits(merges, partials, partials[..., 0].contiguous(), out, group=self._group)
 
     def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
         assert block_tables is not None
@@ -92,12 +113,17 @@ class TritonAttention(PagedAttention):
 
     def _make_partials(self, nums: list[int], device: torch.device) -> None:
         """Room for partial results, grown in powers of two. Every layer uses it, in stream order."""
-        if not self._partials:
-            self._partials = [torch.empty(0, device=device) for _ in self._shapes]
+        if not self._room:
+            self._room = [torch.empty(0, device=device) for _ in self._shapes]
+        self._partials = []
         for idx, (num, shape) in enumerate(zip(nums, self._shapes, strict=True)):
-            floats = num * self._config.n_heads_kv * shape.rows * (self._config.head_size + 1)
-            if self._partials[idx].numel() < floats:
-                self._partials[idx] = torch.empty(1 << (floats - 1).bit_length(), device=device)
+            sizes = (num, self._config.n_heads_kv, shape.rows)
+            num_sums = math.prod(sizes)
+            num_floats = num_sums * (self._config.head_size + 1)
+            if self._room[idx].numel() < num_floats:
+                self._room[idx] = torch.empty(1 << (num_floats - 1).bit_length(), device=device)
+            sums, partials = self._room[idx][:num_floats].split([num_sums, num_floats - num_sums])
+            self._partials.append((partials.view(*sizes, self._config.head_size), sums.view(sizes)))
 
     def place(
         self,
@@ -124,7 +150,7 @@ class TritonAttention(PagedAttention):
     ) -> torch.Tensor:
         plan = self.plan
         assert plan is not None
-        num_heads, num_kv_heads, head_size = self._config.n_heads_q, self._config.n_heads_kv, self._config.head_size
+        num_heads, head_size = self._config.n_heads_q, self._config.head_size
         self.rope_scatter(qkv, kv_cache, plan.positions, plan.slots, self._rotary, query_heads=num_heads)
         out = qkv.new_empty(qkv.shape[0], num_heads * head_size)
         if query_positions is not None:
@@ -137,11 +163,9 @@ class TritonAttention(PagedAttention):
                     q[own], kv_cache, sequence, query_positions[own], scale, softcap, window
                 )
             return out
-        for (items, merges), shape, room in zip(self._work[window], self._shapes, self._partials, strict=True):
-            num_partials = room.numel() // (num_kv_heads * shape.rows * (head_size + 1))
-            num_sums = num_partials * num_kv_heads * shape.rows
-            partials = room[: num_sums * head_size].view(num_partials, num_kv_heads, shape.rows, head_size)
-            log_sums = room[num_sums * head_size : num_sums * (head_size + 1)].view(partials.shape[:3])
+        for (items, merges), shape, (partials, log_sums) in zip(
+            self._work[window], self._shapes, self._partials, strict=True
+        ):
             attend_tiles(
                 qkv,
                 kv_cache,
