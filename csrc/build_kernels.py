@@ -19,10 +19,11 @@ GPUS = ["80", "89", "90", "100"]
 FLAGS = ["-std=c++17", "-O3"]
 
 
-def find_nvcc() -> str | None:
+def find_tool(name: str) -> str | None:
+    """One of CUDA's programs."""
     pips = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
     folders = ["/usr/local/cuda/bin", *map(str, reversed(pips))]
-    return shutil.which("nvcc") or next(filter(None, (shutil.which("nvcc", path=one) for one in folders)), None)
+    return shutil.which(name) or next(filter(None, (shutil.which(name, path=one) for one in folders)), None)
 
 
 def known_gpus(nvcc: str) -> list[str]:
@@ -33,7 +34,7 @@ def known_gpus(nvcc: str) -> list[str]:
 
 def build(target: Path) -> str | None:
     """Make `target`. Returns None, else why it is not there."""
-    nvcc = find_nvcc()
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         return "there is no nvcc"
     gpus = known_gpus(nvcc)

@@ -27,9 +27,12 @@ class GpuCopies:
     full (about a thousand copies or batches of them)."""
 
     def __init__(self, device: torch.device) -> None:
-        """Takes the GPU's primary context, which is torch's. Raises OSError. Only where `why_no_gpu` is None."""
+        """`device`: with its index. Takes the GPU's primary context, which is torch's. Raises OSError. Only where
+        `why_no_gpu` is None."""
+        if device.index is None:
+            raise ValueError(f"which GPU is {device}?")
         self.device = device
-        self._gpu: _io.Gpu = new_gpu(device.index or 0)
+        self._gpu: _io.Gpu = new_gpu(device.index)
 
     @property
     def how(self) -> str:
@@ -78,6 +81,8 @@ def open_gpu_copies(device: torch.device) -> GpuCopies | None:
     """Copies to `device`; None where it is no GPU, or where the native engine cannot reach it, which the log tells."""
     if device.type != "cuda":
         return None
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     why_not = why_no_gpu()
     if why_not is None:
         try:

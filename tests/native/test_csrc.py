@@ -32,6 +32,7 @@ def test_the_engine_in_cpp(sanitizer, tmp_path):
         "make",
         "-C",
         str(ROOT / "csrc"),
+        "-j2",
         "test",
         f"SANITIZE={sanitizer}",
         f"BUILD={build}",

@@ -116,3 +116,6 @@ def test_where_there_is_one_it_is_taken(fakes, caplog):
         assert "copies to cuda:0 go in batches (CUDA 13)" in caplog.text
     with pytest.raises(OSError, match="cuDeviceGet failed"):
         GpuCopies(torch.device("cuda", 1))
+    with pytest.raises(ValueError, match="which GPU is cuda"):
+        GpuCopies(torch.device("cuda"))
+    assert fakes.cuda["contexts"] == 0

@@ -37,7 +37,7 @@ def find_cuobjdump() -> str | None:
     """CUDA's own, or Triton's."""
     triton = importlib.util.find_spec("triton")
     folder = Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin" if triton else None
-    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(folder))
+    return building.find_tool("cuobjdump") or shutil.which("cuobjdump", path=str(folder))
 
 
 def usage_of(log: str) -> dict[str, tuple[int, int, int, int]]:
@@ -62,7 +62,7 @@ def test_every_source_is_compiled_here():
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("gpu", GPUS)
 def test_it_compiles(gpu, source, tmp_path):
-    nvcc = building.find_nvcc()
+    nvcc = building.find_tool("nvcc")
     if nvcc is None:
         pytest.skip(NO_NVCC)
     if gpu not in building.known_gpus(nvcc):
@@ -82,7 +82,7 @@ def test_it_compiles(gpu, source, tmp_path):
 
 
 def test_the_fat_binary_has_every_kernel_for_every_gpu(tmp_path):
-    nvcc, cuobjdump = building.find_nvcc(), find_cuobjdump()
+    nvcc, cuobjdump = building.find_tool("nvcc"), find_cuobjdump()
     if nvcc is None or building.known_gpus(nvcc) != GPUS:
         pytest.skip(NO_NVCC if nvcc is None else f"nvcc here does not know all of {GPUS}")
     binary = tmp_path / "new" / "kernels.fatbin"
@@ -91,7 +91,9 @@ def test_the_fat_binary_has_every_kernel_for_every_gpu(tmp_path):
     assert done.stdout == "mii_hcache: the GPU's kernels are built for sm_80, sm_89, sm_90, sm_100\n"
     assert binary.read_bytes()[:4] == bytes.fromhex("50ed55ba")  # what the tests' fake driver takes for one
     if cuobjdump is None:
-        pytest.skip("there is no cuobjdump here to look into it (CUDA and Triton bring one)")
+        pytest.skip(
+            "there is no cuobjdump here to look into it (CUDA, Triton and pip's nvidia-cuda-cuobjdump bring one)"
+        )
     listed = subprocess.run([cuobjdump, "-elf", str(binary)], capture_output=True, text=True, timeout=100).stdout
     found: dict[str, set[str]] = {}
     for part in listed.split("Fatbin elf code:")[1:]:
@@ -104,7 +106,7 @@ def test_the_fat_binary_has_every_kernel_for_every_gpu(tmp_path):
 
 
 def test_without_nvcc_it_is_told_and_nothing_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "find_nvcc", lambda: None)
+    monkeypatch.setattr(building, "find_tool", lambda name: None)
     assert building.build(tmp_path / "kernels.fatbin") == "there is no nvcc"
     assert not list(tmp_path.iterdir())
 
@@ -113,7 +115,7 @@ def test_an_nvcc_that_fails_is_told(tmp_path, monkeypatch):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_90 || exit 1\n")
     nvcc.chmod(0o755)
-    monkeypatch.setattr(building, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.setattr(building, "find_tool", lambda name: str(nvcc))
     assert building.known_gpus(str(nvcc)) == ["90"]
     assert building.build(tmp_path / "kernels.fatbin") == f"{nvcc} failed"
     nvcc.write_text("#!/bin/sh\necho compute_75\n")

@@ -24,10 +24,27 @@ def scatter_on(device: torch.device) -> CudaRopeScatter:
 
 
 class CudaAttention(TritonAttention):
-    """`TritonAttention`, whose rows are placed by `CudaRopeScatter`, from the same tables: the same bits."""
+    """`TritonAttention`, whose rows are placed by `CudaRopeScatter`, from the same tables: the same bits.
 
-    def rope_scatter(self, rows: torch.Tensor, *others: Any, **settings: Any) -> None:
-        scatter_on(rows.device)(rows, *others, **settings)
+    The norm over a step's heads (Qwen3) waits for the rotation and is done with it, in one pass and with the arithmetic
+    that norms restored keys: `norm_heads` notes it for the `forward` of the same rows, which the model calls next."""
+
+    def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
+        super().__init__(config, implementation_config)
+        self._norms: tuple[int, dict[str, Any]] | None = None
+
+    def norm_heads(  # type: ignore[override]
+        self, qkv: torch.Tensor, q_gamma: torch.Tensor, k_gamma: torch.Tensor, num_kv_heads: int, eps: float
+    ) -> torch.Tensor:
+        self._norms = qkv.data_ptr(), {"q_gamma": q_gamma, "k_gamma": k_gamma, "eps": eps}
+        return qkv
+
+    def rope_scatter(self, rows: torch.Tensor, *others: Any, query_heads: int, **settings: Any) -> None:
+        if query_heads and self._norms is not None:
+            address, norms = self._norms
+            assert address == rows.data_ptr(), "these are not the rows whose heads are to be normed"
+            self._norms, settings = None, settings | norms
+        scatter_on(rows.device)(rows, *others, query_heads=query_heads, **settings)
 
 
 def register_cuda(block_size: int, device_type: str) -> None:
