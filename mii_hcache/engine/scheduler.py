@@ -135,6 +135,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Sizes at this moment."""
         return {
             "blocks": self._engine.num_blocks,
+            "block_tokens": self._engine.block_size,
             "blocks_free": self._engine.num_free_blocks,
             "requests_waiting": len(self._admission.waiting),
             "requests_restoring": len(self._admission.restoring),
@@ -240,9 +241,9 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
     def _process_logits(
         self, next_token_logits: torch.Tensor, running_requests: RequestBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        greedy = next_token_logits.argmax(-1).cpu()
-        # argmax ignores nothing: a NaN anywhere in a row makes its sum NaN.
-        is_sound = torch.isfinite(next_token_logits.to(torch.float32).sum(-1)).cpu()
+        # argmax ignores nothing: a NaN anywhere in a row makes its sum NaN. One copy, and so one wait, for both.
+        is_finite = torch.isfinite(next_token_logits.sum(-1, dtype=torch.float32))
+        greedy, is_sound = torch.stack([next_token_logits.argmax(-1), is_finite.to(torch.int64)]).cpu()
         if self._prefill is not None:  # the step is over on a GPU, too, now that its logits are here
             uid, num_tokens, started_s = self._prefill
             start = self._engine.seen_tokens(uid) - num_tokens

@@ -88,6 +88,7 @@ class TestFingerprint:
             "config": engine.model().config,
             "dtype": "float32",
             "norm_eps": engine.model().norm_eps,
+            "kernels": "torch",
             **changes,
         }
         return model_fingerprint(model_dir=model_dir, cache_file=cache_file, **settings)
@@ -101,6 +102,8 @@ class TestFingerprint:
         assert base != self._of(model_dir, engine, dtype="bfloat16")
         assert base != self._of(model_dir, engine, norm_eps=1e-5)
         assert base != self._of(tiny_model("llama-gqa"), engine)
+        assert base == self._of(model_dir, engine, kernels="triton"), "our modules compute the same rows"
+        assert base != self._of(model_dir, engine, kernels="stock")
         weights = next(model_dir.glob("*.safetensors"))
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mii_hcache.__main__ import main
-from mii_hcache.engine import compat
+from mii_hcache.engine import compat, modules
 from mii_hcache.engine.config_geometry import read_config
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.machine import filesystem_of
@@ -57,6 +57,7 @@ def test_a_sound_installation(doctor, tmp_path):
     assert findings["deepspeed"]["reason"] == "0.19.8, the version that was tried"
     assert "names of DeepSpeed and MII" in findings["host's names"]["reason"]
     assert "Mixtral" in findings["families"]["reason"]
+    assert findings["kernels"]["state"] == "ok"
     assert findings["method"]["reason"].endswith("1.5 KiB as hidden states, 4.0 KiB as K and V")
     assert "without a plan hidden" in findings["method"]["reason"]
     assert findings["state directory"]["reason"].endswith("does not exist yet; a server makes it")
@@ -130,6 +131,16 @@ def test_another_version_is_a_problem_and_a_missing_one_prevents(monkeypatch):
     for name in ("torch", "deepspeed-mii", "transformers", "server"):
         finding = one(software_checks.software_checks(None), name)
         assert finding.prevents_serving and "bootstrap.sh" in finding.advice
+
+
+def test_it_says_what_computes_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert one(software_checks.software_checks(None), "kernels").reason.startswith("plain torch, as there is no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, state, words in (("torch", "problem", "Triton is not installed"), ("triton", "ok", "never run on a GPU")):
+        monkeypatch.setattr(modules, "resolve", lambda kernels, device_type, name=name: name)
+        finding = one(software_checks.software_checks(None), "kernels")
+        assert finding.state == state and words in finding.reason and not finding.prevents_serving
 
 
 def test_a_host_that_moved_a_name_prevents(monkeypatch):
