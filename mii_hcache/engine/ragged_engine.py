@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,20 @@ class SequenceBlocks:
         self._model = engine.model()
         sequence = engine.sequence(uid)
         self._sequence = sequence
-        block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
-        num_tokens = block_ids.numel() * engine.block_size
-        self._all_slots = token_slots(block_ids, torch.arange(num_tokens), engine.block_size).to(engine.device)
-        self._runs = [(block * engine.block_size, count * engine.block_size) for block, count in runs_of(block_ids)]
+        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
+
+    @cached_property
+    def _all_slots(self) -> torch.Tensor:
+        """Row in the cache of every token, on the device. Not for saving, which asks in the middle of decoding for one
+        span of what may be a long sequence: this copies to the device, and waits for it."""
+        positions = torch.arange(self._block_ids.numel() * self._engine.block_size)
+        return token_slots(self._block_ids, positions, self._engine.block_size).to(self._engine.device)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring rows in the cache: first row and length."""
+        size = self._engine.block_size
+        return [(block * size, count * size) for block, count in runs_of(self._block_ids)]
 
     def _slots(self, start: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and rows in the cache: views of what was made once, for every tile of every layer."""
@@ -85,6 +96,25 @@ class SequenceBlocks:
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         _, slots = self._slots(start, out.shape[0])
         out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
+
+    @torch.inference_mode()
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        size, stop = self._engine.block_size, start + out.shape[1]
+        pool = self._engine.kv_pool
+        rows = pool.view(pool.shape[0], -1, *pool.shape[3:])
+        first_layer = 0
+        while first_layer < len(layers):  # a copy for all layers that follow each other, and blocks that do
+            end = first_layer + 1
+            while end < len(layers) and layers[end] == layers[end - 1] + 1:
+                end += 1
+            source, target = rows[layers[first_layer] : layers[end - 1] + 1], out[first_layer:end]
+            at = start // size * size
+            for block, count in runs_of(self._block_ids[at // size : -(-stop // size)]):
+                first, last = max(start, at), min(stop, at + count * size)
+                row = block * size + first - at
+                target[:, first - start : last - start].copy_(source[:, row : row + last - first])
+                at += count * size
+            first_layer = end
 
     def commit(self, num_tokens: int) -> None:
         if self._sequence.seen_tokens != 0:
@@ -159,6 +189,11 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
         """Most sequences that can hold a tracking slot."""
         return int(self._config.state_manager.max_tracked_sequences)
 
+    @property
+    def kv_pool(self) -> torch.Tensor:
+        """`[num_layers, num_blocks, block_size, 2, num_kv_heads, head_size]`."""
+        return self._state_manager._kv_cache._caches[0]  # type: ignore[no-any-return]
+
     def kv_cache(self, layer_idx: int) -> torch.Tensor:
         """`[num_blocks, block_size, 2, num_kv_heads, head_size]` of one layer."""
         return self._state_manager.get_cache(layer_idx)
@@ -209,7 +244,7 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def poison_free_blocks(self) -> None:
         """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
         finite, and its request fails. For tests and for hunting corruption; costs a write per freed block."""
-        cache = self._state_manager._kv_cache._caches[0]
+        cache = self.kv_pool
 
         def poison(blocks: list[int]) -> None:
             cache[:, blocks] = float("nan")

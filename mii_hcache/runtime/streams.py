@@ -49,7 +49,8 @@ class Stream(ABC):
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Launch a copy between host and device, or within the device; `target` and `source` of one shape and dtype.
-        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command."""
+        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command. Where memory
+        could not be pinned a copy is as right, and holds up the calling thread until it is over."""
 
     def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """`copy` of each `(target, source)`, in any order: no target is touched twice."""
@@ -180,7 +181,10 @@ class CudaStream(Stream):
             work()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        if self._own is None:  # current already: a step makes a call for each of its layers
+            target.copy_(source, non_blocking=True)
+            return
+        with torch.cuda.stream(self._own):
             target.copy_(source, non_blocking=True)
 
     def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -191,7 +195,8 @@ class CudaStream(Stream):
 
     def record(self, *, is_timed: bool = False) -> Event:
         zero = self._streams.clock.zero if is_timed else None
-        event = torch.cuda.Event(enable_timing=is_timed)  # type: ignore[no-untyped-call]
+        # A thread that waits for it sleeps, and does not spin on a core that others need.
+        event = torch.cuda.Event(enable_timing=is_timed, blocking=True)  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return _CudaEvent(event, zero)
 

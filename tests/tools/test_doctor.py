@@ -17,7 +17,10 @@ from mii_hcache.__main__ import main
 from mii_hcache.engine import compat, modules
 from mii_hcache.engine.config_geometry import read_config
 from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.runtime import pinned
 from mii_hcache.runtime.machine import filesystem_of
+from mii_hcache.runtime.pinned import PinnedMemory
+from mii_hcache.runtime.registrar import Registrar
 from mii_hcache.storage import open_io
 from mii_hcache.storage.open import open_state
 from mii_hcache.storage.state_dir import StateDir
@@ -65,6 +68,31 @@ def test_a_sound_installation(doctor, tmp_path):
     assert not [name for name, finding in findings.items() if "not built yet" in finding["reason"]]
     assert findings["SPDK"]["state"] == findings["GDRCopy"]["state"] == "off"
     assert not any(tmp_path.iterdir()), "it changes nothing"
+
+
+def test_pinned_memory_is_tried_out(monkeypatch):
+    class Refusing(Registrar):
+        reason: str | None = None
+        num_registered = 0
+
+        def register(self, address: int, num_bytes: int) -> None:
+            if self.reason is not None:
+                raise OSError(self.reason)
+            self.num_registered += 1
+
+        def unregister(self, address: int) -> None:
+            self.num_registered -= 1
+
+    registrar = Refusing()
+    monkeypatch.setattr(pinned, "pinned_memory", lambda: PinnedMemory(registrar, slab_bytes=2 << 20))
+    finding = one(machine_checks.machine_checks(), "pinned memory")
+    assert finding.state == "ok" and finding.reason.startswith("2.0 MiB were pinned at once, unverified")
+    assert registrar.num_registered == 0, "and given back"
+    registrar.reason = "no more"
+    finding = one(machine_checks.machine_checks(), "pinned memory")
+    assert finding.state == "problem" and "(no more)" in finding.reason and "memlock" in finding.advice
+    monkeypatch.setattr(pinned, "pinned_memory", lambda: None)
+    assert one(machine_checks.machine_checks(), "pinned memory").state == "off"
 
 
 def test_a_namespace_is_called_experimental_wherever_it_is_chosen_or_there(monkeypatch, tmp_path):
