@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from mii_hcache.runtime.gpu_copy import GpuCopies, open_gpu_copies
+
 
 class Event(ABC):
     """A moment on a stream: everything launched on it before `record`."""
@@ -186,8 +188,9 @@ class CudaStream(Stream):
             target.copy_(source, non_blocking=True)
 
     def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        with torch.cuda.stream(self.stream):
-            for target, source in pairs:
+        stream, copies = self.stream, self._streams.copies
+        with torch.cuda.stream(stream):
+            for target, source in copies.copy(pairs, stream.cuda_stream) if copies is not None else pairs:
                 target.copy_(source, non_blocking=True)
 
     def record(self, *, is_timed: bool = False) -> Event:
@@ -213,6 +216,8 @@ class CudaStreams(Streams):
         self.device = device
         self.main = CudaStream(self, None)
         self._clock: _CudaClock | None = None
+        self._copies: GpuCopies | None = None
+        self._has_copies: bool | None = None
 
     def new(self, *, is_urgent: bool = False) -> Stream:
         stream = torch.cuda.Stream(self.device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
@@ -224,6 +229,14 @@ class CudaStreams(Streams):
         if self._clock is None:
             self._clock = _CudaClock(self.device)
         return self._clock
+
+    @property
+    def copies(self) -> GpuCopies | None:
+        """Copies in batches, None where the native engine cannot make them; opened on first use."""
+        if self._has_copies is None:
+            self._copies = open_gpu_copies(self.device)
+            self._has_copies = self._copies is not None
+        return self._copies
 
 
 def streams_of(device: torch.device) -> Streams:

@@ -43,6 +43,7 @@ class DeviceClient(Client):
     def close(self) -> None:
         """End the service; nothing raced, and all that was lent is back."""
         self.service.close()
+        self.streams.run_all()  # what comes too late comes now
         assert not self.streams.checker.races
         assert self.restorer.buffers.num_in_use == 0
         assert self.streams.checker.num_accesses > 0
@@ -152,13 +153,14 @@ def test_a_wait_that_is_left_out_shows(tiny_model, on_a_device, wait):
     places = [*waits_in("placing.py", {"wait"}), *waits_in("restorer.py", {"is_done"})]
     ignored = next(place for place in places if wait in text_of(*place))
     engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256, num_blocks=150)
-    client = on_a_device(engine, 8, method="hidden", keep="none", ignored=(*ignored, ""))
+    client = on_a_device(engine, 8, method="hidden", keep="none", haste=0.0, ignored=(*ignored, ""))
     client.streams.checker.is_silent = True  # else the engine's thread would end by what it is told
     with contextlib.suppress(AssertionError):  # logits that are not finite, for what was read was poison
-        TALK(client)
-    assert client.streams.num_ignored > 0 and client.streams.checker.races
+        interleave(client, 2, 2)
     client.streams._ignored = None
     client.service.close()
+    client.streams.run_all()
+    assert client.streams.num_ignored > 0 and client.streams.checker.races
 
 
 class DamagingStore(MemoryStore):
