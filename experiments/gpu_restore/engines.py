@@ -25,8 +25,8 @@ DECODED = 32
 
 
 def speeds(model: Model, scale: Scale, kernels: str) -> Iterator[Number]:
-    """Of our engine with these kernels (`portable`, `stock`), or of `transformers`. A missing choice gives a row that
-    says why."""
+    """Of our engine with these kernels (`portable`, `stock`, `cuda`), or of `transformers`. A missing choice gives a
+    row that says why."""
     name = label(model)
     longest = max(scale.speed_contexts) + DECODED + 64
     changes = {**(model.changes or {}), "max_position_embeddings": longest}

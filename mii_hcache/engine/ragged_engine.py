@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
-from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import runs_of, token_slots
+from mii_hcache.engine.ragged_batch import StepBatch
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
-from mii_hcache.runtime.streams import Stream
+from mii_hcache.runtime.streams import Stream, streams_of
 
 _log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 64}
+"""Tokens per block by device. On a GPU a block is a span: one layer's chunk is one contiguous piece of the cache."""
 DEFAULT_POOL_BYTES = 2 << 30
 """Most that the block pool takes on a CPU unless told otherwise."""
 GPU_POOL_SHARE = 0.85
@@ -35,10 +38,20 @@ class SequenceBlocks:
         self._model = engine.model()
         sequence = engine.sequence(uid)
         self._sequence = sequence
-        block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
-        num_tokens = block_ids.numel() * engine.block_size
-        self._all_slots = token_slots(block_ids, torch.arange(num_tokens), engine.block_size).to(engine.device)
-        self._runs = [(block * engine.block_size, count * engine.block_size) for block, count in runs_of(block_ids)]
+        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
+
+    @cached_property
+    def _all_slots(self) -> torch.Tensor:
+        """Row in the cache of every token, on the device. Not for saving, which asks in the middle of decoding for one
+        span of what may be a long sequence: this copies to the device, and waits for it."""
+        positions = torch.arange(self._block_ids.numel() * self._engine.block_size)
+        return token_slots(self._block_ids, positions, self._engine.block_size).to(self._engine.device)
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        """Runs of neighbouring rows in the cache: first row and length."""
+        size = self._engine.block_size
+        return [(block * size, count * size) for block, count in runs_of(self._block_ids)]
 
     def _slots(self, start: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and rows in the cache: views of what was made once, for every tile of every layer."""
@@ -66,12 +79,12 @@ class SequenceBlocks:
             return
         positions, slots = self._slots(start, token_ids.numel())
         hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
-        self._rows(0)[slots] = self._model.project_kv(0, hidden, positions)
+        self._model.restore_kv(0, hidden, positions, slots)
 
     @torch.inference_mode()
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         positions, slots = self._slots(start, hidden.shape[0])
-        self._rows(layer_idx)[slots] = self._model.project_kv(layer_idx, hidden, positions)
+        self._model.restore_kv(layer_idx, hidden, positions, slots)
 
     @torch.inference_mode()
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
@@ -84,6 +97,25 @@ class SequenceBlocks:
         _, slots = self._slots(start, out.shape[0])
         out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
 
+    @torch.inference_mode()
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        size, stop = self._engine.block_size, start + out.shape[1]
+        pool = self._engine.kv_pool
+        rows = pool.view(pool.shape[0], -1, *pool.shape[3:])
+        first_layer = 0
+        while first_layer < len(layers):  # a copy for all layers that follow each other, and blocks that do
+            end = first_layer + 1
+            while end < len(layers) and layers[end] == layers[end - 1] + 1:
+                end += 1
+            source, target = rows[layers[first_layer] : layers[end - 1] + 1], out[first_layer:end]
+            at = start // size * size
+            for block, count in runs_of(self._block_ids[at // size : -(-stop // size)]):
+                first, last = max(start, at), min(stop, at + count * size)
+                row = block * size + first - at
+                target[:, first - start : last - start].copy_(source[:, row : row + last - first])
+                at += count * size
+            first_layer = end
+
     def commit(self, num_tokens: int) -> None:
         if self._sequence.seen_tokens != 0:
             raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
@@ -94,8 +126,10 @@ class SequenceBlocks:
 class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     """One model with its block pool. Engine thread only. Implements `runtime.ports.EngineAdapter`."""
 
-    def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig) -> None:
+    def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig, kernels: str) -> None:
         super().__init__(policy, engine_config)
+        self.kernels = kernels
+        """What computes: one of `modules.REGISTRABLE`."""
         self.dtype: torch.dtype = self._model.activation_dtype.value
         self.device: torch.device = self.kv_cache(0).device
         self.block_size: int = self._model.attn.kv_block_size
@@ -103,6 +137,8 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
             self.blocks_for(self.max_context_tokens) * self.block_size, device=self.device
         )
         """Every position that a sequence's blocks may have, int64."""
+        streams = streams_of(self.device)
+        self._batch = StepBatch(engine_config.state_manager, streams, for_stock=kernels == "stock")
 
     @property
     def geometry(self) -> ModelGeometry:
@@ -152,6 +188,11 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def max_tracked(self) -> int:
         """Most sequences that can hold a tracking slot."""
         return int(self._config.state_manager.max_tracked_sequences)
+
+    @property
+    def kv_pool(self) -> torch.Tensor:
+        """`[num_layers, num_blocks, block_size, 2, num_kv_heads, head_size]`."""
+        return self._state_manager._kv_cache._caches[0]  # type: ignore[no-any-return]
 
     def kv_cache(self, layer_idx: int) -> torch.Tensor:
         """`[num_blocks, block_size, 2, num_kv_heads, head_size]` of one layer."""
@@ -203,7 +244,7 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
     def poison_free_blocks(self) -> None:
         """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
         finite, and its request fails. For tests and for hunting corruption; costs a write per freed block."""
-        cache = self._state_manager._kv_cache._caches[0]
+        cache = self.kv_pool
 
         def poison(blocks: list[int]) -> None:
             cache[:, blocks] = float("nan")
@@ -271,18 +312,25 @@ def build_engine(
     *,
     dtype: str = "auto",
     num_blocks: int | None = None,
-    block_size: int = 16,
+    block_size: int | None = None,
+    kernels: str = "auto",
     max_batch_tokens: int = 768,
     max_sequences: int = 256,
     max_context_tokens: int | None = None,
 ) -> HCacheEngine:
     """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine.
 
+    `block_size` None: what suits the device. `kernels`: see `modules.register`; an engine keeps what it was built with,
+    also when the next one is built with others.
+
     Raises UnsupportedModelError when the model cannot be served right, ConfigError for settings that do not fit it.
     """
-    from mii_hcache.engine import compat
+    from mii_hcache.engine import compat, modules
 
     compat.install()
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    block_size = block_size or DEFAULT_BLOCK_SIZE[device_type]
+    kernels = modules.register(kernels, device_type, block_size=block_size)
     from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
     from huggingface_hub.errors import StrictDataclassError
 
@@ -303,9 +351,8 @@ def build_engine(
     max_context_tokens = max_context_tokens or model_tokens
     config.max_seq_length = max_context_tokens
     policy = policy_for(config, checkpoint)
-    PagedAttention.block_size = block_size
     if num_blocks is None:
-        num_blocks = _default_num_blocks(config, block_size, max_context_tokens)
+        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, kernels)
     engine_config = RaggedInferenceEngineConfig(
         state_manager={
             "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
@@ -316,7 +363,7 @@ def build_engine(
         }
     )
     try:
-        return HCacheEngine(policy, engine_config)
+        return HCacheEngine(policy, engine_config, kernels)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
 
@@ -329,7 +376,7 @@ def _pick_dtype(name: str, configured: Any) -> torch.dtype:
     return configured if configured in DTYPES.values() else torch.float32
 
 
-def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -> int:
+def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int, kernels: str) -> int:
     """As many blocks as the memory set aside holds."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -338,8 +385,10 @@ def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int) -
         free_bytes, _ = torch.cuda.mem_get_info()
         weights_bytes = _weights_bytes(config)
         budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
-        # int32 offsets inside one layer of the pool must not overflow (the host's kernels index so).
-        most = (2**31 - 1) // (block_size * 2 * num_kv_heads * head_size)
+        # Offsets into a layer of the pool: the host's kernels have 32 bits for them, ours 64 (and 31 for block ids).
+        most = 2**31 - 1
+        if kernels == "stock":
+            most //= block_size * 2 * num_kv_heads * head_size
     else:
         budget_bytes = DEFAULT_POOL_BYTES
         most = -(-64 * max_context_tokens // block_size)

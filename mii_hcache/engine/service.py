@@ -20,6 +20,7 @@ from mii_hcache.engine.scheduler import HCacheScheduler
 from mii_hcache.errors import HCacheError, QueueFullError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest
 from mii_hcache.runtime.pieces import pieces_on
+from mii_hcache.runtime.pinned import gauges as pinned_gauges
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
@@ -179,6 +180,7 @@ class EngineService:
             **counters,
             "saved_bytes_per_restored_token": counters.get("saved_bytes_total", 0.0) / max(1.0, restored_tokens),
             **self._scheduler.gauges(),
+            **pinned_gauges(),
             "store_spans": store.num_spans,
             "store_bytes": store.num_bytes,
             "store_capacity_bytes": store.capacity_bytes,

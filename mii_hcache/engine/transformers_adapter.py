@@ -75,6 +75,10 @@ class SequenceCache:
         rows = [states[0, :, start : start + out.shape[0]].transpose(0, 1) for states in (layer.keys, layer.values)]
         out.copy_(torch.stack(rows, dim=1), non_blocking=True)
 
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        for layer_idx, rows in zip(layers, out, strict=True):
+            self.read_kv(layer_idx, start, rows)
+
     def commit(self, num_tokens: int) -> None:
         staged, self._staged = self._staged, []
         while staged and num_tokens:

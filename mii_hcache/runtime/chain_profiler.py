@@ -42,6 +42,9 @@ class _Blocks:
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         self._target.read_kv(layer_idx, start, out)
 
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        self._target.gather_kv(layers, start, out)
+
     def commit(self, num_tokens: int) -> None:
         pass
 

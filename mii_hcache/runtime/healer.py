@@ -13,6 +13,7 @@ from mii_hcache.core.layout import SpanLayout
 from mii_hcache.runtime.block_reader import BlockReader
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.snapshot import Snapshot, SpanPut
+from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import SequenceTrack
 
@@ -27,13 +28,14 @@ class Healer:
         counters: Counters,
         is_settled: Callable[[SequenceTrack, int], bool],
         submit: Callable[[Snapshot], None],
+        stage: Stage | None = None,
     ) -> None:
-        """`is_settled`: whether a span needs no saving; `submit` takes what was read."""
+        """`is_settled`: whether a span needs no saving; `submit` takes what was read; `stage`: None on a CPU."""
         self._geometry = adapter.geometry
         self._counters = counters
         self._is_settled = is_settled
         self._submit = submit
-        self._blocks = BlockReader(adapter, counters, num_layers=self._geometry.num_layers, max_buffers=4)
+        self._blocks = BlockReader(adapter, counters, num_layers=self._geometry.num_layers, max_buffers=4, stage=stage)
 
     def heal(self, track: SequenceTrack, wait_s: float) -> bool:
         """Save whole spans that the store lacks (dropped, evicted, damaged), read from the blocks as `kv`. Call before
@@ -61,12 +63,13 @@ class Healer:
     def _read(self, track: SequenceTrack, span_idx: int, buffer: torch.Tensor) -> bool:
         """Save a span from its blocks; takes the buffer over. False: it could not be read."""
         layout = SpanLayout.uniform(self._geometry, ChunkKind.KV)
-        if not self._blocks.read(track.uid, span_idx, range(layout.num_layers), buffer):
+        ready = self._blocks.read(track.uid, span_idx, range(layout.num_layers), buffer)
+        if ready is None:
             return False
         put = SpanPut(
             record=track.record(span_idx, layout),
             rows=list(buffer),
             releases=[partial(self._blocks.release, buffer)],
         )
-        self._submit(Snapshot(whole=[put]))
+        self._submit(Snapshot(ready=ready, whole=[put]))
         return True

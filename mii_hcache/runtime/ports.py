@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -41,6 +42,12 @@ class KVTarget(Protocol):
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         """Copy K and V of `[start, start + len(out))` into `out`: `[num_tokens, 2, num_kv_heads, head_size]`, host
         memory (pinned when the engine has a GPU; then the copy is stream-ordered)."""
+        ...
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        """Copy K and V of `[start, start + num_tokens)` in layer `layers[i]` into `out[i]`: `[num_layers, num_tokens,
+        2, num_kv_heads, head_size]`, the engine's device, contiguous. In order on the compute stream: once this
+        returns, the blocks may be overwritten or freed by whatever is launched there."""
         ...
 
     def commit(self, num_tokens: int) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from mii_hcache.runtime.gpu_copy import GpuCopies, open_gpu_copies
+
 
 class Event(ABC):
     """A moment on a stream: everything launched on it before `record`."""
@@ -47,7 +49,8 @@ class Stream(ABC):
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Launch a copy between host and device, or within the device; `target` and `source` of one shape and dtype.
-        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command."""
+        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command. Where memory
+        could not be pinned a copy is as right, and holds up the calling thread until it is over."""
 
     def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """`copy` of each `(target, source)`, in any order: no target is touched twice."""
@@ -178,17 +181,22 @@ class CudaStream(Stream):
             work()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        if self._own is None:  # current already: a step makes a call for each of its layers
+            target.copy_(source, non_blocking=True)
+            return
+        with torch.cuda.stream(self._own):
             target.copy_(source, non_blocking=True)
 
     def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        with torch.cuda.stream(self.stream):
-            for target, source in pairs:
+        stream, copies = self.stream, self._streams.copies
+        with torch.cuda.stream(stream):
+            for target, source in copies.copy(pairs, stream.cuda_stream) if copies is not None else pairs:
                 target.copy_(source, non_blocking=True)
 
     def record(self, *, is_timed: bool = False) -> Event:
         zero = self._streams.clock.zero if is_timed else None
-        event = torch.cuda.Event(enable_timing=is_timed)  # type: ignore[no-untyped-call]
+        # A thread that waits for it sleeps, and does not spin on a core that others need.
+        event = torch.cuda.Event(enable_timing=is_timed, blocking=True)  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return _CudaEvent(event, zero)
 
@@ -208,6 +216,8 @@ class CudaStreams(Streams):
         self.device = device
         self.main = CudaStream(self, None)
         self._clock: _CudaClock | None = None
+        self._copies: GpuCopies | None = None
+        self._has_copies: bool | None = None
 
     def new(self, *, is_urgent: bool = False) -> Stream:
         stream = torch.cuda.Stream(self.device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
@@ -219,6 +229,14 @@ class CudaStreams(Streams):
         if self._clock is None:
             self._clock = _CudaClock(self.device)
         return self._clock
+
+    @property
+    def copies(self) -> GpuCopies | None:
+        """Copies in batches, None where the native engine cannot make them; opened on first use."""
+        if self._has_copies is None:
+            self._copies = open_gpu_copies(self.device)
+            self._has_copies = self._copies is not None
+        return self._copies
 
 
 def streams_of(device: torch.device) -> Streams:

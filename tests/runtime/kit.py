@@ -153,6 +153,10 @@ class FakeBlocks:
         rows = rows_of(hashes[start : start + out.shape[0]], ChunkKind.KV, layer_idx, self._engine.geometry)
         out.copy_(rows.view(out.shape))
 
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        for layer_idx, rows in zip(layers, out, strict=True):
+            self.read_kv(layer_idx, start, rows)
+
     def commit(self, num_tokens: int) -> None:
         self.committed.append(num_tokens)
 
