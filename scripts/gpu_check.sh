@@ -163,14 +163,14 @@ if [ -n "$(why_not_native "$root")" ] && command -v g++ >/dev/null 2>&1; then
     if [ -n "$(why_not_native "$out/package")" ]; then
         build_s=$SECONDS
         say "building the native engine ..."
-        timeout 200 "$python" - "$out/package" "$out/objects" >>"$log" 2>&1 <<'PY' || say "the native engine was not built: see $log"
+        timeout $((deadline_s / 4)) "$python" - "$out/package" "$out/objects" >>"$log" 2>&1 <<'PY' || say "the native engine was not built: see $log"
 import os, runpy, sys
 from pybind11.setup_helpers import ParallelCompile
 ParallelCompile(default=len(os.sched_getaffinity(0))).install()
 sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[2]]
 runpy.run_path("setup.py", run_name="__main__")
 PY
-        say "$((SECONDS - build_s)) s"
+        say "that took $((SECONDS - build_s)) s"
     fi
     export PYTHONPATH="$out/package:$PYTHONPATH"
 fi
@@ -200,7 +200,7 @@ note() { told+=("$1"); say "$1"; }
 run_tests() {
     local code=0 most_s=$(($(left_s) / 2))
     [ "$most_s" -gt 10 ] || { note "tests: skipped, no time is left"; status=1; return; }
-    timeout "$most_s" "$python" -m pytest -q -rs -p no:cacheprovider --junitxml "$out/tests.xml" tests/gpu tests/storage/gpu \
+    timeout "$most_s" "$python" -m pytest -o addopts= -q -rs -p no:cacheprovider --junitxml "$out/tests.xml" tests/gpu tests/storage/gpu \
         >"$out/tests.log" 2>&1 || code=$?
     tail -n 15 "$out/tests.log"
     case "$code" in

@@ -3,7 +3,8 @@
 copy         host to device, device to host and both at once, by size, from pinned memory; many pieces one by one,
              batched by the driver, and as one
 product      [T, D] x [D, 2 Dkv], the projection of a restore, on the model's own weights
-attention    causal, of all heads, over a context that is whole: torch's fastest and the engine's own
+attention    causal, of all heads, over a context that is whole, by torch's fastest
+scatter      rotating K and writing K and V into blocks, by each kernel that is there: bytes read and written
 placing      a restore's own ways to write a tile: projecting it, and placing K and V in blocks
 store        reads of saved state from host memory into pinned memory, by the readers of a restore
 both         copying and multiplying at the same time, each over its rate alone
@@ -159,6 +160,60 @@ def attention(rig: Rig) -> Iterator[Number]:
         yield from _rate("attention", "torch", num_tokens, flop, sample, "FLOP/s")
 
 
+def scatter(rig: Rig) -> Iterator[Number]:
+    """The step between the product and the blocks, by itself."""
+    geometry, engine = rig.geometry, rig.engine
+    num_tokens = 2048
+    kernels, why_not = scatter_kernels(engine.device)
+    for name, reason in why_not.items():
+        note = f"not measured: {reason}"
+        yield Number(panel="scatter", series=f"{rig.name} {name}", x=num_tokens, y=None, unit="bytes/s", note=note)
+    if not kernels:
+        return
+    from mii_hcache.engine.kernels.rope_scatter import make_tables
+
+    tables = make_tables(engine.model().inv_freq, num_tokens)
+    positions = torch.arange(num_tokens, device=engine.device)
+    shape = (num_tokens, 2 * geometry.num_kv_heads * geometry.head_size)
+    rows = [torch.randn(shape, device=engine.device).to(engine.dtype) for _ in range(ROTATED)]
+    cache = torch.empty_like(engine.kv_cache(0)[: -(-num_tokens // engine.block_size)])
+    turns = itertools.cycle(rows)
+
+    def work(kernel: Callable[..., object]) -> Callable[[], object]:
+        return lambda: kernel(next(turns), cache, positions, positions, tables, query_heads=0)
+
+    found = rig.clock.race({name: work(kernel) for name, kernel in kernels.items()}, rig.scale.repeats)
+    for name, sample in found.items():
+        yield from _rate("scatter", f"{rig.name} {name}", num_tokens, 2.0 * rows[0].nbytes, sample, "bytes/s")
+
+
+def scatter_kernels(device: torch.device) -> tuple[dict[str, Callable[..., object]], dict[str, str]]:
+    """Those that can run here, by name, and why the others cannot."""
+    from mii_hcache.storage import native
+
+    found: dict[str, Callable[..., object]] = {}
+    if device.type != "cuda":
+        return found, dict.fromkeys(("triton", "cuda"), "needs a GPU")
+    why_not: dict[str, str] = {}
+    try:
+        from mii_hcache.engine.kernels.rope_scatter import rope_scatter
+
+        found["triton"] = rope_scatter
+    except ImportError as error:
+        why_not["triton"] = str(error)
+    why_no_kernels = native.why_no_kernels()
+    try:
+        if why_no_kernels is None and found:  # the tables of both are Triton's
+            from mii_hcache.engine.kernels.cuda_rope_scatter import CudaRopeScatter
+
+            found["cuda"] = CudaRopeScatter(device)
+    except OSError as error:
+        why_no_kernels = str(error)
+    if "cuda" not in found:
+        why_not["cuda"] = why_no_kernels or "Triton is missing"
+    return found, why_not
+
+
 def placing(rig: Rig) -> Iterator[Number]:
     """A restore's own two ways to write a tile, as a whole: projecting one (products counted), placing K and V (bytes
     read and written)."""
@@ -254,4 +309,4 @@ def both(rig: Rig) -> Iterator[Number]:
         )
 
 
-ALL: Sequence[Callable[[Rig], Iterator[Number]]] = (copies, products, attention, placing, store_reads, both)
+ALL: Sequence[Callable[[Rig], Iterator[Number]]] = (copies, products, attention, scatter, placing, store_reads, both)

@@ -7,7 +7,6 @@ the prefill that it is made of.
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from experiments.common.random_weights import RandomCheckpoint, random_engine
 from experiments.gpu_restore.ledger import Number
 from experiments.gpu_restore.scales import Model, Scale, label
 from experiments.gpu_restore.timing import Clock
-from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine, token_tensors
+from mii_hcache.engine.ragged_engine import HCacheEngine, token_tensors
 from mii_hcache.errors import HCacheError
 
 DECODED = 32
@@ -25,8 +24,8 @@ DECODED = 32
 
 
 def speeds(model: Model, scale: Scale, kernels: str) -> Iterator[Number]:
-    """Of our engine with these kernels (`portable`, `stock`), or of `transformers`. A missing choice gives a row that
-    says why."""
+    """Of our engine with these kernels (`portable`, `stock`, `cuda`), or of `transformers`. A missing choice gives a
+    row that says why."""
     name = label(model)
     longest = max(scale.speed_contexts) + DECODED + 64
     changes = {**(model.changes or {}), "max_position_embeddings": longest}
@@ -82,11 +81,6 @@ def _repeats(clock: Clock, repeats: int, once: Callable[[], tuple[float, float]]
 def _ours(
     model: Model, scale: Scale, changes: dict[str, Any], kernels: str, longest: int
 ) -> tuple[Run, Callable[[], None]]:
-    settings: dict[str, Any] = {"block_size": scale.block_size, "max_batch_tokens": scale.max_batch_tokens}
-    if "kernels" in inspect.signature(build_engine).parameters:
-        settings["kernels"] = kernels
-    elif kernels != "portable":
-        raise HCacheError("this version has no choice of kernels")
     size = max(scale.decode_batches[:2])
     engines: list[HCacheEngine] = [
         random_engine(
@@ -94,7 +88,9 @@ def _ours(
             dtype=model.dtype,
             num_blocks=(size + 1) * -(-longest // scale.block_size),
             changes=changes,
-            **settings,
+            kernels=kernels,
+            block_size=scale.block_size,
+            max_batch_tokens=scale.max_batch_tokens,
         )
     ]
 

@@ -84,7 +84,7 @@ def _gate(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _ceilings(rows: Sequence[Row]) -> Iterator[str]:
-    panels = ("copy", "copies", "product", "attention", "placing", "store", "both")
+    panels = ("copy", "copies", "product", "attention", "scatter", "placing", "store", "both")
     found = [row for row in rows if row.panel in panels and row.y is not None]
     if not found:
         return

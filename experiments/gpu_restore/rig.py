@@ -106,8 +106,8 @@ class Rig:
 
     def close(self) -> None:
         """Give everything back: the next engine needs the device's memory."""
-        for restorer in self._restorers.values():
-            restorer.stop()
+        while self._restorers:  # they hold the engine
+            self._restorers.popitem()[1].stop()
         self.store.close()
         del self.engine
         gc.collect()

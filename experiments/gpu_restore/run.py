@@ -64,9 +64,8 @@ class Bench:
         scale, first = self.scale, self.scale.models[0]
         for dtype in scale.gate_dtypes:
             yield self._cell(f"gate/{dtype}", "", 30.0, lambda dtype=dtype: self._gate(dtype), is_gate=True)
-        for part in (ceilings.copies, ceilings.products, ceilings.attention, ceilings.placing, ceilings.store_reads):
-            yield self._on(first, f"ceilings/{part.__name__}", 8.0, part)
-        yield self._on(first, "ceilings/both", 4.0, ceilings.both)
+        for part in ceilings.ALL:
+            yield self._on(first, f"ceilings/{part.__name__}", 6.0, part)
         longest_first = first.contexts[:1]
         for num_tokens in longest_first:
             yield self._sweep(first, METHODS, num_tokens)
@@ -101,7 +100,7 @@ class Bench:
             yield self._on(model, "ceilings/products", 5.0, ceilings.products)
             for num_tokens in model.contexts[:2]:
                 yield self._sweep(model, METHODS, num_tokens)
-        for kernels in ("portable", "transformers", "stock"):
+        for kernels in ("portable", "transformers", "stock", "cuda"):
             yield self._cell(f"speed/{kernels}", "", 25.0, lambda kernels=kernels: self._speeds(kernels))
         for num_tokens in first.contexts[4:]:
             yield self._sweep(first, METHODS, num_tokens)

@@ -56,7 +56,7 @@ class Scale:
     """Of the comparison with other engines."""
     repeats: int
     flush_bytes: int
-    """Written between two repetitions on the device; four times as much on the host. More than the caches hold."""
+    """Written between two repetitions on the device; twice as much on the host. More than the caches hold."""
     store_bytes: int
     """Of host memory, for saved state."""
 

@@ -66,7 +66,7 @@ class Clock:
         self.is_cuda = device.type == "cuda"
         self._chance = random.Random(0)
         self._on_device = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
-        self._on_host = torch.empty(4 * flush_bytes, dtype=torch.uint8)
+        self._on_host = torch.empty(2 * flush_bytes, dtype=torch.uint8)
 
     def settle(self) -> None:
         """Wait until the device idles."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,9 +14,11 @@ from experiments.common.rows import Row, read_rows
 from experiments.gpu_restore import gate, report, run, scales, soak, targets
 from experiments.gpu_restore.bounds import Ceilings, work_of
 from experiments.gpu_restore.ledger import CELL, FAILED, SKIPPED, Cell, Deadline, GateFailed, Ledger, Number
+from experiments.gpu_restore.rig import Rig
 from experiments.gpu_restore.targets import FIRST, LONG, Numbers, verdicts
 from experiments.gpu_restore.timing import Clock, quantile
-from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.core.geometry import ChunkKind, ModelGeometry
+from mii_hcache.core.plans import uniform_storage
 from mii_hcache.engine.ragged_engine import SequenceBlocks
 
 SMALL = replace(
@@ -48,7 +51,7 @@ def rows(folder):
 
 def test_every_part_leaves_rows(rows):
     panels = {row.panel.split(".")[0] for row in rows}
-    wanted = {"gate", "copy", "copies", "product", "attention", "placing", "store", "both"}
+    wanted = {"gate", "copy", "copies", "product", "attention", "scatter", "placing", "store", "both"}
     wanted |= {"restore", "emulated", "ttft", "decode", "speed", "machine", CELL}
     assert wanted <= panels and not panels & {FAILED, SKIPPED}
     assert all(row.cell and row.machine and row.commit and row.versions["torch"] for row in rows)
@@ -337,6 +340,18 @@ def test_things_take_turns_and_long_ones_are_repeated_less(monkeypatch):
     assert log[:3] == ["short", "short", "long"]  # warm-ups, one of them for what takes long
     assert log[3:7] == ["short", "long", "long", "short"]
     assert len(found["short"].host_s) == 10 and len(found["long"].host_s) == 3
+
+
+def test_an_engine_leaves_the_device_when_its_rig_is_closed():
+    """Else two of them would have to fit."""
+    rig = Rig(SMALL.models[0], SMALL)
+    uid = rig.new_uid()
+    histories, _ = rig.save(uid, rig.tokens(256, 1), {"kv": uniform_storage(rig.geometry, ChunkKind.KV)})
+    rig.engine.evict(uid)
+    rig.restore(rig.new_uid(), histories["kv"], rig.choose(rig.policy("kv", rig.costs), histories["kv"]))
+    engine = weakref.ref(rig.engine)
+    rig.close()
+    assert engine() is None
 
 
 def test_quantiles_are_values_that_were_seen():

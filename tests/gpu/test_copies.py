@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mii_hcache.runtime.buffers import host_empty
+from mii_hcache.runtime.gpu_copy import open_gpu_copies
 from mii_hcache.runtime.streams import streams_of
 
 LONG_CYCLES = 200_000_000
@@ -70,8 +71,7 @@ def test_many_copies_are_as_right_as_one_by_one(device):
 
 
 def test_the_drivers_batches_are_as_right(device):
-    gpu_copy = pytest.importorskip("mii_hcache.runtime.gpu_copy", reason="this version has no batched copies")
-    copies = gpu_copy.open_gpu_copies(device)
+    copies = open_gpu_copies(device)
     if copies is None:
         pytest.skip("the native engine cannot copy to this GPU (the log says why)")
     try:

@@ -6,14 +6,13 @@ says what is right. Ours may be as far from it as torch's are, give or take.
 
 from __future__ import annotations
 
-import inspect
 import random
 
 import pytest
 import torch
 
 from experiments.common.random_weights import random_engine
-from mii_hcache.engine.ragged_engine import build_engine, token_tensors
+from mii_hcache.engine.ragged_engine import token_tensors
 
 SHAPES = {
     "llama2-7b": {},
@@ -59,8 +58,6 @@ def logits_of(shape: str, dtype: str, kernels: str, drawn_in: str) -> torch.Tens
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ours_are_as_near_to_the_truth_as_torchs(shape, dtype):
-    if "kernels" not in inspect.signature(build_engine).parameters:
-        pytest.skip("this version has one set of kernels only")
     pytest.importorskip("triton", reason="Triton is not installed")
     truth, torchs, ours = (
         logits_of(shape, kind, kernels, dtype)
@@ -77,7 +74,6 @@ def test_ours_are_as_near_to_the_truth_as_torchs(shape, dtype):
 @pytest.mark.parametrize("heads", [(32, 32, 128), (32, 8, 128), (16, 16, 256), (0, 32, 128), (0, 8, 128)])
 def test_rotating_and_scattering(device, heads, dtype):
     """Triton's and the CUDA one against torch, to the last bit but one of K; V to the bit; nothing else is touched."""
-    pytest.importorskip("mii_hcache.engine.kernels", reason="this version has no Triton kernels")
     pytest.importorskip("triton", reason="Triton is not installed")
     from mii_hcache.engine.kernels.rope_scatter import make_tables, rope_scatter
     from mii_hcache.engine.modules.rope import rotary_tables, rotate
@@ -111,7 +107,7 @@ def _kernels(device, triton_one):
     from mii_hcache.storage import native
 
     found = {"triton": triton_one}
-    why_not = native.why_no_kernels() if hasattr(native, "why_no_kernels") else "this version has none"
+    why_not = native.why_no_kernels()
     if why_not is None:
         from mii_hcache.engine.kernels.cuda_rope_scatter import CudaRopeScatter
 

@@ -5,7 +5,6 @@ The same runs on a fake device, where every order can be had, are in `tests/runt
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 
@@ -54,7 +53,6 @@ def streams(device: torch.device, seed: int | None) -> Streams:
 def save(engine, store, token_ids, seed):
     """Prefill and save, with a decoding tail of single tokens; the blocks are freed and poisoned right behind it."""
     chosen = streams(engine.device, seed)
-    settings = {"streams": chosen} if "streams" in inspect.signature(Saver).parameters else {}
     saver = Saver(
         adapter=engine,
         store=store,
@@ -63,7 +61,7 @@ def save(engine, store, token_ids, seed):
         counters=Counters(),
         save_wait=1e6,
         ring_batches=3,
-        **settings,
+        streams=chosen,
     )
     sleep = chosen.main.sleep if isinstance(chosen, SleepyStreams) else lambda: None
     try:
