@@ -34,7 +34,10 @@ class LayerCost:
     io_kv_s: float
     """Per token: reading one kv row (equation 7)."""
     c_hidden_s: float
-    """Per token: projecting K and V from a hidden row, rotating, placing in blocks (C_hidden of equation 5)."""
+    """Per token: projecting K and V from a hidden row, rotating, placing in blocks (C_hidden of equation 5); with
+    several ranks, gathering the row from them all, too."""
+    c_gather_s: float = 0.0
+    """Of `c_hidden_s`, the gathering; 0 of one rank. For people: plans need only the sum."""
     c_kv_s: float = 0.0
     """Per token: placing a loaded kv row in the blocks. About 0 on a GPU, a copy on a CPU."""
     c_token_s: float
@@ -90,6 +93,7 @@ class LayerCost:
             io_kv_s=io * self.io_kv_s,
             io_start_s=io * self.io_start_s,
             c_hidden_s=compute * self.c_hidden_s,
+            c_gather_s=compute * self.c_gather_s,
             c_kv_s=compute * self.c_kv_s,
             c_token_s=compute * self.c_token_s,
             c_attention_s=compute * self.c_attention_s,
@@ -164,6 +168,7 @@ class HardwareProfile:
             io_hidden_s=hidden_bytes / rate,
             io_kv_s=geometry.row_bytes(ChunkKind.KV) / rate,
             c_hidden_s=4 * geometry.hidden_size * kv_width / gemm_flop_per_s + gather_s,
+            c_gather_s=gather_s,
             c_token_s=2 * weights / gemm_flop_per_s + 4 * gather_s,  # two all-reduces, each twice a gather
             c_attention_s=4 * width / (self.num_gpus * self.attention_flop_per_s),
             io_start_s=self.io_start_s,

@@ -53,9 +53,10 @@ class EngineService:
         fingerprint: bytes,
         config: HCacheConfig,
         costs: Mapping[str, LayerCost] | None = None,
+        shared: SharedState | None = None,
     ) -> None:
-        """Takes the engine over. `costs`: of this machine and model, by tier; methods with a plan need them. Raises
-        ConfigError."""
+        """Takes the engine over. `costs`: of this machine and model, by tier; methods with a plan need them. `shared`:
+        the way to the other ranks' state, where it is open already. Raises ConfigError."""
         self._engine = engine
         self._store = store
         self._fingerprint = fingerprint
@@ -70,12 +71,13 @@ class EngineService:
             max_fill_tokens=engine.max_fill_tokens,
             num_ranks=1 if engine.group is None else engine.group.size,
         )
-        self.shared: SharedState | None = None
-        """The state of the other ranks, where there are any and something is saved."""
-        if isinstance(engine, ParallelEngine) and self.policy.storage is not None:
-            self.shared = SharedState(
+        is_saving = self.policy.storage is not None
+        if isinstance(engine, ParallelEngine) and is_saving and shared is None:
+            shared = SharedState(
                 engine, store, io=config.io, emulated_read_bytes_per_s=config.emulated_read_bytes_per_s
             )
+        self.shared = shared if is_saving else None
+        """The state of the other ranks, where there are any and something is saved."""
         losses_s = self.policy.losses_s(list(costs or ("",))[-1], 1 + self._max_context_tokens // SPAN_TOKENS)
         if losses_s:
             store.weigh(lambda span_idx: losses_s[min(span_idx, len(losses_s) - 1)])

@@ -11,6 +11,7 @@ import torch
 
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
+from mii_hcache.runtime.gathering import gather_spans, part_bytes, place_tile, positions_of, rubbish
 from mii_hcache.runtime.parts import PartsSink, Reply
 from mii_hcache.runtime.peers import (
     AbortStep,
@@ -22,15 +23,16 @@ from mii_hcache.runtime.peers import (
     Failed,
     ForgetPart,
     GatherRows,
+    GatherRubbish,
     HealSpan,
     OpenSequence,
+    PlaceRubbish,
     PlaceTile,
     ReadPart,
     StartSaving,
     TruncateSequence,
     WritePart,
 )
-from mii_hcache.runtime.placing import part_bytes, place_tile, positions_of
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.share import Share
@@ -194,6 +196,17 @@ class FollowingTiles:
             if part is not None:
                 part.pool.release(part.buffer)
 
+    def place_rubbish(self, order: PlaceRubbish) -> None:
+        """For measuring."""
+        tile = Tile(layer_idx=order.layer_idx, first_span=0, num_spans=order.num_spans, kind=order.kind)
+        buffer = rubbish(self._share, self._adapter.geometry, order.num_spans)
+        place_tile(self._adapter, self._adapter.target(order.uid), self._share, self._gather, tile, buffer)
+
+    def gather_rubbish(self, order: GatherRubbish) -> None:
+        """For measuring."""
+        buffer = rubbish(self._share, self._adapter.geometry, order.num_spans)
+        gather_spans(self._adapter, self._share, self._gather, order.num_spans, buffer)
+
     def stop(self) -> None:
         """End the threads."""
         self._readers.close(2.0)
@@ -239,6 +252,10 @@ class FollowingState:
             )
         elif isinstance(order, PlaceTile):
             self.tiles.place(order)
+        elif isinstance(order, PlaceRubbish):
+            self.tiles.place_rubbish(order)
+        elif isinstance(order, GatherRubbish):
+            self.tiles.gather_rubbish(order)
         else:
             self._obey_saving(order)
 

@@ -182,6 +182,26 @@ class PlaceTile:
     kind: ChunkKind
 
 
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceRubbish:
+    """An order: do what `PlaceTile` does, with rows that mean nothing, into the first blocks of a sequence."""
+
+    uid: int
+    layer_idx: int
+    num_spans: int
+    kind: ChunkKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherRubbish:
+    """An order: gather as many rows of nothing as a tile of so many spans would."""
+
+    num_spans: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Counted:
     """A question: what a follower counted so far. Answered by a mapping of names to numbers."""

@@ -187,13 +187,12 @@ class ShardedFlusher(Flusher):
         peers: Peers,
         share: Share,
         scatter: Scatter | None = None,
-        write_deadline_s: float = WRITE_DEADLINE_S,
     ) -> None:
         """`num_threads` put spans; `share`: of rank 0."""
         self.num_ranks = peers.num_ranks
         self._peers = peers
         self._shares = [replace(share, rank=rank) for rank in range(peers.num_ranks)]
-        self._write_deadline_s = write_deadline_s
+        self._write_deadline_s = WRITE_DEADLINE_S
         self._asked: set[int] = set()
         """Puts whose chunks the others were asked for; of all others they are told that nobody will ask."""
         super().__init__(store=store, counters=counters, num_threads=num_threads, scatter=scatter)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.runtime.gathering import part_bytes, place_tile, positions_of
 from mii_hcache.runtime.peers import Failed, ForgetPart, GatherRows, Peers, PlaceTile, ReadPart
-from mii_hcache.runtime.placing import part_bytes, place_tile, positions_of
 from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.tiles import TileRead, TileSource
@@ -38,6 +38,11 @@ UidOf = Callable[[KVTarget], int]
 """The engine's name of the sequence whose blocks these are."""
 
 _read_ids = itertools.count(1)
+
+
+def next_read_id() -> int:
+    """A name for a read by several ranks that no other one has."""
+    return next(_read_ids)
 
 
 class ShardedTiles(TileSource):
@@ -93,7 +98,7 @@ class _ShardedRead(TileRead):
         self.tile = tile
         self._source = source
         self._buffer = buffer
-        self._read_id = next(_read_ids)
+        self._read_id = next_read_id()
         self._lock = threading.Lock()
         """Guards what follows."""
         self._asked: list[int] = []

@@ -264,6 +264,7 @@ class Ranks:
             mock.patch("mii_hcache.runtime.saver.RowRing", PoisonedRing),
             mock.patch("mii_hcache.runtime.cutter.SpanBuffers", PoisonedBuffers),
             mock.patch("mii_hcache.runtime.block_reader.SpanBuffers", PoisonedBuffers),
+            mock.patch("mii_hcache.runtime.sharded_saver.WRITE_DEADLINE_S", 10 * GIVE_UP_S),  # then it hangs, and shows
         ):
             return ShardedSaver(
                 adapter=self.engines[0],

@@ -38,14 +38,30 @@ def place_tile(
         heads = adapter.geometry.shard_kv_heads(share.num_ranks)
         target.write_kv(tile.layer_idx, start, rows.view(dtype).view(num_tokens, 2, heads, adapter.geometry.head_size))
     else:
-        num_own = -(-tile.num_spans // share.num_ranks)  # one more than some ranks have: what lies there is left out
-        rows = _on_device(adapter, buffer[: num_own * chunk_bytes]).view(dtype).view(num_own, -1)
-        gathered = rows.new_empty(share.num_ranks * num_own, rows.shape[1])
-        gather(gathered, rows)
+        gathered = gather_spans(adapter, share, gather, tile.num_spans, buffer)
         order = torch.tensor(order_of(share.num_ranks, tile), device=gathered.device)
         target.project_hidden(tile.layer_idx, start, gathered[order].view(num_tokens, adapter.geometry.hidden_size))
     if adapter.device.type == "cuda":
         torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
+
+
+def gather_spans(
+    adapter: EngineAdapter, share: Share, gather: GatherRows, num_spans: int, buffer: torch.Tensor
+) -> torch.Tensor:
+    """Hidden rows of all ranks' spans, one rank behind the other: `[spans, row_elements * SPAN_TOKENS]`, one span more
+    than some ranks have, which holds anything."""
+    num_own = -(-num_spans // share.num_ranks)
+    num_bytes = num_own * part_bytes(share, adapter.geometry, ChunkKind.HIDDEN)
+    rows = _on_device(adapter, buffer[:num_bytes]).view(adapter.dtype).view(num_own, -1)
+    gathered = rows.new_empty(share.num_ranks * num_own, rows.shape[1])
+    gather(gathered, rows)
+    return gathered
+
+
+def rubbish(share: Share, geometry: ModelGeometry, num_spans: int) -> torch.Tensor:
+    """A host buffer for `place_tile` of either kind: zeros."""
+    num_bytes = num_spans * max(part_bytes(share, geometry, kind) for kind in ChunkKind)
+    return torch.zeros(num_bytes, dtype=torch.uint8)
 
 
 def order_of(num_ranks: int, tile: Tile) -> list[int]:
