@@ -8,14 +8,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from mii_hcache.core.cost import MeasuredProfile
 from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.engine.parallel.engine import ParallelEngine
+from mii_hcache.engine.parallel.state import SharedState
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import device_name, num_usable_cpus
+from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, h2d_bytes_per_s, profile_layer
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
@@ -53,17 +57,21 @@ def measured_profile(
     emulated_read_bytes_per_s: float | None = None,
     io: str = "auto",
     on_progress: Callable[[str], None] = lambda what: None,
+    shared: SharedState | None = None,
 ) -> MeasuredProfile:
     """What the first of `state_dirs` remembers of this machine and model, else measured now (seconds; the engine must
     be idle) and remembered. `anew` measures in any case; a doubtful profile is not believed twice.
-    `emulated_read_bytes_per_s` slows every tier's reads down. Raises ConfigError when the engine's pool is too small to
-    measure with."""
+    `emulated_read_bytes_per_s` slows every tier's reads down. `shared`: of an engine over several ranks, all of which
+    then read, gather and place, as they restore; they read from files only. Raises ConfigError when the engine's pool
+    is too small to measure with."""
     path = state_dirs[0] / PROFILE_FILE
     machine, model = f"{machine_of(engine)}, files by {choose_io(io)[0]}", fingerprint.hex()
     if len(state_dirs) > 1:
         machine += f" in {len(state_dirs)} directories"
     if emulated_read_bytes_per_s is not None:
         machine += f", reads emulated at {emulated_read_bytes_per_s / 1e6:g} MB/s"
+    if shared is not None:
+        machine += f", {shared.peers.num_ranks} ranks"
     known = None if anew else _read(path)
     if known is not None and (known.machine, known.model) == (machine, model) and not known.is_doubtful:
         return known
@@ -77,15 +85,23 @@ def measured_profile(
     try:
         folders = [directory / _SCRATCH for directory in state_dirs]
         with _scratch_tiers(engine, folders, io_bytes, emulated_read_bytes_per_s, io) as tiers:
+            target: KVTarget = engine.target(_UID)
+            if shared is not None:
+                assert isinstance(engine, ParallelEngine)
+                target = ranks_target = shared.target_of(engine, _UID)
+                files = tiers["file"]
+                tiers = {"file": replace(files, store=shared.read_by_all(files.store))}
             costs, spread = profile_layer(
-                adapter=engine,
-                target=engine.target(_UID),
+                adapter=engine.own,
+                target=target,
                 num_target_tokens=num_tokens,
                 tiers=tiers,
                 io_bytes=io_bytes,
                 repeats=repeats,
                 on_progress=on_progress,
             )
+            if shared is not None:
+                costs = ranks_target.with_gather(costs)
     finally:
         engine.evict(_UID)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")

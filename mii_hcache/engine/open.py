@@ -14,11 +14,14 @@ from mii_hcache.core.methods import Method, default_method, method_named
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.fingerprint import model_fingerprint
 from mii_hcache.engine.measuring import can_measure, measured_profile
+from mii_hcache.engine.parallel.engine import ParallelEngine
 from mii_hcache.engine.parallel.opening import open_parallel_engine
+from mii_hcache.engine.parallel.state import SharedState
 from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.errors import ConfigError, RankLostError
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.throttled import ThrottledStore
 
@@ -142,15 +145,15 @@ def _named(
 
 
 def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnLost = _unheard) -> OpenedService:
-    """Load the model, open its saved state, start the engine thread. `on_lost`: requests have been ended with the error
-    when it is called; what is left to do is to close. Raises HCacheError."""
+    """Load the model, open its saved state, start the engine thread. `on_lost`: requests end with the error by
+    themselves; what is left to do is to close. Raises HCacheError."""
     _check_parallel(config)
     services: list[EngineService] = []
 
     def lost(error: RankLostError) -> None:
+        on_lost(error)
         for service in services:
             service.lose(error)
-        on_lost(error)
 
     state = open_state(
         config.state_dirs,
@@ -176,7 +179,8 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
                 "tmpfs does the same."
             )
         tokenizer = Tokenizer(loaded.path)
-        method, why, profile = _choose_method(config, loaded, state.directories, notes, progress)
+        shared = _open_shared(config, loaded.engine, state.store)
+        method, why, profile = _choose_method(config, loaded, state.directories, notes, progress, shared)
         store = state.store
         if config.emulated_read_bytes_per_s is not None:
             store = ThrottledStore(store, config.emulated_read_bytes_per_s)
@@ -191,6 +195,7 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
             fingerprint=loaded.fingerprint,
             config=config,
             costs=None if profile is None else profile.tiers,
+            shared=shared,
         )
         opening.pop_all()
     services.append(service)
@@ -214,11 +219,13 @@ def _check_parallel(config: HCacheConfig) -> None:
         return
     if config.save == "direct":
         raise ConfigError(f"save is 'direct' and tensor_parallel {config.tensor_parallel}: only one rank can save so")
-    if config.method is not None and method_named(config.method).needs_costs:
-        raise ConfigError(
-            f"method is {config.method!r} and tensor_parallel {config.tensor_parallel}: costs over several ranks "
-            "cannot be measured yet; choose hidden, kv or recompute"
-        )
+
+
+def _open_shared(config: HCacheConfig, engine: HCacheEngine, store: ChunkStore) -> SharedState | None:
+    """The way to the other ranks' state, where there are any and something is saved."""
+    if not isinstance(engine, ParallelEngine) or not method_named(config.method or "auto").saves:
+        return None
+    return SharedState(engine, store, io=config.io, emulated_read_bytes_per_s=config.emulated_read_bytes_per_s)
 
 
 def _choose_method(
@@ -227,15 +234,9 @@ def _choose_method(
     state_dirs: Sequence[Path],
     notes: list[str],
     progress: Progress,
+    shared: SharedState | None,
 ) -> tuple[Method, str, MeasuredProfile | None]:
     """The method, why it is that one, and the costs that it plans with."""
-    if config.tensor_parallel > 1 and config.method is None:
-        method = default_method(loaded.engine.geometry)
-        notes.append(
-            f"Costs over several ranks cannot be measured yet, so nothing is planned: {method.name} was chosen because "
-            "it takes the least bytes."
-        )
-        return method, "the smaller of hidden and kv", None
     method = method_named(config.method or "auto")
     why = "chosen by --method" if config.method else "the default"
     if not method.needs_costs:
@@ -253,6 +254,7 @@ def _choose_method(
         loaded.fingerprint,
         emulated_read_bytes_per_s=config.emulated_read_bytes_per_s,
         io=config.io,
+        shared=shared,
         on_progress=lambda what: progress(f"measuring this machine, once: {what}", 0, 0),
     )
     if profile.is_doubtful:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,9 +55,10 @@ class EngineService:
         fingerprint: bytes,
         config: HCacheConfig,
         costs: Mapping[str, LayerCost] | None = None,
+        shared: SharedState | None = None,
     ) -> None:
-        """Takes the engine over. `costs`: of this machine and model, by tier; methods with a plan need them. Raises
-        ConfigError."""
+        """Takes the engine over. `costs`: of this machine and model, by tier; methods with a plan need them. `shared`:
+        the way to the other ranks' state, where it is open already. Raises ConfigError."""
         self._engine = engine
         self._store = store
         self._fingerprint = fingerprint
@@ -72,12 +74,13 @@ class EngineService:
             pieces=pieces_on(engine.device),
             num_ranks=1 if engine.group is None else engine.group.size,
         )
-        self.shared: SharedState | None = None
-        """The state of the other ranks, where there are any and something is saved."""
-        if isinstance(engine, ParallelEngine) and self.policy.storage is not None:
-            self.shared = SharedState(
+        is_saving = self.policy.storage is not None
+        if isinstance(engine, ParallelEngine) and is_saving and shared is None:
+            shared = SharedState(
                 engine, store, io=config.io, emulated_read_bytes_per_s=config.emulated_read_bytes_per_s
             )
+        self.shared = shared if is_saving else None
+        """The state of the other ranks, where there are any and something is saved."""
         losses_s = self.policy.losses_s(list(costs or ("",))[-1], 1 + self._max_context_tokens // SPAN_TOKENS)
         if losses_s:
             store.weigh(lambda span_idx: losses_s[min(span_idx, len(losses_s) - 1)])
@@ -123,6 +126,8 @@ class EngineService:
         self._order = itertools.count()
         self._is_closing = False
         self._failure: RankLostError | None = None
+        self._lost_s = math.inf
+        """When the failure was told."""
         self._max_waiting = config.max_waiting
         self._vocab_size = int(engine.model().vocab_size)
         self._geometry = engine.geometry
@@ -228,6 +233,7 @@ class EngineService:
         also when the engine's own thread hangs. Not for that thread. What was accepted for saving is still saved."""
         with self._changed:
             self._failure = self._failure or error
+            self._lost_s = time.monotonic()
             self._is_closing = True
             self._changed.notify_all()
         self._thread.join(LOSS_WAIT_S)
@@ -248,9 +254,10 @@ class EngineService:
             self._changed.notify_all()
         if self._thread is threading.current_thread():
             return
-        self._thread.join(None if self._failure is None else LOSS_WAIT_S)
+        while self._thread.is_alive() and time.monotonic() < self._lost_s + LOSS_WAIT_S:
+            self._thread.join(0.1)
         if self._thread.is_alive():
-            _log.error("the engine's thread hangs; what it held is left to the end of the process")
+            _log.warning("the engine's thread hangs, or waits for reads; what it held is left to the process's end")
             self._saver.drain(LOSS_WAIT_S)
 
     # --- engine thread ------------------------------------------------------------------------------------------
@@ -261,8 +268,7 @@ class EngineService:
                 self._scheduler.iterate()
                 self._forget_finished()
         except RankLostError as error:
-            with self._changed:
-                self._failure = self._failure or error
+            self._fail(error)
         except BaseException:
             _log.critical("the engine thread died", exc_info=True)
             raise
@@ -276,12 +282,18 @@ class EngineService:
                 else:
                     self._scheduler.abandon()
             except RankLostError as error:
-                self._failure = error
+                self._fail(error)
             finally:  # those that the scheduler has not told: nobody may wait for ever
                 self._end_all(jobs, self._failure or HCacheError("the engine stopped"))
                 self._saver.stop()
                 self._restorer.stop()
                 self._engine.close()
+
+    def _fail(self, error: RankLostError) -> None:
+        """What the engine's thread met, or what happened to the rank behind it."""
+        reason = self._engine.lose(error)
+        with self._changed:
+            self._failure = self._failure or reason
 
     @staticmethod
     def _end_all(jobs: Iterable[Job], error: HCacheError) -> None:

@@ -14,6 +14,7 @@ from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.following import FollowingState
 from mii_hcache.runtime.peers import Counted
 from mii_hcache.runtime.ports import KVTarget
+from mii_hcache.runtime.ranks_profile import RanksStore, RanksTarget
 from mii_hcache.runtime.restorer import OpenTiles
 from mii_hcache.runtime.saver import Saver
 from mii_hcache.runtime.sharded_saver import ShardedSaver
@@ -56,6 +57,15 @@ class SharedState:
     def open_tiles(self) -> OpenTiles:
         """For `Restorer`."""
         return partial(ShardedTiles, uid_of=_uid_of, peers=self.peers, gather=self._gather)
+
+    def target_of(self, engine: ParallelEngine, uid: int) -> RanksTarget:
+        """A sequence's blocks on all ranks, to measure with."""
+        target = engine.target(uid)
+        return RanksTarget(adapter=engine.own, target=target, uid=uid, peers=self.peers, gather=self._gather)
+
+    def read_by_all(self, store: ChunkStore) -> ChunkStore:
+        """A store whose reads all ranks share, to measure with; takes it over."""
+        return RanksStore(store, self.peers)
 
     def counted(self) -> Sequence[dict[str, float]]:
         """What the others counted so far, rank 1 first. Blocks. Raises HCacheError when one is gone or silent."""
