@@ -15,6 +15,7 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.engine.job import Job
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.residents import Residents
+from mii_hcache.errors import RankLostError
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.lookup import Lookup, given_up
 from mii_hcache.runtime.policy import RestoreChoice, RestorePolicy
@@ -323,6 +324,8 @@ class Admission:
         """Work on one restore. True when it is over."""
         try:
             outcome = restoring.restore.step(budget_s, wait=wait)
+        except RankLostError:
+            raise
         except Exception:
             self._fail_restore(restoring.job)
             self.restoring.remove(restoring)

@@ -143,15 +143,15 @@ def _named(
 
 
 def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnLost = _unheard) -> OpenedService:
-    """Load the model, open its saved state, start the engine thread. `on_lost`: requests have been ended with the error
-    when it is called; what is left to do is to close. Raises HCacheError."""
+    """Load the model, open its saved state, start the engine thread. `on_lost`: requests end with the error by
+    themselves; what is left to do is to close. Raises HCacheError."""
     _check_parallel(config)
     services: list[EngineService] = []
 
     def lost(error: RankLostError) -> None:
+        on_lost(error)
         for service in services:
             service.lose(error)
-        on_lost(error)
 
     state = open_state(
         config.state_dirs,

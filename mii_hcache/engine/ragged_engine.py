@@ -16,8 +16,8 @@ from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.attention import PagedAttention
 from mii_hcache.engine.modules.batch_plan import token_slots
 from mii_hcache.engine.parallel.group import RankGroup
-from mii_hcache.errors import ConfigError, HCacheError, RankLostError, UnsupportedModelError
-from mii_hcache.runtime.ports import EngineAdapter
+from mii_hcache.engine.parallel.one import OneProcess
+from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class SequenceBlocks:
             raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
 
 
-class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
+class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
     """One model, or a rank's share of one, with its block pool. Engine thread only. Implements
     `runtime.ports.EngineAdapter`."""
 
@@ -215,24 +215,6 @@ class HCacheEngine(InferenceEngineV2):  # type: ignore[misc]
 
         self.allocator.on_free = poison
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
-
-    @property
-    def rank_states(self) -> dict[int, str]:
-        """What each rank does, by its number; empty where there is only this one."""
-        return {}
-
-    @property
-    def lost(self) -> RankLostError | None:
-        """Why this engine can never run again, where it is one of several ranks."""
-        return None
-
-    @property
-    def own(self) -> EngineAdapter:
-        """This process's share of the engine: what is written through its targets reaches no other rank."""
-        return self
-
-    def close(self) -> None:
-        """Nothing runs on it any more. Idempotent."""
 
     def target(self, uid: int) -> SequenceBlocks:
         """The sequence's blocks as they are now."""

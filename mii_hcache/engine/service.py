@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,8 @@ class EngineService:
         self._order = itertools.count()
         self._is_closing = False
         self._failure: RankLostError | None = None
+        self._lost_s = math.inf
+        """When the failure was told."""
         self._max_waiting = config.max_waiting
         self._vocab_size = int(engine.model().vocab_size)
         self._geometry = engine.geometry
@@ -226,6 +229,7 @@ class EngineService:
         also when the engine's own thread hangs. Not for that thread. What was accepted for saving is still saved."""
         with self._changed:
             self._failure = self._failure or error
+            self._lost_s = time.monotonic()
             self._is_closing = True
             self._changed.notify_all()
         self._thread.join(LOSS_WAIT_S)
@@ -246,9 +250,10 @@ class EngineService:
             self._changed.notify_all()
         if self._thread is threading.current_thread():
             return
-        self._thread.join(None if self._failure is None else LOSS_WAIT_S)
+        while self._thread.is_alive() and time.monotonic() < self._lost_s + LOSS_WAIT_S:
+            self._thread.join(0.1)
         if self._thread.is_alive():
-            _log.error("the engine's thread hangs; what it held is left to the end of the process")
+            _log.warning("the engine's thread hangs, or waits for reads; what it held is left to the process's end")
             self._saver.drain(LOSS_WAIT_S)
 
     # --- engine thread ------------------------------------------------------------------------------------------
@@ -259,8 +264,7 @@ class EngineService:
                 self._scheduler.iterate()
                 self._forget_finished()
         except RankLostError as error:
-            with self._changed:
-                self._failure = self._failure or error
+            self._fail(error)
         except BaseException:
             _log.critical("the engine thread died", exc_info=True)
             raise
@@ -274,12 +278,18 @@ class EngineService:
                 else:
                     self._scheduler.abandon()
             except RankLostError as error:
-                self._failure = error
+                self._fail(error)
             finally:  # those that the scheduler has not told: nobody may wait for ever
                 self._end_all(jobs, self._failure or HCacheError("the engine stopped"))
                 self._saver.stop()
                 self._restorer.stop()
                 self._engine.close()
+
+    def _fail(self, error: RankLostError) -> None:
+        """What the engine's thread met, or what happened to the rank behind it."""
+        reason = self._engine.lose(error)
+        with self._changed:
+            self._failure = self._failure or reason
 
     @staticmethod
     def _end_all(jobs: Iterable[Job], error: HCacheError) -> None:

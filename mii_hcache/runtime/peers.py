@@ -16,11 +16,11 @@ import torch
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.plans import StoragePlan
-from mii_hcache.errors import HCacheError
+from mii_hcache.errors import RankLostError
 from mii_hcache.storage.directions import PayloadDirection, SlotDirection
 
 
-class PeerLostError(HCacheError):
+class PeerLostError(RankLostError):
     """A rank is gone: what it was asked is never answered."""
 
 

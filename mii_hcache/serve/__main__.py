@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_hcache import __version__
 from mii_hcache.errors import ConfigError, HCacheError, RankLostError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _EXIT_FORCED = 1
 _EXIT_REFUSED = 2
+EXIT_LOST = 3
 _EXIT_INTERRUPTED = 130
 
 _log = logging.getLogger("mii_hcache.serve.start")
@@ -55,12 +57,13 @@ def _serve(options: Options) -> int:
                 f"--host {options.host} lets other machines in, and there is no key: set MII_HCACHE_API_KEY or give "
                 "--api-key-file, or say --allow-no-key if everybody who can reach this machine may use it"
             )
-        loading, loss = Loading(as_json=options.log_json), Loss(lambda words: _complain(options, words))
+        loading, loss = Loading(as_json=options.log_json), Loss(lambda words: _complain(options, words), EXIT_LOST)
         _tell(options, f"mii_hcache {__version__}: loading {options.config.model or 'the demo model'}")
         try:
             opened = _open(options, loading, loss)
         except RankLostError as error:
-            return loss.end(error)
+            loss.tell(error)
+            return EXIT_LOST
         drain = False
         try:
             server = _server_of(options, opened, sock, loading)
@@ -72,7 +75,8 @@ def _serve(options: Options) -> int:
         finally:
             opened.close(drain=False)
     if loss.error is not None:
-        return loss.end(loss.error)
+        loss.tell(loss.error)
+        return EXIT_LOST
     _tell(options, "Saved state is on disk. Good bye." if drain else "Stopped without waiting.")
     return 0 if drain else _EXIT_FORCED
 
@@ -128,5 +132,15 @@ def _tell(options: Options, words: str) -> None:
         print(words, flush=True)
 
 
+def _leave(status: int) -> NoReturn:
+    """What still hangs after a rank was lost, in reads or in native code, must not hold the process up: all that is
+    closed in order is closed by now."""
+    if status == EXIT_LOST:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

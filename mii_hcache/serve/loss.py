@@ -1,4 +1,4 @@
-"""A rank of a model over several is gone: the server ends, soon and with a status of its own, whatever hangs."""
+"""A rank of a model over several is gone: the server ends, soon, whatever hangs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Callable
 from mii_hcache.errors import RankLostError
 from mii_hcache.serve.listening import Server
 
-EXIT_LOST = 3
-"""The exit status."""
 END_S = 7.0
 """Longest that an orderly end may take: running answers have failed already, what was saved is made durable."""
 FORCE_S = 2.0
@@ -20,8 +18,9 @@ FORCE_S = 2.0
 class Loss:
     """What happens then. `note` may be called from any thread; the rest is the main thread's."""
 
-    def __init__(self, complain: Callable[[str], None]) -> None:
-        """`complain` tells the operator."""
+    def __init__(self, complain: Callable[[str], None], exit_status: int) -> None:
+        """`complain` tells the operator. `exit_status`: of a process that does not end by itself in time."""
+        self._exit_status = exit_status
         self.error: RankLostError | None = None
         self.server: Server | None = None
         self._complain = complain
@@ -29,18 +28,17 @@ class Loss:
         self._is_told = False
 
     def note(self, error: RankLostError) -> None:
-        """The engine is lost and its requests have been told: let the server end, and see to it that it does."""
+        """The engine is lost; its requests are being told. Let the server end, and see to it that it does."""
         self.error = error
         _in(END_S, self._end_now)
         _in(FORCE_S, self._close_connections)
         if self.server is not None:
             self.server.should_exit = True
 
-    def end(self, error: RankLostError) -> int:
-        """The exit status, once everything is closed."""
+    def tell(self, error: RankLostError) -> None:
+        """The operator, once; when everything is closed."""
         with self._lock:
             self._tell_once(error)
-        return EXIT_LOST
 
     def _close_connections(self) -> None:
         if self.server is not None:
@@ -51,7 +49,7 @@ class Loss:
         assert self.error is not None
         with self._lock:
             self._tell_once(self.error)
-            os._exit(EXIT_LOST)
+            os._exit(self._exit_status)
 
     def _tell_once(self, error: RankLostError) -> None:
         if not self._is_told:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.end_to_end.server_kit import Chat, Server, serving, text_of
+from tests.end_to_end.server_kit import Chat, Server, restorable, serving, text_of
 from tests.engine.parallel.ranks_kit import children_of, is_running, wait_until_gone
 
 END_S = 10.0
@@ -90,10 +90,46 @@ def test_a_rank_that_is_killed_ends_the_server(tmp_path, moment, size):
         if moment != "idle":
             talker.join(5)
             assert not talker.is_alive()
-            if "end" in heard and "data: [DONE]" not in heard:  # not when it was all over before
-                assert any("was killed by SIGKILL" in line for line in heard), heard[-3:]
+            is_whole = any('"finish_reason":"length"' in line for line in heard)  # it was all over before
+            assert is_whole or any("was killed by SIGKILL" in line for line in heard), heard[-3:]
     finally:
         server.kill()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("method", ["hidden", "kv"])
+def test_what_was_saved_outlives_a_rank_that_is_killed_in_a_restore(tmp_path, method):
+    """Reads are slowed down, so that there is a restore to be killed in."""
+    expected = Chat(9, num_words=120)
+    with serving(tmp_path, "--method", "recompute", name="alone") as server:
+        for _ in range(3):
+            expected.turn(server)
+    chat, saving = Chat(9, num_words=120), ("--method", method, "--keep", "none")
+    server = _start(tmp_path, 2, *saving, "--emulate-read-speed", "100KiB")
+    try:
+        server.wait_until_ready()
+        (other,) = _others(server, 2)
+        chat.turn(server)
+        time.sleep(1.0)  # commits follow within 0.2 s
+        heard: list[str] = []
+        talker = threading.Thread(target=_stream, args=(server, chat.next_body(50), heard))
+        talker.start()
+        deadline_s = time.monotonic() + 20
+        while server.metrics().get("mii_hcache_requests_restoring", 0) < 1:
+            assert time.monotonic() < deadline_s and "end" not in heard, "there was nothing to be killed in"
+            time.sleep(0.01)
+        os.kill(other, signal.SIGKILL)
+        _expect_end(server, [other], other, 2)
+        talker.join(5)
+        assert "end" not in heard or any("was killed by SIGKILL" in line for line in heard), heard[-3:]
+    finally:
+        server.kill()
+    with serving(tmp_path, "--tensor-parallel", "2", *saving) as server:
+        for turn in (1, 2):
+            before = chat.answers[-1]
+            hcache = chat.turn(server)["hcache"]
+            assert hcache["restored_tokens"] == restorable(before) > 0, hcache
+            assert text_of(chat.answers[turn]) == text_of(expected.answers[turn])
 
 
 @pytest.mark.timeout(200)

@@ -131,6 +131,9 @@ class ParallelEngine(HCacheEngine):
     def lost(self) -> RankLostError | None:
         return self.followers.error
 
+    def lose(self, error: RankLostError) -> RankLostError:
+        return self.followers.lose(str(error), error)
+
     @property
     def own(self) -> EngineAdapter:
         return OwnRank(self)
