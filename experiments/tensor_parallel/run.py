@@ -32,7 +32,7 @@ def measure(num_ranks: int, method: str, history: list[int], rate: float, repeat
         state_dir=str(folder / "state"),
         method=method,
         keep="none",
-        dram_capacity_bytes=0,
+        dram_capacity_bytes=1 << 20,  # the least: one rank has it, several do without
         tensor_parallel=num_ranks,
         emulated_read_bytes_per_s=rate,
         kv_blocks=400,
