@@ -114,7 +114,7 @@ def test_bfloat16(heads):
 
 @pytest.mark.parametrize("num_programs", [FEW_PROGRAMS, MANY_PROGRAMS])
 def test_long_histories_whole_and_split(num_programs):
-    lengths = [(2046, 1), (1500, 40), (10, 1)]
+    lengths = [(2046, 1), (1500, 30), (10, 1)]
     num_merges = _check(lengths, heads=(2, 1), head_size=16, block_size=64, num_programs=num_programs)
     assert num_merges == (0 if num_programs == FEW_PROGRAMS else 2)
 

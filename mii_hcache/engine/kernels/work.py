@@ -38,10 +38,11 @@ def tile_shapes(*, group: int, head_size: int, element_bytes: int) -> tuple[Tile
     narrow_rows = max(16, triton.next_power_of_2(group))
     head = triton.next_power_of_2(head_size)
     keys = max(16, min(64, 8192 * 2 // (head * element_bytes)))
-    if head * element_bytes <= 256:
+    if head <= 128 and element_bytes == 2:
         wide = TileShape(rows=max(128, narrow_rows), keys=keys, num_warps=8, num_stages=2)
     else:
-        wide = TileShape(rows=max(64, narrow_rows), keys=max(16, keys // 2), num_warps=8, num_stages=2)
+        wide_keys = keys if element_bytes == 2 else max(16, keys // 2)
+        wide = TileShape(rows=max(64, narrow_rows), keys=wide_keys, num_warps=8, num_stages=2)
     return TileShape(rows=narrow_rows, keys=keys, num_warps=4, num_stages=2), wide
 
 
