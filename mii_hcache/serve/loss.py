@@ -11,8 +11,8 @@ from mii_hcache.serve.listening import Server
 
 END_S = 7.0
 """Longest that an orderly end may take: running answers have failed already, what was saved is made durable."""
-FORCE_S = 2.0
-"""Connections that are still open then are closed."""
+FORCE_S = 4.0
+"""Connections that are still open then are closed; requests have long been told (`EngineService.lose`)."""
 
 
 class Loss:
