@@ -208,7 +208,7 @@ class FakeStreams(Streams):
         self.checker = Checker(granule_bytes)
         self.lock = threading.RLock()
         self._chooser = random.Random(seed)
-        self._haste = haste
+        self.haste = haste
         self._ignored = ignored
         self.num_ignored = 0
         self._acting = threading.local()
@@ -263,7 +263,7 @@ class FakeStreams(Streams):
         with self.lock:
             if self._is_running:
                 return
-            while self.side and self._chooser.random() < self._haste:
+            while self.side and self._chooser.random() < self.haste:
                 self._run_any()
 
     def run_until(self, event: FakeEvent) -> None:

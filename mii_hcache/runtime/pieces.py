@@ -18,16 +18,30 @@ class Pieces:
     shared_fill_tokens: int
     """The same while others decode."""
     num_readers: int
-    """Tiles read at a time, and the fewest that are read ahead."""
+    """Tiles read at a time."""
+    least_ahead: int
+    """Tiles that a restore may read ahead, however many there are."""
     read_ahead_bytes: int
     """What may lie in host memory, read and not yet placed, of all restores together: enough for the reads to go on
     while a forward runs."""
 
 
-HOST = Pieces(tile_spans=8, alone_fill_tokens=256, shared_fill_tokens=64, num_readers=3, read_ahead_bytes=256 << 20)
+HOST = Pieces(
+    tile_spans=8,
+    alone_fill_tokens=256,
+    shared_fill_tokens=64,
+    num_readers=3,
+    least_ahead=3,
+    read_ahead_bytes=256 << 20,
+)
 """On a CPU."""
 DEVICE = Pieces(
-    tile_spans=32, alone_fill_tokens=2048, shared_fill_tokens=256, num_readers=8, read_ahead_bytes=512 << 20
+    tile_spans=32,
+    alone_fill_tokens=2048,
+    shared_fill_tokens=256,
+    num_readers=8,
+    least_ahead=1,
+    read_ahead_bytes=512 << 20,
 )
 """On a GPU; not measured on one yet. A tile of 2,048 tokens is copied and projected in a time against which a launch
 is nothing, and what is projected from it still fits into the caches; a step that reads all weights anyway computes 256

@@ -71,7 +71,7 @@ class Restorer:
         """A little later than the store, which then knows already which spans cannot be read."""
         self._open_tiles = open_tiles
         largest_bytes = self.pieces.tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
-        self._max_ahead = max(self.pieces.num_readers, self.pieces.read_ahead_bytes // largest_bytes)
+        self._max_ahead = max(self.pieces.least_ahead, self.pieces.read_ahead_bytes // largest_bytes)
         self._lent: list[memoryview] = []
         self._held: deque[tuple[Event, torch.Tensor]] = deque()
         """Buffers that the device still copies from, in the order of the copies."""
@@ -82,7 +82,7 @@ class Restorer:
     @property
     def tiles_ahead(self) -> int:
         """Tiles that one restore may have read, or be reading, ahead of what the device has copied."""
-        return max(self.pieces.num_readers, self._max_ahead // max(1, self.num_open))
+        return max(self.pieces.least_ahead, self._max_ahead // max(1, self.num_open))
 
     def start(
         self,

@@ -1,5 +1,5 @@
-"""The real engine restores on a device whose side streams run late and out of order, and gives the tokens of one that
-never evicted anything.
+"""The real engine saves and restores on a device whose side streams run late and out of order, and gives the tokens of
+one that never evicted anything.
 
 Freed blocks and freed host buffers hold poison, the norm reuses its output buffer, and every access of torch's to the
 blocks, the ring and the host buffers is checked to come after what it must (`tests/fake_device.py`).
@@ -18,6 +18,7 @@ from mii_hcache.core.cost import LayerCost
 from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.runtime.restorer import Restorer
+from mii_hcache.runtime.saver import Saver
 from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import VOCAB, Client, Conversation, answers, interleave, open_client, poisoned_engine, restorable
 from tests.fake_device import FakeStreams
@@ -46,7 +47,7 @@ class DeviceClient(Client):
         self.streams.run_all()  # what comes too late comes now
         assert not self.streams.checker.races
         assert self.restorer.buffers.num_in_use == 0
-        assert self.streams.checker.num_accesses > 0
+        assert self.streams.checker.num_accesses > 0 and len(self.streams.side) == 3  # save, load, compute
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def on_a_device(monkeypatch):
 
         started = streams.checker.release()
         monkeypatch.setattr("mii_hcache.engine.service.Restorer", make)
+        monkeypatch.setattr("mii_hcache.engine.service.Saver", partial(Saver, streams=streams))
         monkeypatch.setattr(EngineService, "_run", watched)
         service = open_client(engine, **settings).service
         monkeypatch.undo()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
 from contextlib import closing
 
 import pytest
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.runtime.restore import Restore
+from mii_hcache.runtime.pieces import HOST
+from mii_hcache.runtime.restore import MAX_FILLS_AHEAD, Restore
+from mii_hcache.runtime.restorer import Restorer
+from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Event, HostStream, HostStreams
 from tests.races import RaceError
 from tests.runtime.device_kit import Device, PoolBlocks, device_restorer, text_of, waits_in
-from tests.runtime.kit import FakeStore, path, wait_until
+from tests.runtime.kit import FakeBlocks, FakeEngine, FakeStore, geometry_of, path, wait_until
 
 HIDDEN, KV = ChunkKind.HIDDEN, ChunkKind.KV
 MAX_SPANS = 9
@@ -146,3 +151,68 @@ def test_a_wait_that_is_left_out_gives_wrong_bytes(wait):
             if str(error).startswith("layer "):
                 return
     pytest.fail("whatever is read too early is there by chance")
+
+
+def test_a_device_that_is_late_bounds_what_is_read_ahead_and_holds_up_nobody():
+    """Nothing is done there until somebody insists."""
+    device, store = Device(1), FakeStore()
+    device.streams.haste = 0.0
+    tokens = path(1, 0, MAX_SPANS * SPAN_TOKENS)
+    records = store.add(tokens, [HIDDEN] * MAX_SPANS, device.engine.geometry)
+    with device.streams.watching():
+        restorer = device_restorer(device.streams, device.engine, store, tile_spans=1, read_ahead_bytes=1)
+        blocks = PoolBlocks(device.pool, len(tokens))
+        restore = restorer.start(blocks, records, tokens)
+        started_s = time.monotonic()
+        for wait in (False, True):
+            for _ in range(20):
+                assert restore.step(0.01, wait=wait) is None
+                assert restorer.buffers.num_in_use <= restorer.tiles_ahead
+        assert time.monotonic() - started_s < 10
+        assert blocks.committed is None and not restore.can_work and not restore.is_settled
+        device.streams.haste = 0.5
+        while (outcome := restore.step(0.1, wait=True)) is None:
+            pass
+        assert outcome.num_tokens == blocks.committed == len(tokens)
+        blocks.check(tokens, lambda layer_idx, position: "hidden" if layer_idx else "tokens")
+        while not restore.is_settled:
+            pass
+        assert restore.timeline.busy_s("load") > 0 and restore.timeline.busy_s("project") > 0
+        restorer.stop()
+        assert restorer.buffers.num_in_use == 0
+
+
+class _LateMain(HostStreams):
+    """A main stream that is behind."""
+
+    class Moment(Event):
+        is_done = False
+        passed_s = 0.0
+
+        def synchronize(self) -> None:
+            raise AssertionError("nobody may wait")
+
+    class Main(HostStream):
+        def record(self, *, is_timed: bool = False) -> Event:
+            return _LateMain.Moment()
+
+    def __init__(self) -> None:
+        self.main = _LateMain.Main()
+
+
+def test_fills_do_not_pile_up_before_others_steps(monkeypatch):
+    engine, store = FakeEngine(geometry_of()), FakeStore()
+    tokens = path(1, 0, 8 * SPAN_TOKENS)
+    records = store.add(tokens, [KV] * 8, engine.geometry)
+    target = FakeBlocks(engine)
+    restorer = Restorer(adapter=engine, store=store, counters=Counters(), streams=_LateMain())
+    restore = restorer.start(target, records, tokens, recompute_tokens=len(tokens))
+    for wait in (False, True):
+        for _ in range(5):
+            assert restore.step(0.005, wait=wait) is None
+    assert len(target.filled_ids) == MAX_FILLS_AHEAD * HOST.shared_fill_tokens
+    monkeypatch.setattr(_LateMain.Moment, "is_done", True)
+    while restore.step(1.0, wait=True) is None:
+        pass
+    assert target.filled_ids == tokens and target.committed == [len(tokens)]
+    restorer.stop()

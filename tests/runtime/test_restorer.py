@@ -175,8 +175,8 @@ def test_reads_ahead_are_bounded():
     for _ in range(20):
         assert restore.step(1.0, wait=False) is None
     time.sleep(0.02)
-    assert bench.restorer.buffers.num_in_use == HOST.num_readers
-    assert len(bench.store.reads) <= HOST.num_readers * 2
+    assert bench.restorer.buffers.num_in_use == HOST.least_ahead
+    assert len(bench.store.reads) <= HOST.least_ahead * 2
     bench.store.read_gate.set()
     assert _run(restore).num_tokens == 8 * SPAN_TOKENS
     bench.restorer.stop()

@@ -10,7 +10,8 @@ import torch
 
 from mii_hcache.engine.parallel.commands import STOP, CommandStream
 from mii_hcache.engine.parallel.followers import Followers
-from mii_hcache.engine.ragged_engine import HCacheEngine, SequenceBlocks
+from mii_hcache.engine.ragged_engine import HCacheEngine
+from mii_hcache.engine.sequence_blocks import SequenceBlocks
 from mii_hcache.errors import HCacheError, RankLostError
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.streams import Stream
