@@ -30,6 +30,11 @@ GPU_POOL_SHARE = 0.85
 """Share of the GPU memory left after loading the model that the block pool takes unless told otherwise."""
 
 
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor's values on the device, without waiting for it."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 class SequenceBlocks:
     """The blocks of one sequence by absolute position (`runtime.ports.KVTarget`)."""
 
@@ -43,9 +48,9 @@ class SequenceBlocks:
     @cached_property
     def _all_slots(self) -> torch.Tensor:
         """Row in the cache of every token, on the device. Not for saving, which asks in the middle of decoding for one
-        span of what may be a long sequence: this copies to the device, and waits for it."""
+        span of what may be a long sequence."""
         positions = torch.arange(self._block_ids.numel() * self._engine.block_size)
-        return token_slots(self._block_ids, positions, self._engine.block_size).to(self._engine.device)
+        return _sent(token_slots(self._block_ids, positions, self._engine.block_size), self._engine.device)
 
     @cached_property
     def _runs(self) -> list[tuple[int, int]]:
@@ -72,13 +77,16 @@ class SequenceBlocks:
         cache = self._engine.kv_cache(layer_idx)
         return cache.view(-1, *cache.shape[2:])
 
+    def prepare(self) -> None:
+        _ = self._all_slots
+
     @torch.inference_mode()
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         if num_layers > 1:
             self._engine.fill(self._sequence, start, token_ids, num_layers)
             return
         positions, slots = self._slots(start, token_ids.numel())
-        hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
+        hidden = self._model.first_hidden(_sent(token_ids, positions.device), positions)
         self._model.restore_kv(0, hidden, positions, slots)
 
     @torch.inference_mode()

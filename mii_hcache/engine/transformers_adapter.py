@@ -54,6 +54,9 @@ class SequenceCache:
             torch.empty(shape, dtype=self._engine.dtype, device=self._engine.device) for _ in range(geometry.num_layers)
         ]
 
+    def prepare(self) -> None:
+        pass  # what is staged was made by `reserve`
+
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         if num_layers > 1:
             raise NotImplementedError("a transformers model fills its first layer only")

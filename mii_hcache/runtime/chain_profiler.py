@@ -30,6 +30,9 @@ class _Blocks:
     def __init__(self, target: KVTarget) -> None:
         self._target = target
 
+    def prepare(self) -> None:
+        self._target.prepare()
+
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         self._target.fill(start, token_ids, num_layers)
 

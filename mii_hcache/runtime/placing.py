@@ -149,6 +149,7 @@ class _StreamPlacing(Placing):
         super().__init__(adapter, target, timeline)
         self._placer = placer
         self._main, self._load, self._compute = placer.streams.main, placer.load, placer.compute
+        target.prepare()
         self._begun = self._main.record()
         self._has_waited: set[Stream] = set()
         self._copied: Event | None = None

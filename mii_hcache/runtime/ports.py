@@ -17,9 +17,14 @@ class KVTarget(Protocol):
     Engine thread only. Blocks for every position used must have been reserved. Ranges are half-open.
 
     Everything is launched on the stream that is current, the engine's own unless a caller makes it another (as
-    `placing.py` does, which says who waits for whom). Whatever the calls below read of the target was made when the
-    target was, on the engine's own stream, and is never changed.
+    `placing.py` does, which says who waits for whom).
     """
+
+    def prepare(self) -> None:
+        """Make, on the engine's own stream, whatever `project_hidden` and `write_kv` read of the target: before they
+        are called on another stream, after the blocks were reserved. It is never changed. Does not wait for the
+        device."""
+        ...
 
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         """Compute and write K and V of layers `[0, num_layers)` for tokens `[start, start + len(token_ids))` from

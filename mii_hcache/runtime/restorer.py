@@ -132,9 +132,12 @@ class Restorer:
         """End the reader threads; no restore may be running. Returns also while reads hang; memory that these go to is
         not taken back from the store."""
         self._readers.close(STOP_S)
-        while self._held:
-            self._held[0][0].synchronize()
-            self.collect()
+        try:
+            while self._held:
+                self._held[0][0].synchronize()
+                self.collect()
+        except RuntimeError:  # the device failed: memory that it copies from stays
+            _log.exception("the device did not say that it has copied %d buffers", len(self._held))
         if not self.buffers.wait_until_unused(STOP_S):
             _log.warning("%d reads hang: their memory is left to them", self.buffers.num_in_use)
             return

@@ -13,7 +13,10 @@ from mii_hcache.engine.families import FAMILIES
 from mii_hcache.engine.fingerprint import model_fingerprint
 from mii_hcache.engine.ragged_engine import build_engine, token_tensors
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.runtime.placing import Placer
+from mii_hcache.runtime.timeline import RestoreTimeline
 from tests.engine_kit import VOCAB, greedy, poisoned_engine
+from tests.fake_device import FakeStreams
 
 
 def test_a_batch_that_does_not_fit_runs_nothing(tiny_model):
@@ -150,3 +153,16 @@ def test_blocks_of_several_layers_are_gathered_as_each_by_itself(tiny_model, lay
         expected = torch.empty_like(out[row])
         target.read_kv(layer_idx, start, expected)
         assert torch.equal(out[row], expected) and not out[row].isnan().any()
+
+
+def test_a_target_is_prepared_before_anything_runs_on_another_stream(tiny_model):
+    """Or its tables would be made by the first projection, on a stream that nobody else waits for."""
+    engine = poisoned_engine(tiny_model("llama"))
+    engine.reserve(1, 100)
+    streams = FakeStreams()
+    placer = Placer(engine, streams, tile_spans=1, is_urgent=False)
+    target = engine.target(1)
+    assert "_all_slots" not in vars(target)
+    placer.open(target, RestoreTimeline())
+    slots = vars(target)["_all_slots"]
+    assert slots.shape == (engine.blocks_of(1) * engine.block_size,) and slots.unique().numel() == slots.numel()

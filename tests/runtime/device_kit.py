@@ -164,7 +164,10 @@ class PoolBlocks:
         self.pool = pool
         self.slots = pool.take(num_tokens)
         self.committed: int | None = None
-        self.is_given_back = False
+        self.is_given_back = self.is_prepared = False
+
+    def prepare(self) -> None:
+        self.is_prepared = True
 
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         own = self.slots[start : start + token_ids.numel()]
@@ -174,10 +177,12 @@ class PoolBlocks:
             self.pool.rows[layer_idx][own] = token_ids.to(torch.float32)[:, None, None, None]
 
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
+        assert self.is_prepared
         kv = (2 * hidden + 1).view(hidden.shape[0], *self.pool.rows.shape[2:])
         self.pool.rows[layer_idx][self.slots[start : start + hidden.shape[0]]] = kv
 
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        assert self.is_prepared
         pairs = []
         for at in range(0, kv.shape[0], BLOCK_TOKENS):
             row = int(self.slots[start + at])

@@ -119,6 +119,9 @@ class FakeBlocks:
             self.written[layer_idx, position] = source, row
             self.num_writes[layer_idx, position] += 1
 
+    def prepare(self) -> None:
+        pass
+
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         assert token_ids.dtype is torch.int64 and token_ids.dim() == 1
         if num_layers == 1:
