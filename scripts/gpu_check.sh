@@ -149,30 +149,33 @@ elif [ -z "$python" ]; then
     python="$venv/bin/python"
 fi
 export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+if [ -z "$commit" ] && commit="$(git -C "$root" rev-parse --short HEAD 2>/dev/null)"; then
+    [ -z "$(git -C "$root" status --porcelain 2>/dev/null)" ] || commit="$commit+"
+fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/triton}"
 cd "$root"
 "$python" -c 'import numpy, crc32c, deepspeed, mii, pytest, pytest_timeout, torch, transformers' >>"$log" 2>&1 || {
     tail -n 3 "$log" >&2
     die "$python lacks something: see $log. A wheelhouse for it: scripts/gpu_check.sh --make-wheelhouse DIR --python VERSION"
 }
-# The native engine, where it is not built for this interpreter and there is a compiler: into $out, on all cores.
-why_not_native() { PYTHONPATH="$1:$PYTHONPATH" "$python" -c 'from mii_hcache.storage.native import why_not_built as why; print(why() or "")'; }
-if [ -n "$(why_not_native "$root")" ] && command -v g++ >/dev/null 2>&1; then
-    mkdir -p "$out/package/mii_hcache"
-    cp -r "$root/mii_hcache/." "$out/package/mii_hcache/"
-    if [ -n "$(why_not_native "$out/package")" ]; then
-        build_s=$SECONDS
-        say "building the native engine ..."
-        timeout $((deadline_s / 4)) "$python" - "$out/package" "$out/objects" >>"$log" 2>&1 <<'PY' || say "the native engine was not built: see $log"
+# The native engine: where it is not built for this interpreter, and there is a compiler, in a copy of the checkout.
+why_not_native() { "$python" -c 'from mii_hcache.storage.native import why_not_built as why; print(why() or "")'; }
+if [ -n "$(why_not_native)" ] && command -v g++ >/dev/null 2>&1; then
+    build_s=$SECONDS
+    say "building the native engine ..."
+    mkdir -p "$out/checkout"
+    cp -r mii_hcache experiments tests csrc scripts .github setup.py pyproject.toml constraints.txt README.md LICENSE "$out/checkout/"
+    cd "$out/checkout"
+    export PYTHONPATH="$out/checkout:${PYTHONPATH#"$root":}"
+    timeout $((deadline_s / 4)) "$python" - >>"$log" 2>&1 <<'PY' || say "the native engine was not built: see $log"
 import os, runpy, sys
 from pybind11.setup_helpers import ParallelCompile
 ParallelCompile(default=len(os.sched_getaffinity(0))).install()
-sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[2]]
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+sys.path.insert(0, os.getcwd())
 runpy.run_path("setup.py", run_name="__main__")
 PY
-        say "that took $((SECONDS - build_s)) s"
-    fi
-    export PYTHONPATH="$out/package:$PYTHONPATH"
+    say "that took $((SECONDS - build_s)) s"
 fi
 "$python" - <<'PY' | tee "$out/versions.txt"
 import importlib.metadata as m, platform, torch

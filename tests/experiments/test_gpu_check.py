@@ -21,6 +21,7 @@ case "$*" in
         printf '## Targets\\n\\n| a target | met |\\n\\n## Next\\n' >"$OUT/gpu_restore.md"; exit "${REPORT:-0}" ;;
     *"-c import torch, sys"*) exit "${NO_GPU:-0}" ;;
     *"-c import numpy"*) exit "${LACKS:-0}" ;;
+    *"-c from mii"*) ;;
     "- "*lib) exec "$REAL" "$@" ;;
     *) cat >/dev/null ;;
 esac

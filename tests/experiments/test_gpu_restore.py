@@ -59,6 +59,11 @@ def test_every_part_leaves_rows(rows):
     assert {row.how for row in rows if not row.panel.startswith("emulated")} == {"measured"}
 
 
+def test_the_gate_compares_tokens_that_can_be_told_apart(rows):
+    shares = [row.y for row in rows if row.panel == "gate.clear"]
+    assert len(shares) == 2 and min(shares) > 0.25
+
+
 def test_every_method_is_restored_and_timed(rows):
     numbers = Numbers(rows)
     for method in scales.METHODS:
