@@ -6,8 +6,8 @@ Where nvcc is, the GPU's kernels are compiled, too, to a file that the CUDA driv
 
 import os
 import shlex
-import shutil
 import subprocess
+import sys
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -16,7 +16,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 LINK_FLAGS = ["-pthread", "-ldl"]
-GPUS = ["80", "89", "90", "100"]
 
 
 def pkg_config(*arguments):
@@ -72,19 +71,8 @@ class BuildNative(build_ext):
             super().build_extension(extension)
 
     def build_kernels(self, folder):
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-        if nvcc is None:
-            print("mii_hcache: the GPU's kernels are not built (there is no nvcc)")
-            return
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-        gpus = [gpu for gpu in GPUS if f"compute_{gpu}" in known]
-        code = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
-        code += [f"-gencode=arch=compute_{gpu},code=compute_{gpu}" for gpu in gpus[-1:]]  # for GPUs yet to come
-        target = os.path.join(folder, "_gpu.fatbin")
-        os.makedirs(folder, exist_ok=True)
-        command = [nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", target, "csrc/gpu/crc32c.cu"]
-        if not gpus or subprocess.run(command).returncode != 0:
-            print("mii_hcache: the GPU's kernels are not built (nvcc failed)")
+        """They are for GPUs: where they cannot be built, the rest is."""
+        subprocess.run([sys.executable, "csrc/build_kernels.py", os.path.join(folder, "_gpu.fatbin")])
 
 
 parts = ["csrc/io", "csrc/gpu", "csrc/cufile", "csrc/spdk", "csrc/python"]

@@ -5,9 +5,10 @@
 
 PYBIND11_MODULE(_io, module) {
     module.doc() = "The native I/O engine (csrc).";
-    module.attr("ABI") = 4;
+    module.attr("ABI") = 5;
     hcache::python::bind_cufile(module);
     hcache::python::bind_device(module);
     hcache::python::bind_dram(module);
+    hcache::python::bind_gpu(module);
     hcache::python::bind_spdk(module);
 }

@@ -86,6 +86,62 @@ class Cufile:
     def copy_out(self, buffer: Buffer, address: int) -> None: ...
     def close(self) -> None: ...
 
+# A GPU by the CUDA driver: csrc/python/gpu.cpp. Memory and streams are addresses (a stream's is its CUstream, 0 the
+# default stream's); what the driver refuses is an OSError.
+
+def num_gpus() -> int: ...
+
+class Gpu:
+    """One GPU's primary context. Any thread; calls run without the GIL."""
+
+    def __init__(self, gpu_idx: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    def how_copies_go(self) -> str: ...
+    def copy_in_many(self, copies: list[tuple[int, int, int]], stream: int) -> int:
+        """Queue copies `(target, source, num_bytes)` from the host, in no order among themselves: targets do not
+        overlap. Returns how many are left when neighbours are merged. Sources are read when the stream has come to
+        them; both sides stay alive until an event behind them. After an error, some may have been queued."""
+
+    def pin(self, buffer: Buffer) -> None:
+        """Page-lock memory until `unpin`, which the same buffer is given to, and which comes before it goes."""
+
+    def unpin(self, buffer: Buffer) -> None: ...
+    def close(self) -> None: ...
+
+class GpuKernels:
+    """The kernels of csrc/gpu on one GPU. Any thread."""
+
+    def __init__(self, gpu: Gpu, image: bytes) -> None: ...
+    def place_rows(
+        self,
+        *,
+        dtype: str,
+        rows: int,
+        row_stride: int,
+        cache: int,
+        num_slots: int,
+        positions: int,
+        slots: int,
+        num_tokens: int,
+        sines: int,
+        cosines: int,
+        num_positions: int,
+        inv_freq: int,
+        rotary_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        q_gamma: int,
+        k_gamma: int,
+        eps: float,
+        stream: int,
+    ) -> None:
+        """Queue one launch of csrc/gpu/rope_scatter.cu, whose `RopeScatter` says what is what. Sizes are checked
+        (ValueError), addresses are the caller's word. Waits for nothing."""
+
+    def close(self) -> None: ...
+
 # NVMe through SPDK: csrc/python/spdk.cpp
 
 def why_no_spdk() -> str | None: ...

@@ -18,6 +18,7 @@ IO_NAMES = ("auto", "uring", "threads", "cufile")
 DURABILITY_NAMES = ("relaxed", "strict")
 EVICTION_NAMES = ("lru", "cost")
 SAVE_NAMES = ("two-stage", "direct")
+KERNEL_NAMES = ("auto", "portable", "stock")
 
 
 def default_state_dirs() -> tuple[str, ...]:
@@ -55,6 +56,9 @@ class HCacheConfig:
     """Name that the API answers to; None derives it from `model`."""
     dtype: str = "auto"
     """`auto` takes the checkpoint's own, else float32, bfloat16 or float16."""
+    kernels: str = "auto"
+    """What computes (`engine.modules`): `portable` is our own, Triton on a GPU and plain torch on a CPU; `stock` is
+    DeepSpeed's CUDA kernels; `auto` is `portable` until both were measured on GPUs."""
     state_dir: str | Sequence[str] | None = None
     """Where state is kept; None is `default_state_dirs()`. One server at a time. Several directories, each on a disk of
     its own, are striped over."""
@@ -88,8 +92,8 @@ class HCacheConfig:
     tensor_parallel: int = 1
     """Ranks that the model is split over: processes on this machine, each on a GPU of its own where there are any. All
     of them end with this one."""
-    block_size: int = 16
-    """Tokens per block."""
+    block_size: int | None = None
+    """Tokens per block; None is 16 on a CPU and 64 on a GPU, where a span's chunk then is one piece of a layer."""
     max_batch_tokens: int = 768
     """Most tokens of one engine step."""
     max_sequences: int = 256
@@ -124,6 +128,8 @@ class HCacheConfig:
             object.__setattr__(self, "state_dir", _directories(self.state_dir))
         if self.dtype not in DTYPE_NAMES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_NAMES)}, got {self.dtype!r}")
+        if self.kernels not in KERNEL_NAMES:
+            raise ConfigError(f"kernels must be one of {', '.join(KERNEL_NAMES)}, got {self.kernels!r}")
         if self.keep not in KEEP_POLICIES:
             raise ConfigError(f"keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
         if self.save not in SAVE_NAMES:
@@ -138,8 +144,7 @@ class HCacheConfig:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITY_NAMES)}, got {self.durability!r}")
         if self.method is not None:
             method_named(self.method)
-        counts = ("tensor_parallel", "block_size", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads")
-        for name in counts:
+        for name in ("tensor_parallel", "max_batch_tokens", "max_sequences", "max_waiting", "save_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("state_capacity_bytes", "dram_capacity_bytes"):
@@ -147,7 +152,7 @@ class HCacheConfig:
                 raise ConfigError(f"{name} must be at least 1 MiB, got {getattr(self, name)} bytes")
         if self.save_after < 0:
             raise ConfigError(f"save_after must be >= 0, got {self.save_after}")
-        for name in ("kv_blocks", "max_context_tokens", "scatter_threads"):
+        for name in ("block_size", "kv_blocks", "max_context_tokens", "scatter_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")

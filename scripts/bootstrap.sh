@@ -160,6 +160,7 @@ prepare_python() {
 
 # ---- torch ----------------------------------------------------------------------------------------------------------
 
+triton_version=3.7.0
 torch_version="$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' "$constraints")"
 find_cpu_torch() {
     # sets `torch_args`; one quick look at what pip is set up for, then one at PyTorch's own CPU index
@@ -195,6 +196,13 @@ install_torch() {
     fi
     step "installing torch $torch_version with CUDA (downloads about 3 GB, takes about 5 GB of disk)" \
         pip install -q -c "$constraints" "torch==$torch_version"
+}
+pin_triton() {
+    # for the tests, which run our GPU kernels in Triton's interpreter: 285 MB. A CUDA torch brings the one that it wants
+    [ "$profile" = test ] || return 0
+    case "$("$venv_python" -c 'import importlib.metadata as m; print(m.version("torch"))')" in
+        *+cpu) echo "triton==$triton_version" >>"$venv/constraints.txt" ;;
+    esac
 }
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
@@ -232,6 +240,7 @@ install() {
 
     step "preparing $("$base_python" -V) from $base_python" prepare_python
     install_torch
+    pin_triton
     step "installing DeepSpeed, transformers and the rest" \
         pip install -q -c "$venv/constraints.txt" --build-constraint "$constraints" -e "$root$extras"
     step "installing DeepSpeed-MII without its CUDA kernels" \

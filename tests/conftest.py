@@ -1,6 +1,7 @@
 """Tiny seeded models on disk, and engines whose freed blocks are poisoned.
 
-Environment first: no test may reach for a hub, and two cores are shared with the engine's own threads.
+Environment first: no test may reach for a hub, and two cores are shared with the engine's own threads. Without a GPU
+our Triton kernels run in Triton's interpreter, which has to be said before anything imports Triton.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only get in each other's way
+
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path

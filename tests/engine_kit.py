@@ -44,24 +44,25 @@ _LLAMA3_ROPE = {
 }
 
 
-def _tiny_config(name: str) -> Any:
+def _tiny_config(name: str, **changes: Any) -> Any:
     """Odd shapes on purpose: heads that do not add up to the hidden size, 2 kv heads, tied heads, small windows."""
     import transformers as hf
 
     if name == "opt":
-        return hf.OPTConfig(
-            vocab_size=VOCAB,
-            hidden_size=128,
-            ffn_dim=256,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            max_position_embeddings=2048,
-            word_embed_proj_dim=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    kind, changes = {
+        opt = {
+            "vocab_size": VOCAB,
+            "hidden_size": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 2048,
+            "word_embed_proj_dim": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        return hf.OPTConfig(**{**opt, **changes})
+    kind, own = {
         "llama": (hf.LlamaConfig, {"num_key_value_heads": 8}),
         "llama-gqa": (hf.LlamaConfig, {"num_key_value_heads": 2}),
         "llama-tied": (hf.LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": True, "head_dim": 24}),
@@ -84,7 +85,7 @@ def _tiny_config(name: str) -> Any:
             {"num_key_value_heads": 8, "head_dim": 32, "tie_word_embeddings": True, "pad_token_id": 0},
         ),
     }[name]
-    return kind(**{**_LLAMA, "tie_word_embeddings": False, **changes})
+    return kind(**{**_LLAMA, "tie_word_embeddings": False, **own, **changes})
 
 
 ALL_MODELS = (
@@ -104,13 +105,13 @@ ALL_MODELS = (
 )
 
 
-def tiny_hf_model(name: str) -> Any:
-    """A seeded Hugging Face model. The weights are scaled up, so that greedy tokens vary and near-ties are rare; norms
-    and biases are not what they are initialised to."""
+def tiny_hf_model(name: str, **changes: Any) -> Any:
+    """A seeded Hugging Face model, with `changes` to its config. The weights are scaled up, so that greedy tokens vary
+    and near-ties are rare; norms and biases are not what they are initialised to."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_tiny_config(name), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(_tiny_config(name, **changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
@@ -120,9 +121,9 @@ def tiny_hf_model(name: str) -> Any:
     return model.eval()
 
 
-def save_tiny_model(name: str, path: Path) -> None:
-    """Write `tiny_hf_model(name)` as a checkpoint."""
-    tiny_hf_model(name).save_pretrained(path)
+def save_tiny_model(name: str, path: Path, **changes: Any) -> None:
+    """Write `tiny_hf_model(name, **changes)` as a checkpoint."""
+    tiny_hf_model(name, **changes).save_pretrained(path)
 
 
 def poisoned_engine(model_dir: Path, *, dtype: str = "float32", num_blocks: int = 400, **kwargs: Any) -> HCacheEngine:

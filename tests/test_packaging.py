@@ -62,10 +62,25 @@ def test_import_needs_neither_torch_nor_an_engine():
 def test_every_requirement_is_pinned_within_its_range():
     pinned = pins()
     for requirement in requirements():
+        if requirement.name == "triton":
+            continue  # torch's own pin must stand: see below
         if requirement.marker is None or requirement.marker.evaluate():
             version = pinned.get(canonicalize_name(requirement.name))
             assert version is not None, f"constraints.txt does not pin {requirement.name}"
             assert requirement.specifier.contains(version), f"constraints.txt: {requirement.name}=={version}"
+
+
+def test_triton_is_pinned_for_tests_on_a_cpu_torch_only():
+    assert "triton" not in pins()
+    script = (ROOT / "scripts" / "bootstrap.sh").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^triton_version=(\S+)$", script, re.MULTILINE)
+    groups = {
+        group: [line for line in lines if line.startswith("triton")]
+        for group, lines in project()["optional-dependencies"].items()
+    }
+    (line,) = groups.pop("test")
+    assert Requirement(line).specifier.contains(version)
+    assert not any(groups.values()) and not any(line.startswith("triton") for line in project()["dependencies"])
 
 
 def test_every_import_is_declared():

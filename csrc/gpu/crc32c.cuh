@@ -13,11 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define HCACHE_ANYWHERE __host__ __device__
-#else
-#define HCACHE_ANYWHERE
-#endif
+#include "anywhere.cuh"
 
 namespace hcache::gpu {
 

@@ -1,80 +1,21 @@
 #include "gpu.hpp"
 
-#include <algorithm>
-#include <stdexcept>
-
-#include "library.hpp"
-
 namespace hcache::gpu {
 namespace {
 
 constexpr unsigned kNonBlocking = 1;  // CU_STREAM_NON_BLOCKING: no turns with the default stream
-
-Driver load() {
-    const Library library("libcuda.so.1", "MII_HCACHE_CUDA_LIB");
-    Driver driver{};
-    library.find(driver.init, "cuInit");
-    library.find(driver.device_count, "cuDeviceGetCount");
-    library.find(driver.device_get, "cuDeviceGet");
-    library.find(driver.device_name, "cuDeviceGetName");
-    library.find(driver.context_retain, "cuDevicePrimaryCtxRetain");
-    library.find(driver.context_release, "cuDevicePrimaryCtxRelease_v2");
-    library.find(driver.context_set, "cuCtxSetCurrent");
-    library.find(driver.context_push, "cuCtxPushCurrent_v2");
-    library.find(driver.context_pop, "cuCtxPopCurrent_v2");
-    library.find(driver.allocate, "cuMemAlloc_v2");
-    library.find(driver.free, "cuMemFree_v2");
-    library.find(driver.copy_in, "cuMemcpyHtoDAsync_v2");
-    library.find(driver.copy_out, "cuMemcpyDtoHAsync_v2");
-    library.find(driver.stream_create, "cuStreamCreate");
-    library.find(driver.stream_destroy, "cuStreamDestroy_v2");
-    library.find(driver.stream_synchronize, "cuStreamSynchronize");
-    library.find(driver.module_load, "cuModuleLoadData");
-    library.find(driver.module_unload, "cuModuleUnload");
-    library.find(driver.module_function, "cuModuleGetFunction");
-    library.find(driver.launch, "cuLaunchKernel");
-    library.find(driver.error_name, "cuGetErrorName");
-    driver.check(driver.init(0), "cuInit");
-    return driver;
-}
+constexpr unsigned kPortable = 1;     // CU_MEMHOSTREGISTER_PORTABLE: pinned for every GPU
 
 }  // namespace
 
-const Driver& Driver::get() {
-    static const Driver driver = load();  // one that throws is tried again by the next call
-    return driver;
+Gpu::Current::Current(const Gpu& gpu) : driver_(gpu.driver_) {
+    driver_.check(driver_.context_push(gpu.context_), "cuCtxPushCurrent");
 }
 
-void Driver::check(Result result, const char* what) const {
-    if (result == kSuccess) return;
-    const char* name = nullptr;
-    if (error_name(result, &name) != kSuccess || name == nullptr) name = "unknown error";
-    throw std::runtime_error(std::string(what) + " failed: " + name + " (" + std::to_string(result) + ")");
+Gpu::Current::~Current() {
+    Handle before;
+    driver_.context_pop(&before);
 }
-
-int num_gpus() {
-    const Driver& driver = Driver::get();
-    int count = 0;
-    driver.check(driver.device_count(&count), "cuDeviceGetCount");
-    return count;
-}
-
-/// The GPU is the calling thread's while this lives.
-class Gpu::Current {
-  public:
-    explicit Current(const Gpu& gpu) : driver_(gpu.driver_) {
-        driver_.check(driver_.context_push(gpu.context_), "cuCtxPushCurrent");
-    }
-    ~Current() {
-        Handle before;
-        driver_.context_pop(&before);
-    }
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
-
-  private:
-    const Driver& driver_;
-};
 
 Gpu::Gpu(int idx) : driver_(Driver::get()) {
     driver_.check(driver_.device_get(&device_, idx), "cuDeviceGet");
@@ -117,6 +58,16 @@ void Gpu::free(Address address) {
     driver_.check(driver_.free(address), "cuMemFree");
 }
 
+void Gpu::pin(void* memory, std::size_t num_bytes) {
+    const Current current(*this);
+    driver_.check(driver_.host_register(memory, num_bytes, kPortable), "cuMemHostRegister");
+}
+
+void Gpu::unpin(void* memory) {
+    const Current current(*this);
+    driver_.check(driver_.host_unregister(memory), "cuMemHostUnregister");
+}
+
 // On a stream and waited for: the plain call returns once pageable bytes are staged, before they have arrived.
 void Gpu::copy_in(Address to, std::span<const std::byte> from) {
     const Current current(*this);
@@ -128,55 +79,6 @@ void Gpu::copy_out(std::span<std::byte> to, Address from) {
     const Current current(*this);
     driver_.check(driver_.copy_out(to.data(), from, to.size(), stream_), "cuMemcpyDtoH");
     driver_.check(driver_.stream_synchronize(stream_), "cuStreamSynchronize");
-}
-
-Checksum::Checksum(std::shared_ptr<Gpu> gpu, std::span<const std::byte> image)
-    : gpu_(std::move(gpu)), image_(image.begin(), image.end()) {
-    const Driver& driver = gpu_->driver_;
-    const Gpu::Current current(*gpu_);
-    driver.check(driver.module_load(&module_, image_.data()), "loading the checksum kernel");
-    try {
-        driver.check(driver.module_function(&function_, module_, kKernelName), "cuModuleGetFunction");
-        buffer_ = gpu_->allocate(kMaxPieces * sizeof(Piece));
-    } catch (...) {
-        driver.module_unload(module_);
-        throw;
-    }
-}
-
-Checksum::~Checksum() {
-    const Driver& driver = gpu_->driver_;
-    if (driver.context_push(gpu_->context_) != kSuccess) return;
-    driver.free(buffer_);
-    driver.module_unload(module_);
-    Handle before;
-    driver.context_pop(&before);
-}
-
-void Checksum::run(std::span<Piece> pieces) {
-    const std::scoped_lock guard(turns_);
-    const Gpu::Current current(*gpu_);
-    for (; !pieces.empty(); pieces = pieces.subspan(std::min(pieces.size(), kMaxPieces))) {
-        launch(pieces.first(std::min(pieces.size(), kMaxPieces)));
-    }
-}
-
-void Checksum::launch(std::span<Piece> pieces) {
-    const Driver& driver = gpu_->driver_;
-    std::uint64_t most_slices = 1;
-    for (Piece& piece : pieces) {
-        piece.crc = crc_of_zeros(powers_, piece.num_bytes);
-        most_slices = std::max(most_slices, num_slices(piece.num_bytes));
-    }
-    const std::span<std::byte> bytes = std::as_writable_bytes(pieces);
-    gpu_->copy_in(buffer_, bytes);
-    const auto num_blocks = static_cast<unsigned>((most_slices + kThreadsPerBlock - 1) / kThreadsPerBlock);
-    Powers powers = powers_;
-    void* parameters[] = {&buffer_, &powers};
-    driver.check(driver.launch(function_, num_blocks, static_cast<unsigned>(pieces.size()), 1, kThreadsPerBlock, 1, 1,
-                               0, gpu_->stream_, parameters, nullptr),
-                 "cuLaunchKernel");
-    gpu_->copy_out(bytes, buffer_);
 }
 
 }  // namespace hcache::gpu

@@ -14,8 +14,12 @@ Library::Library(const char* name, const char* variable) : name_(name) {
     if (library_ == nullptr) throw std::runtime_error(::dlerror());
 }
 
+void* Library::address_if_there(const char* symbol) const {
+    return ::dlsym(library_, symbol);
+}
+
 void* Library::address_of(const char* symbol) const {
-    void* const found = ::dlsym(library_, symbol);
+    void* const found = address_if_there(symbol);
     if (found == nullptr) throw std::runtime_error(name_ + " has no " + symbol + ": it is too old");
     return found;
 }

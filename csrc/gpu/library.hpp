@@ -18,7 +18,14 @@ class Library {
         function = reinterpret_cast<Function*>(address_of(symbol));
     }
 
+    /// Null when there is no such symbol.
+    template <typename Function>
+    void find_if_there(Function*& function, const char* symbol) const {
+        function = reinterpret_cast<Function*>(address_if_there(symbol));
+    }
+
   private:
+    void* address_if_there(const char* symbol) const;
     void* address_of(const char* symbol) const;
     std::string name_;
     void* library_;

@@ -12,33 +12,16 @@
 
 #include "../cufile/library.hpp"
 #include "../cufile/queue.hpp"
-#include "../gpu/gpu.hpp"
+#include "../gpu/checksum.hpp"
 #include "../io/device.hpp"
 #include "lease.hpp"
 #include "parts.hpp"
+#include "unlocked.hpp"
 
 namespace hcache::python {
 namespace {
 
 using namespace std::chrono_literals;
-
-/// Runs `work` without the GIL; what NVIDIA's libraries refuse is an OSError.
-template <typename Work>
-auto unlocked(Work&& work) {
-    std::string refused;
-    int number = EIO;
-    try {
-        const py::gil_scoped_release released;
-        return work();
-    } catch (const std::system_error& error) {
-        refused = error.what();
-        number = error.code().value();
-    } catch (const std::runtime_error& error) {
-        refused = error.what();
-    }
-    PyErr_SetObject(PyExc_OSError, py::make_tuple(number, refused).ptr());
-    throw py::error_already_set();
-}
 
 std::byte* at(std::uint64_t address) {
     return reinterpret_cast<std::byte*>(address);

@@ -10,14 +10,15 @@ from experiments.common.item import Cell, Context
 from experiments.common.rows import Row
 from experiments.fig01_methods.config import HERE, ITEM
 from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.runtime.restore import ALONE_FILL_TOKENS
+from mii_hcache.runtime.pieces import pieces_on
 
 
 def ratios(bench: Bench) -> Iterator[Row]:
     """Seconds of the profile; bytes of the geometry."""
-    cost, geometry = base_cost(bench).spread(ALONE_FILL_TOKENS), bench.engine.geometry
+    chunk_tokens = pieces_on(bench.engine.device).alone_fill_tokens
+    cost, geometry = base_cost(bench).spread(chunk_tokens), bench.engine.geometry
     bytes_of = {kind: float(geometry.row_bytes(kind)) for kind in ChunkKind}
-    hidden_s = cost.c_hidden_s + cost.c_start_s / ALONE_FILL_TOKENS
+    hidden_s = cost.c_hidden_s + cost.c_start_s / chunk_tokens
     values = {
         ("Recomputation", "computing"): cost.token_s(bench.num_tokens),
         ("KV Offload", "computing"): cost.c_kv_s,
@@ -35,7 +36,7 @@ def ratios(bench: Bench) -> Iterator[Row]:
             unit="s" if x == "computing" else "bytes",
             how="measured",
             machine=bench.machine,
-            note=f"of one token in one layer, in tiles of {ALONE_FILL_TOKENS}; {bench.num_tokens} tokens of context",
+            note=f"of one token in one layer, in tiles of {chunk_tokens}; {bench.num_tokens} tokens of context",
         )
 
 

@@ -194,7 +194,7 @@ class MeasuredProfile:
     """How many times longer a typical run of a measurement was than the fastest: 1 on a quiet machine."""
     h2d_bytes_per_s: float = 0.0
     """From pinned host memory to the GPU, a tile at a time; 0 where there is no GPU. For people: what a restore copies
-    is part of its projections and placings."""
+    is part of what its reads cost."""
 
     @property
     def is_doubtful(self) -> bool:

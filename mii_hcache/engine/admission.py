@@ -8,18 +8,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId
 from mii_hcache.engine.job import Job
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.residents import Residents
+from mii_hcache.engine.restoring import Restoring, Settling
 from mii_hcache.errors import RankLostError
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.lookup import Lookup, given_up
-from mii_hcache.runtime.policy import RestoreChoice, RestorePolicy
-from mii_hcache.runtime.restore import Restore, RestoreOutcome
+from mii_hcache.runtime.policy import RestorePolicy
+from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import HEAL_WAIT_S, Saver
 from mii_hcache.runtime.stats import Counters
@@ -32,16 +32,6 @@ ALONE_SLICE_S = 0.1
 """Restore slice while nothing else runs: only new requests and cancellations wait for it."""
 PENDING_WAIT_S = 5.0
 """Longest that a request waits for its own context's last spans to reach the store."""
-
-
-@dataclass(eq=False, kw_only=True)
-class Restoring:
-    """A job whose history is on its way back."""
-
-    job: Job
-    restore: Restore
-    choice: RestoreChoice
-    records: list[SpanRecord]
 
 
 class Admission:
@@ -71,7 +61,6 @@ class Admission:
         self._saver = saver
         self._restorer = restorer
         self._policy = policy
-        self._trace = trace
         self._counters = counters
         self._restore_slice_s = restore_slice_s
         self._max_sequences = max_sequences
@@ -80,6 +69,7 @@ class Admission:
         self._uids = itertools.count(1)
         self.waiting: deque[Job] = deque()
         self.restoring: deque[Restoring] = deque()
+        self._settling = Settling(policy=policy, trace=trace, counters=counters)
         self.residents = Residents()
         self._left_s = time.perf_counter()
         self._others_s = 0.0
@@ -102,6 +92,7 @@ class Admission:
         if self._running:
             self._others_s += 0.2 * (time.perf_counter() - self._left_s - self._others_s)
         self._finish_evictions()
+        self._settling.look()
         while self.waiting and len(self._running) + len(self.restoring) < self._max_sequences:
             if not self._try_admit(self.waiting[0]):
                 break
@@ -334,60 +325,9 @@ class Admission:
         if outcome is None:
             return False
         self.restoring.remove(restoring)
-        try:
-            self._policy.learn(restoring.choice, restoring.restore, restoring.records)
-        except Exception:  # what came back is right all the same
-            _log.exception("nothing was learnt from a restore; plans stay as they are")
-            self._counters.add("plan_errors_total")
-        self._report(restoring, outcome)
+        self._settling.add(restoring, outcome)
         self._start(restoring.job, outcome.num_tokens, given_up(self._store, restoring.records))
         return True
-
-    def _report(self, restoring: Restoring, outcome: RestoreOutcome) -> None:
-        job, timeline = restoring.job, restoring.restore.timeline
-        elapsed_s = time.perf_counter() - job.admitted_s
-        restored_tokens = max(0, outcome.num_tokens - outcome.recomputed_tokens)
-        self._counters.add("restores_total")
-        self._counters.add("restored_tokens_total", restored_tokens)
-        self._counters.add("recomputed_tokens_total", outcome.recomputed_tokens)
-        self._counters.add("restored_bytes_total", outcome.read_bytes)
-        self._counters.add("restore_seconds_total", elapsed_s)
-        self._counters.add("restore_io_seconds_total", timeline.io_s)
-        self._counters.add("restore_compute_seconds_total", timeline.compute_s)
-        self._counters.add("restore_bubble_seconds_total", timeline.bubble_s)
-        if self._trace is not None:
-            self._trace.write(job.request.request_id, timeline, _about(restoring, outcome))
-        if job.num_generated > 0:
-            return  # resumed after a preemption: the report tells how the prompt came in
-        report = job.report
-        report.restored_tokens = restored_tokens
-        report.recomputed_tokens = outcome.recomputed_tokens
-        plan = restoring.choice.plan
-        report.planned_ms = None if plan is None else 1e3 * plan.timeline.makespan_s
-        report.restore_ms = 1e3 * elapsed_s
-        report.miss_reason = outcome.cut_reason or report.miss_reason
-        if restored_tokens:
-            report.restored_from = "+".join(outcome.tiers)
-            report.method = "+".join(outcome.kinds)
-
-
-def _about(restoring: Restoring, outcome: RestoreOutcome) -> dict[str, float | str]:
-    """What a trace says of a restore as a whole."""
-    timeline = restoring.restore.timeline
-    about: dict[str, float | str] = {
-        "tokens": outcome.num_tokens,
-        "recomputed_tokens": outcome.recomputed_tokens,
-        "ways": "+".join(outcome.kinds),
-        "tiers": "+".join(outcome.tiers),
-        "io_s": timeline.io_s,
-        "compute_s": timeline.compute_s,
-        "makespan_s": timeline.makespan_s,
-        "bubble_s": timeline.bubble_s,
-    }
-    plan = restoring.choice.plan
-    if plan is not None:
-        about |= {"predicted_makespan_s": plan.timeline.makespan_s, "predicted_io_s": plan.timeline.io_s}
-    return about
 
 
 def _miss_reason(job: Job, lookup: Lookup, num_resident: int) -> str | None:

@@ -12,6 +12,7 @@ upstream attribute that is missing when another version moved it.
 | process group from an in-memory store | `init_distributed` would open a TCP port or look for MPI |
 
 What upstream breaks and we never call: `InferenceEngineV2.can_schedule` (compares a list with an int),
+`RaggedBatchWrapper.finalize` twice without waiting (its pinned buffers are written again too early),
 `maybe_allocate_kv` without a check (allocates fewer blocks than needed, silently), MII's `reset_request_status` (drops
 generated tokens, asserts under pressure), MII's `LogitsProcessor`s (a global registry that only grows). See
 `engine/ragged_engine.py` and `engine/scheduler.py`.
@@ -53,6 +54,8 @@ NEEDED_NAMES = (
     "deepspeed.inference.v2.engine_v2:InferenceEngineV2.flush",
     "deepspeed.inference.v2.engine_v2:InferenceEngineV2.query",
     "deepspeed.inference.v2.engine_v2:InferenceEngineV2.get_remaining_block_capacity",
+    "deepspeed.inference.v2.ragged.ragged_wrapper:RaggedBatchWrapper.finalize",
+    "deepspeed.inference.v2.ragged.ragged_wrapper:RaggedBatchWrapper.insert_sequence",
     "deepspeed.inference.v2.ragged.sequence_descriptor:DSSequenceDescriptor.pre_forward",
     "deepspeed.inference.v2.ragged.sequence_descriptor:DSSequenceDescriptor.post_forward",
     "deepspeed.inference.v2.ragged.sequence_descriptor:DSSequenceDescriptor.extend_kv_cache",
@@ -163,7 +166,7 @@ _installed = False
 
 
 def install() -> None:
-    """Apply the table above and register the portable modules. Raises HCacheError naming what upstream lacks."""
+    """Apply the table above, once per process. Raises HCacheError naming what upstream lacks."""
     global _installed
     if _installed:
         return
@@ -187,8 +190,4 @@ def install() -> None:
 
     inference_logger(level=logging.WARNING)
     _init_single_process_group()
-
-    from mii_hcache.engine import modules
-
-    modules.register()
     _installed = True

@@ -15,16 +15,23 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
-KERNELS = "portable-torch.1;rope=float32-inv-freq,float32-rotate.1"
+_PORTABLE = "portable-torch.1;rope=float32-inv-freq,float32-rotate.1"
+KERNELS = {"torch": _PORTABLE, "triton": _PORTABLE, "cuda": _PORTABLE, "stock": "deepspeed-cuda.1"}
+"""By what computes (`modules.REGISTRABLE`). Our torch and Triton modules take the angles from the same float32 table
+and round in the same places, so rows of one are rows of the other but for the order of sums, which is the noise that a
+batch of another shape makes, too: a state directory may move between a CPU and a GPU. DeepSpeed's kernels rotate by
+their own arithmetic; their K under our queries would be wrong where nobody sees it, and a miss costs a prefill."""
 CAPTURE_POINT = "qkv-input-after-norm.1"
 STATE_FORMAT = "span64.rows.1"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 _READ_BYTES = 8 << 20
 
 
-def model_fingerprint(*, model_dir: Path, config: Any, dtype: str, norm_eps: float, cache_file: Path | None) -> bytes:
-    """32 bytes. `config`: the transformers config. `cache_file` remembers shard digests by path, size, mtime and inode,
-    so that a restart does not read every weight again."""
+def model_fingerprint(
+    *, model_dir: Path, config: Any, dtype: str, norm_eps: float, kernels: str, cache_file: Path | None
+) -> bytes:
+    """32 bytes. `config`: the transformers config; `kernels`: what computes. `cache_file` remembers shard digests by
+    path, size, mtime and inode, so that a restart does not read every weight again."""
     ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "max_seq_length"}
     described = {name: value for name, value in config.to_dict().items() if name not in ignored}
     digest = hashlib.blake2b(digest_size=32, person=b"hcache.model.v1")
@@ -33,7 +40,7 @@ def model_fingerprint(*, model_dir: Path, config: Any, dtype: str, norm_eps: flo
         "weights": weight_digests(model_dir, cache_file),
         "dtype": dtype,
         "norm_eps": norm_eps,
-        "kernels": KERNELS,
+        "kernels": KERNELS[kernels],
         "capture": CAPTURE_POINT,
         "format": STATE_FORMAT,
     }

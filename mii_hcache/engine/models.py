@@ -28,7 +28,6 @@ from deepspeed.inference.v2.modules.configs import (
 
 from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.modules.norm import rms_norm
-from mii_hcache.engine.modules.rope import rotary_tables, rotate
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.shards import gather_vocab, shard_attn_out
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
@@ -176,6 +175,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         self.final_norm_beta = _plain(ends, "final_norm_b")
         if self.inv_freq is not None:
             self.inv_freq = self.inv_freq.to(self.layers[0].qkv_w.device)
+        self.attn.prepare(self.inv_freq, self.max_sequence_length, self.windows)
 
     def get_kv_requirements(self, sequence: Any, max_new_tokens: int, max_new_blocks: int) -> tuple[int, int]:
         """As the host, but never negative: a sequence may hold more blocks than its next tokens need."""
@@ -199,8 +199,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         table = self.state_manager._all_block_ids[0]
         shadow = self.state_manager._all_block_ids_shadow[0]
         row_bytes = table.stride(0) * table.element_size()
-        pointers = wrapped_batch.kv_ptrs(on_device=False)[: wrapped_batch.current_sequences].tolist()
-        slots = [(pointer - table.data_ptr()) // row_bytes for pointer in pointers]
+        slots = [(pointer - table.data_ptr()) // row_bytes for pointer in wrapped_batch.table_pointers]
         self.attn.build_atoms(wrapped_batch, [shadow[slot, 0] for slot in slots])
 
     # --- forward ------------------------------------------------------------------------------------------------
@@ -239,7 +238,8 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         `stop_layer` (in the norm's own buffer; of no meaning behind the last layer): `[num_tokens, hidden_size]`."""
         plan = self.attn.plan
         scale = self.attn._config.scale_factor
-        residual = self.embed_tokens(wrapped_batch.input_ids(), plan.positions)
+        token_ids = wrapped_batch.input_ids() if plan.token_ids is None else plan.token_ids
+        residual = self.embed_tokens(token_ids, plan.positions)
         first = self.layers[0]
         residual, hidden = self.norm(residual, None, first.attn_norm_gamma, first.attn_norm_beta)
         for layer_idx, layer in enumerate(self.layers[:stop_layer]):
@@ -263,8 +263,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         residual, _ = self._run_layers(wrapped_batch, len(self.layers), self.qkv_input_tap)
         if self.output_tap is not None:
             self.output_tap(residual)
-        last_rows = [sequence.start + sequence.num_tokens - 1 for sequence in self.attn.plan.sequences]
-        return self.logits_of(residual, torch.tensor(last_rows, device=residual.device))
+        return self.logits_of(residual, self.attn.plan.last_rows)
 
     def fill(self, wrapped_batch: Any, num_layers: int) -> None:
         """Write K and V of a batch's tokens in layers `[0, num_layers)`: a forward without logits, whose last layer
@@ -272,8 +271,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         last = num_layers - 1
         plan = self.attn.plan
         _, hidden = self._run_layers(wrapped_batch, last, None)
-        kv_cache = self.state_manager.get_cache(last)
-        kv_cache.view(-1, *kv_cache.shape[2:])[plan.slots] = self.project_kv(last, hidden, plan.positions)
+        self.restore_kv(last, hidden, plan.positions, plan.slots)
 
     def logits_of(self, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits of chosen rows (`[num_rows]`, int64) of the last layer's output: `[num_rows, vocab_size]`."""
@@ -304,21 +302,19 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         embedded = self.embed_tokens(token_ids, positions)
         return self.norm.normalize(embedded, first.attn_norm_gamma, first.attn_norm_beta)  # type: ignore[no-any-return]
 
-    def project_kv(self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """K (normed and rotated) and V of saved rows (HCache equation 3): `[num_tokens, 2, num_kv_heads, head_size]`.
+    def restore_kv(self, layer_idx: int, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write K (normed and rotated) and V of saved rows (HCache equation 3) into the blocks, as a forward would.
 
-        hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute.
+        hidden: `[num_tokens, hidden_size]`, the layer's QKV input; positions: `[num_tokens]`, absolute; slots:
+        `[num_tokens]`, rows of the layer's cache seen as `[num_blocks * block_size, ...]`; both int64. Runs on the
+        current stream: the projection's output is of that stream's allocations, and nothing else uses it.
         """
         layer = self.layers[layer_idx]
         num_q = self.n_heads_q_local * self.head_size
         bias = None if layer.qkv_b is None else layer.qkv_b[num_q:]
-        projected = F.linear(hidden, layer.qkv_w[num_q:], bias)
-        kv = projected.view(hidden.shape[0], 2, self.n_heads_kv_local, self.head_size)
-        if layer.k_norm_gamma is not None:
-            kv[:, 0] = rms_norm(kv[:, 0], layer.k_norm_gamma, self.norm_eps)
-        if self.inv_freq is not None:
-            kv[:, 0] = rotate(kv[:, 0], *rotary_tables(positions, self.inv_freq))
-        return kv
+        kv = F.linear(hidden, layer.qkv_w[num_q:], bias)
+        kv_cache = self.state_manager.get_cache(layer_idx)
+        self.attn.place(kv, kv_cache, positions, slots, self.inv_freq, layer.k_norm_gamma, self.norm_eps)
 
 
 class LlamaModel(DecoderMixin, Llama2InferenceModel):  # type: ignore[misc]

@@ -107,6 +107,7 @@ def load_engine(
         dtype=config.dtype,
         num_blocks=config.kv_blocks,
         block_size=config.block_size,
+        kernels=config.kernels,
         max_batch_tokens=config.max_batch_tokens,
         max_sequences=config.max_sequences,
         max_context_tokens=config.max_context_tokens,
@@ -136,6 +137,7 @@ def _named(
         config=engine.model().config,
         dtype=engine.geometry.dtype,
         norm_eps=engine.model().norm_eps,
+        kernels=engine.kernels,
         cache_file=state_dir / "weight-digests.json",
     )
     assert name is not None

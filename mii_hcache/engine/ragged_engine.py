@@ -13,84 +13,42 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
-from mii_hcache.engine.modules.attention import PagedAttention
-from mii_hcache.engine.modules.batch_plan import token_slots
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.one import OneProcess
+from mii_hcache.engine.ragged_batch import StepBatch
+from mii_hcache.engine.sequence_blocks import SequenceBlocks
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.runtime.streams import streams_of
 
 _log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 64}
+"""Tokens per block by device. On a GPU a block is a span: one layer's chunk is one contiguous piece of the cache."""
 DEFAULT_POOL_BYTES = 2 << 30
 """Most that the block pool takes on a CPU unless told otherwise."""
 GPU_POOL_SHARE = 0.85
 """Share of the GPU memory left after loading the model that the block pool takes unless told otherwise."""
 
 
-class SequenceBlocks:
-    """The blocks of one sequence by absolute position (`runtime.ports.KVTarget`)."""
-
-    def __init__(self, engine: HCacheEngine, uid: int) -> None:
-        self._engine = engine
-        self._model = engine.model()
-        sequence = engine.sequence(uid)
-        self._sequence = sequence
-        num_blocks = sequence.cur_allocated_blocks
-        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, :num_blocks].to(torch.int64).to(engine.device)
-
-    def _slots(self, start: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = torch.arange(start, start + num_tokens, device=self._block_ids.device)
-        return positions, token_slots(self._block_ids, positions, self._engine.block_size)
-
-    def _rows(self, layer_idx: int) -> torch.Tensor:
-        cache = self._engine.kv_cache(layer_idx)
-        return cache.view(-1, *cache.shape[2:])
-
-    @torch.inference_mode()
-    def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
-        if num_layers > 1:
-            self._engine.fill(self._sequence, start, token_ids, num_layers)
-            return
-        positions, slots = self._slots(start, token_ids.numel())
-        hidden = self._model.first_hidden(token_ids.to(positions.device), positions)
-        self._rows(0)[slots] = self._model.project_kv(0, hidden, positions)
-
-    @torch.inference_mode()
-    def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
-        positions, slots = self._slots(start, hidden.shape[0])
-        self._rows(layer_idx)[slots] = self._model.project_kv(layer_idx, hidden, positions)
-
-    @torch.inference_mode()
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
-        _, slots = self._slots(start, kv.shape[0])
-        self._rows(layer_idx)[slots] = kv
-
-    @torch.inference_mode()
-    def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
-        _, slots = self._slots(start, out.shape[0])
-        out.copy_(self._rows(layer_idx)[slots], non_blocking=True)
-
-    def commit(self, num_tokens: int) -> None:
-        self._check_commit()
-        self._sequence.pre_forward(num_tokens)
-        self._sequence.post_forward()
-
-    def _check_commit(self) -> None:
-        if self._sequence.seen_tokens != 0:
-            raise HCacheError(f"a restored sequence has {self._sequence.seen_tokens} tokens already")
-
-
 class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
     """One model, or a rank's share of one, with its block pool. Engine thread only. Implements
     `runtime.ports.EngineAdapter`."""
 
-    def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig) -> None:
+    def __init__(self, policy: Any, engine_config: RaggedInferenceEngineConfig, kernels: str) -> None:
         self.group: RankGroup | None = policy.group
         super().__init__(policy, engine_config)
+        self.kernels = kernels
+        """What computes: one of `modules.REGISTRABLE`."""
         self.dtype: torch.dtype = self._model.activation_dtype.value
         self.device: torch.device = self.kv_cache(0).device
         self.block_size: int = self._model.attn.kv_block_size
+        self.all_positions = torch.arange(
+            self.blocks_for(self.max_context_tokens) * self.block_size, device=self.device
+        )
+        """Every position that a sequence's blocks may have, int64."""
+        streams = streams_of(self.device)
+        self._batch = StepBatch(engine_config.state_manager, streams, for_stock=kernels == "stock")
 
     def _initialize_tp_group(self) -> Any:
         """The host's group is one of one process: sums and gathers go through `RankGroup`."""
@@ -150,6 +108,11 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
         """Most sequences that can hold a tracking slot."""
         return int(self._config.state_manager.max_tracked_sequences)
 
+    @property
+    def kv_pool(self) -> torch.Tensor:
+        """`[num_layers, num_blocks, block_size, 2, num_kv_heads, head_size]`."""
+        return self._state_manager._kv_cache._caches[0]  # type: ignore[no-any-return]
+
     def kv_cache(self, layer_idx: int) -> torch.Tensor:
         """`[num_blocks, block_size, 2, num_kv_heads, head_size]` of one layer."""
         return self._state_manager.get_cache(layer_idx)
@@ -208,7 +171,7 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
     def poison_free_blocks(self) -> None:
         """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
         finite, and its request fails. For tests and for hunting corruption; costs a write per freed block."""
-        cache = self._state_manager._kv_cache._caches[0]
+        cache = self.kv_pool
 
         def poison(blocks: list[int]) -> None:
             cache[:, blocks] = float("nan")
@@ -279,7 +242,8 @@ def build_engine(
     *,
     dtype: str = "auto",
     num_blocks: int | None = None,
-    block_size: int = 16,
+    block_size: int | None = None,
+    kernels: str = "auto",
     max_batch_tokens: int = 768,
     max_sequences: int = 256,
     max_context_tokens: int | None = None,
@@ -289,8 +253,17 @@ def build_engine(
     """Load a Hugging Face checkpoint (directory or hub id) into a ragged engine; with a `group`, this rank's share of
     it, and every rank calls with the same settings.
 
+    `block_size` None: what suits the device. `kernels`: see `modules.register`; an engine keeps what it was built with,
+    also when the next one is built with others.
+
     Raises UnsupportedModelError when the model cannot be served right, ConfigError for settings that do not fit it.
     """
+    from mii_hcache.engine import compat, modules
+
+    compat.install()
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    block_size = block_size or DEFAULT_BLOCK_SIZE[device_type]
+    kernels = modules.register(kernels, device_type, block_size=block_size)
     from mii_hcache.engine.families import policy_for
 
     checkpoint = open_checkpoint(model_path)
@@ -302,9 +275,8 @@ def build_engine(
     max_context_tokens = max_context_tokens or model_tokens
     config.max_seq_length = max_context_tokens
     policy = policy_for(config, checkpoint, group)
-    PagedAttention.block_size = block_size
     if num_blocks is None:
-        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, group)
+        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, kernels, group)
     engine_config = RaggedInferenceEngineConfig(
         state_manager={
             "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
@@ -315,7 +287,7 @@ def build_engine(
         }
     )
     try:
-        return engine_class(policy, engine_config)
+        return engine_class(policy, engine_config, kernels)
     except (ValueError, AttributeError, AssertionError) as error:
         raise UnsupportedModelError(f"model {model_path!r} cannot be built: {error}") from error
 
@@ -345,7 +317,9 @@ def _pick_dtype(name: str, configured: Any) -> torch.dtype:
     return configured if configured in DTYPES.values() else torch.float32
 
 
-def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int, group: RankGroup | None) -> int:
+def _default_num_blocks(
+    config: Any, block_size: int, max_context_tokens: int, kernels: str, group: RankGroup | None
+) -> int:
     """As many blocks as the memory set aside holds, on every rank."""
     size = 1 if group is None else group.size
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -355,8 +329,10 @@ def _default_num_blocks(config: Any, block_size: int, max_context_tokens: int, g
         free_bytes, _ = torch.cuda.mem_get_info()
         weights_bytes = _weights_bytes(config) // size
         budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
-        # int32 offsets inside one layer of the pool must not overflow (the host's kernels index so).
-        most = (2**31 - 1) // (block_size * 2 * num_kv_heads * head_size)
+        # Offsets into a layer of the pool: the host's kernels have 32 bits for them, ours 64 (and 31 for block ids).
+        most = 2**31 - 1
+        if kernels == "stock":
+            most //= block_size * 2 * num_kv_heads * head_size
     else:
         budget_bytes = DEFAULT_POOL_BYTES // size
         most = -(-64 * max_context_tokens // block_size)

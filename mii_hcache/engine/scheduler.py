@@ -29,6 +29,7 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.sightings import Sightings
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.timeline import TraceFile
 from mii_hcache.storage.base import ChunkStore
 
@@ -76,7 +77,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._keep = keep
         self._sightings = sightings
         self._running: dict[int, Job] = {}
-        self._prefill: tuple[int, int, float] | None = None
+        self._prefill: tuple[int, int, Event] | None = None
         """Sequence, tokens and start of a step that only prefills one of them."""
         self._admission = Admission(
             engine=engine,
@@ -138,6 +139,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Sizes at this moment."""
         return {
             "blocks": self._engine.num_blocks,
+            "block_tokens": self._engine.block_size,
             "blocks_free": self._engine.num_free_blocks,
             "requests_waiting": len(self._admission.waiting),
             "requests_restoring": len(self._admission.restoring),
@@ -216,7 +218,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         ]
         self._saver.begin_step(segments)
         is_one = len(segments) == 1 and len(segments[0].token_ids) >= SPAN_TOKENS
-        self._prefill = (uids[0], len(segments[0].token_ids), time.perf_counter()) if is_one else None
+        main = self._saver.streams.main  # which may have work left from before the step
+        self._prefill = (uids[0], len(segments[0].token_ids), main.record(is_timed=True)) if is_one else None
         wants_all = any(self._running[uid].wants_prompt_logprobs for uid in uids)
         self._engine.model().output_tap = partial(self._read_prompt_logprobs, segments) if wants_all else None
         try:
@@ -247,13 +250,13 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
     def _process_logits(
         self, next_token_logits: torch.Tensor, running_requests: RequestBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        greedy = next_token_logits.argmax(-1).cpu()
-        # argmax ignores nothing: a NaN anywhere in a row makes its sum NaN.
-        is_sound = torch.isfinite(next_token_logits.to(torch.float32).sum(-1)).cpu()
+        # argmax ignores nothing: a NaN anywhere in a row makes its sum NaN. One copy, and so one wait, for both.
+        is_finite = torch.isfinite(next_token_logits.sum(-1, dtype=torch.float32))
+        greedy, is_sound = torch.stack([next_token_logits.argmax(-1), is_finite.to(torch.int64)]).cpu()
         if self._prefill is not None:  # the step is over on a GPU, too, now that its logits are here
-            uid, num_tokens, started_s = self._prefill
+            uid, num_tokens, started = self._prefill
             start = self._engine.seen_tokens(uid) - num_tokens
-            self._policy.learn_prefill(start, num_tokens, time.perf_counter() - started_s)
+            self._policy.learn_prefill(start, num_tokens, time.perf_counter() - started.passed_s)
             self._prefill = None
         for row, request in enumerate(running_requests):
             if not request.last_in_prompt:

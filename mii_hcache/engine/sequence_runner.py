@@ -20,6 +20,7 @@ from mii_hcache.engine.transformers_adapter import TransformersEngine
 from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.generation import RestoreReport, SamplingParams
 from mii_hcache.runtime.lookup import Lookup, look_up
+from mii_hcache.runtime.pieces import pieces_on
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
@@ -56,6 +57,7 @@ class SequenceRunner:
             max_context_tokens=engine.model.config.max_position_embeddings,
             counters=self.counters,
             max_fill_tokens=engine.max_fill_tokens,
+            pieces=pieces_on(engine.device),
         )
         self._is_saving = policy.storage is not None
         self._saver = Saver(

@@ -23,6 +23,8 @@ from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.scheduler import HCacheScheduler
 from mii_hcache.errors import HCacheError, QueueFullError, RankLostError, RequestError
 from mii_hcache.runtime.generation import GenerationRequest, GenerationResult
+from mii_hcache.runtime.pieces import pieces_on
+from mii_hcache.runtime.pinned import gauges as pinned_gauges
 from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
@@ -70,6 +72,7 @@ class EngineService:
             counters=self._counters,
             max_fill_tokens=engine.max_fill_tokens,
             num_ranks=1 if engine.group is None else engine.group.size,
+            pieces=pieces_on(engine.device),
         )
         is_saving = self.policy.storage is not None
         if isinstance(engine, ParallelEngine) and is_saving and shared is None:
@@ -199,6 +202,7 @@ class EngineService:
             **counters,
             "saved_bytes_per_restored_token": counters.get("saved_bytes_total", 0.0) / max(1.0, restored_tokens),
             **self._scheduler.gauges(),
+            **pinned_gauges(),
             "store_spans": store.num_spans,
             "store_bytes": store.num_bytes,
             "store_capacity_bytes": store.capacity_bytes,

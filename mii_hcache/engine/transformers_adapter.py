@@ -24,6 +24,7 @@ from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.fingerprint import CAPTURE_POINT, STATE_FORMAT
 from mii_hcache.engine.rotary import head_size_of
 from mii_hcache.errors import RequestError, UnsupportedModelError
+from mii_hcache.runtime.streams import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -53,21 +54,33 @@ class SequenceCache:
             torch.empty(shape, dtype=self._engine.dtype, device=self._engine.device) for _ in range(geometry.num_layers)
         ]
 
+    def prepare(self) -> None:
+        pass  # what is staged was made by `reserve`
+
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         if num_layers > 1:
             raise NotImplementedError("a transformers model fills its first layer only")
         self.project_hidden(0, start, self._engine.first_hidden(token_ids))
 
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
-        self.write_kv(layer_idx, start, self._engine.project_kv(layer_idx, start, hidden))
+        kv = self._engine.project_kv(layer_idx, start, hidden)
+        self._rows(layer_idx, start, kv.shape[0]).copy_(kv)
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
-        self._staged[layer_idx][:, 0, :, start : start + kv.shape[0]] = kv.permute(1, 2, 0, 3)
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        stream.copy(self._rows(layer_idx, start, kv.shape[0]), kv)
+
+    def _rows(self, layer_idx: int, start: int, num_tokens: int) -> torch.Tensor:
+        """`[num_tokens, 2, num_kv_heads, head_size]` of what is staged."""
+        return self._staged[layer_idx][:, 0, :, start : start + num_tokens].permute(2, 0, 1, 3)
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         layer: Any = self.cache.layers[layer_idx]
         rows = [states[0, :, start : start + out.shape[0]].transpose(0, 1) for states in (layer.keys, layer.values)]
         out.copy_(torch.stack(rows, dim=1), non_blocking=True)
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        for layer_idx, rows in zip(layers, out, strict=True):
+            self.read_kv(layer_idx, start, rows)
 
     def commit(self, num_tokens: int) -> None:
         staged, self._staged = self._staged, []

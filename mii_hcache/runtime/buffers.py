@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mii_hcache.runtime.pinned import pinned_memory
+
 _ALIGN_BYTES = 4096
 
 
 def host_empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised host memory, pinned where there is a GPU to copy from, and aligned as O_DIRECT wants it: chunks go
-    between it and the disk without a copy."""
+    """Uninitialised host memory, pinned where there is a GPU to copy from (`pinned.py`), and aligned as O_DIRECT wants
+    it: chunks go between it and the disk without a copy. Goes back to the system with the last tensor or view of it."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    is_pinned = torch.cuda.is_available()
-    memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
-    if memory.data_ptr() % _ALIGN_BYTES:  # large pinned memory is aligned, and a page more would double it
-        memory = torch.empty(num_bytes + _ALIGN_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
+    pinned = pinned_memory()
+    if pinned is not None:
+        return pinned.empty(num_bytes).view(dtype).view(shape)
+    memory = torch.empty(num_bytes + _ALIGN_BYTES, dtype=torch.uint8)
     start = -memory.data_ptr() % _ALIGN_BYTES
     return memory[start : start + num_bytes].view(dtype).view(shape)
 
@@ -38,20 +40,21 @@ class RowLease:
     """Rows `[start, start + num_rows)` of a ring, for every layer."""
 
     rows: torch.Tensor
-    """`[num_layers, num_rows, row_elements]`; each layer's part is contiguous."""
+    """`[num_layers, num_rows, row_elements]`, contiguous as a whole: one copy from the device fills it."""
     start: int
     num_rows: int
     _done: bool = field(default=False)
 
 
 class RowRing:
-    """Stage 1 of saving: a bounded ring of host rows `[num_layers, capacity_rows, row_elements]`.
+    """Stage 1 of saving: a bounded ring of host rows, each of `num_layers` layers. A lease's rows lie together, all of
+    its first layer before those of the next: where one lease ends and another begins depends on no layer.
 
     One thread acquires, any thread releases, in any order; space comes back in the order it was taken.
     """
 
     def __init__(self, *, num_layers: int, capacity_rows: int, row_elements: int, dtype: torch.dtype) -> None:
-        self._rows = host_empty(num_layers, capacity_rows, row_elements, dtype=dtype)
+        self._memory = host_empty(capacity_rows, num_layers, row_elements, dtype=dtype)
         self._capacity = capacity_rows
         self._head = 0  # next row to hand out; == tail only when nothing is leased
         self._leases: deque[RowLease] = deque()
@@ -73,7 +76,9 @@ class RowRing:
                 if left <= 0:
                     return None
                 self._freed.wait(left)
-            lease = RowLease(rows=self._rows[:, start : start + num_rows], start=start, num_rows=num_rows)
+            _, num_layers, row_elements = self._memory.shape
+            rows = self._memory[start : start + num_rows].view(num_layers, num_rows, row_elements)
+            lease = RowLease(rows=rows, start=start, num_rows=num_rows)
             self._head = start + num_rows
             self._leases.append(lease)
             return lease
@@ -103,8 +108,13 @@ class RowRing:
             return sum(lease.num_rows for lease in self._leases)
 
 
+IDLE_S = 60.0
+"""Buffers that saving has not needed for so long are given back."""
+
+
 class SpanBuffers:
-    """A bounded pool of equal host buffers; made on first use, reused afterwards."""
+    """A bounded pool of equal host buffers; made on first use, reused afterwards, and let go of when they were not
+    needed for `idle_s`: what one busy hour took is not kept for ever. Any thread."""
 
     def __init__(
         self,
@@ -113,14 +123,20 @@ class SpanBuffers:
         dtype: torch.dtype,
         max_buffers: int,
         on_made: Callable[[torch.Tensor], None] = lambda buffer: None,
+        on_gone: Callable[[torch.Tensor], None] = lambda buffer: None,
+        idle_s: float = math.inf,
     ) -> None:
-        """`on_made` is told of each new buffer, by the thread that asked for it."""
+        """`on_made` is told of each new buffer, by the thread that asked for it; `on_gone` of each one that is let go
+        of, by a thread that gave another back. Nothing goes while nothing is given back."""
         self._on_made = on_made
+        self._on_gone = on_gone
+        self._idle_s = idle_s
         self._shape = shape
         self._dtype = dtype
         self._max = max_buffers
         self._made = 0
-        self._free: list[torch.Tensor] = []
+        self._free: deque[tuple[float, torch.Tensor]] = deque()
+        """With the time when each was given back; the newest, at the end, is used first."""
         self._returned = threading.Condition()
 
     def acquire(self, wait_s: float = 0.0) -> torch.Tensor | None:
@@ -133,7 +149,7 @@ class SpanBuffers:
                     return None
                 self._returned.wait(left)
             if self._free:
-                return self._free.pop()
+                return self._free.pop()[1]
             self._made += 1
         try:
             buffer = host_empty(*self._shape, dtype=self._dtype)
@@ -147,9 +163,16 @@ class SpanBuffers:
 
     def release(self, buffer: torch.Tensor) -> None:
         """Give a buffer back. It must not be touched afterwards."""
+        now_s = time.monotonic()
+        idle = []
         with self._returned:
-            self._free.append(buffer)
+            self._free.append((now_s, buffer))
+            while self._free[0][0] < now_s - self._idle_s:
+                idle.append(self._free.popleft()[1])
+            self._made -= len(idle)
             self._returned.notify_all()
+        for buffer in idle:
+            self._on_gone(buffer)
 
     def wait_until_unused(self, timeout_s: float) -> bool:
         """Wait until every buffer is back; False when `timeout_s` ran out."""

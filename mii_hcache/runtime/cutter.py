@@ -8,16 +8,17 @@ from functools import partial
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.core.layout import SpanLayout
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
+from mii_hcache.core.layout import LayerKinds, SpanLayout
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime.block_reader import BlockReader
-from mii_hcache.runtime.buffers import SpanBuffers
+from mii_hcache.runtime.buffers import IDLE_S, SpanBuffers
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.share import WHOLE, Share
 from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import RowCopy, Snapshot, SpanPut
+from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan, SequenceTrack
 
@@ -38,16 +39,19 @@ class SpanCutter:
         patience: Patience,
         is_settled: Callable[[SequenceTrack, int], bool],
         max_kv_buffers: int,
+        stage: Stage | None = None,
         share: Share = WHOLE,
         name_put: Callable[[SequenceTrack, int], int] = lambda track, span_idx: 0,
     ) -> None:
         """`hidden_rows`: row in the ring and in open spans of each layer that is tapped. `is_settled`: whether a span
-        needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `share`: what of each span is saved
-        here; `name_put`: by which name several ranks speak of a put."""
+        needs no saving. `max_kv_buffers` spans' K and V may wait for the store. `stage`: None on a CPU. `share`: what
+        of each span is saved here; `name_put`: by which name several ranks speak of a put."""
         self._geometry = adapter.geometry
         self._share = share
         self._name_put = name_put
         self._plan = plan
+        self._pattern = _Pattern(self._geometry, plan.kinds, share)
+        self._other_pattern = _Pattern(self._geometry, plan.other_kinds or plan.kinds, share)
         self._hidden_rows = hidden_rows
         self._sink = sink
         self._counters = counters
@@ -57,6 +61,7 @@ class SpanCutter:
             shape=(len(hidden_rows), SPAN_TOKENS, self._geometry.row_elements(ChunkKind.HIDDEN)),
             dtype=adapter.dtype,
             max_buffers=1 << 20,  # one a live sequence, and what waits for the store: bounded elsewhere
+            idle_s=IDLE_S,
         )
         num_kv_layers = max(kinds.count(ChunkKind.KV) for kinds in (plan.kinds, plan.other_kinds or plan.kinds))
         self._kv_blocks = BlockReader(
@@ -65,6 +70,7 @@ class SpanCutter:
             num_layers=num_kv_layers,
             max_buffers=max_kv_buffers if num_kv_layers else 0,
             num_ranks=share.num_ranks,
+            stage=stage,
         )
 
     def cut(
@@ -79,7 +85,8 @@ class SpanCutter:
             while at < stop:
                 span_idx, span_row = divmod(at, SPAN_TOKENS)
                 num_rows = min(SPAN_TOKENS - span_row, stop - at)
-                own_rows = rows[:, at - start : at - start + num_rows] if rows is not None else None
+                is_all = num_rows == stop - start  # so in decoding: a view of it would be another
+                own_rows = rows if rows is None or is_all else rows.narrow(1, at - start, num_rows)
                 self._take(snapshot, track, span_idx, span_row, num_rows, own_rows)
                 at += num_rows
         except Exception:
@@ -102,12 +109,12 @@ class SpanCutter:
         """Rows of one span: put it at once if it is whole here, else copy its hidden rows to the open span."""
         is_last = span_row + num_rows == SPAN_TOKENS
         is_wanted = is_last and not self._is_settled(track, span_idx)
-        layout = self._layout_of(span_idx)
-        needs_hidden = ChunkKind.HIDDEN in layout.kind_counts and self._share.has_hidden(span_idx)
+        pattern = self._pattern_of(span_idx)
+        needs_hidden = pattern.needs_hidden and self._share.has_hidden(span_idx)
         if needs_hidden and rows is None:
             return
         if not needs_hidden or num_rows == SPAN_TOKENS:
-            put = self._put_of(track, span_idx, rows) if is_wanted else None
+            put = self._put_of(snapshot, track, span_idx, rows) if is_wanted else None
             if put is not None:
                 snapshot.whole.append(put)
             return
@@ -115,7 +122,7 @@ class SpanCutter:
         if span_row == 0:
             buffer = self._open_buffers.acquire()
             assert buffer is not None
-            track.open_span = OpenSpan(span_idx=span_idx, rows=buffer, layout=layout)
+            track.open_span = OpenSpan(span_idx=span_idx, rows=buffer, layout=pattern.layout)
         open_span = track.open_span
         if open_span is None or open_span.span_idx != span_idx:
             return  # an earlier row of this span was dropped or lies in a saved span: healed from the blocks
@@ -123,34 +130,36 @@ class SpanCutter:
         if is_last:
             track.close_open_span()
             release = partial(self._give_back, open_span)
-            completes = self._put_of(track, span_idx, open_span.rows, release) if is_wanted else None
+            completes = self._put_of(snapshot, track, span_idx, open_span.rows, release) if is_wanted else None
             if completes is None:
                 snapshot.discard.append(release)
         snapshot.copies.append(RowCopy(source=rows, target=open_span, span_row=span_row, completes=completes))
 
     def _put_of(
         self,
+        snapshot: Snapshot,
         track: SequenceTrack,
         span_idx: int,
         hidden: torch.Tensor | None = None,
         release: Callable[[], None] | None = None,
     ) -> SpanPut | None:
         """A whole span to be put: its hidden rows (`[num_hidden_rows, SPAN_TOKENS, hidden_size]`), and K and V read
-        from its blocks now. None, with `release` not called, when there is no room for those."""
-        layout = self._layout_of(span_idx)
-        chunks = [layout.chunks[chunk_idx] for chunk_idx in self._share.chunks(span_idx, layout)]
-        kv_layers = [chunk.layer_idx for chunk in chunks if chunk.kind is ChunkKind.KV]
-        kv = None
+        from its blocks now, which are there when the snapshot is ready. None, with `release` not called, when there is
+        no room for those."""
+        pattern = self._pattern_of(span_idx)
+        layout, kv_layers, kv = pattern.layout, pattern.kv_layers, None
         if kv_layers:
             kv = self._patience.wait_for(self._kv_blocks.acquire)
-            if kv is None or not self._kv_blocks.read(track.uid, span_idx, kv_layers, kv):
+            ready = None if kv is None else self._kv_blocks.read(track.uid, span_idx, kv_layers, kv)
+            if ready is None:
                 self._counters.add("dropped_rows_total", SPAN_TOKENS)
                 return None
+            snapshot.ready += ready
         back = None if kv is None else partial(self._kv_blocks.release, kv)
         releases = [action for action in (release, back) if action is not None]
         kv_rows = iter(() if kv is None else kv)
         rows = []
-        for chunk in chunks:
+        for chunk in (layout.chunks[idx] for idx in self._share.chunks(span_idx, layout)):
             if chunk.kind is ChunkKind.KV:
                 rows.append(next(kv_rows))
             else:
@@ -168,5 +177,15 @@ class SpanCutter:
         self._sink.forget(open_span)
         self._open_buffers.release(open_span.rows)
 
-    def _layout_of(self, span_idx: int) -> SpanLayout:
-        return SpanLayout.of(self._geometry, self._plan.kinds_of(span_idx), self._share.num_ranks)
+    def _pattern_of(self, span_idx: int) -> _Pattern:
+        kinds = self._plan.kinds_of(span_idx)
+        return self._pattern if kinds is self._plan.kinds else self._other_pattern
+
+
+class _Pattern:
+    """How a span is saved: asked for by every sequence in every step, so worked out once."""
+
+    def __init__(self, geometry: ModelGeometry, kinds: LayerKinds, share: Share) -> None:
+        self.layout = SpanLayout.of(geometry, kinds, share.num_ranks)
+        self.needs_hidden = ChunkKind.HIDDEN in self.layout.kind_counts
+        self.kv_layers = [layer_idx for layer_idx, kind in enumerate(kinds) if kind is ChunkKind.KV]

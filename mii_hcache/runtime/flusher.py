@@ -11,6 +11,7 @@ chunks, as tests have, would gain.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -25,6 +26,10 @@ from mii_hcache.storage.base import ChunkStore
 
 MAX_WAITING_PUTS = 64
 """Whole spans that may wait for the store before the scattering thread waits too."""
+STALL_S = 30.0
+"""A stop waits for what gets done, however long that takes, but not for a disk that did nothing for so long. Stores
+notice a hanging disk sooner by themselves."""
+_log = logging.getLogger(__name__)
 
 
 class Flusher(SnapshotSink):
@@ -38,6 +43,8 @@ class Flusher(SnapshotSink):
         self._changed = threading.Condition()
         self._pending: dict[SpanId, int] = {}
         self._num_snapshots = 0
+        self._num_done = 0
+        """Snapshots scattered and spans put, ever."""
         self._snapshots: queue.SimpleQueue[Snapshot | None] = queue.SimpleQueue()
         self._puts: queue.Queue[SpanPut | None] = queue.Queue(MAX_WAITING_PUTS)
         self._scatterer = threading.Thread(target=self._scatter_all, name="hcache-scatter", daemon=True)
@@ -70,18 +77,38 @@ class Flusher(SnapshotSink):
             return self._changed.wait_for(lambda: not self._num_snapshots and not self._pending, timeout_s)
 
     def stop(self) -> None:
+        """Returns also when saving hangs: what it hangs on keeps its threads and their memory, and the spans that wait
+        behind it are lost."""
         self._snapshots.put(None)
+        if not self._wait_while_it_goes_on():
+            _log.error(
+                "saving has hung for %g s: %d spans that were accepted are not saved, and their memory is left to what "
+                "hangs (a disk?)",
+                *(STALL_S, self.num_pending),
+            )
+            self._counters.add("unsaved_spans_total", self.num_pending)
+            return
         self._scatterer.join()
         for _ in self._putters:
             self._puts.put(None)
         for thread in self._putters:
             thread.join()
 
+    def _wait_while_it_goes_on(self) -> bool:
+        """Wait until all is done, for as long as it takes; False when nothing got done for `STALL_S`."""
+        with self._changed:
+            while self._num_snapshots or self._pending:
+                before = self._num_done
+                if not self._changed.wait_for(lambda before=before: self._num_done > before, STALL_S):  # type: ignore[misc]
+                    return False
+        return True
+
     def _scatter_all(self) -> None:
         while (snapshot := self._snapshots.get()) is not None:
             self._work_off(snapshot)
             with self._changed:
                 self._num_snapshots -= 1
+                self._num_done += 1
                 self._changed.notify_all()
 
     def _work_off(self, snapshot: Snapshot) -> None:
@@ -116,6 +143,7 @@ class Flusher(SnapshotSink):
             self._pending[span_id] -= 1
             if not self._pending[span_id]:
                 del self._pending[span_id]
+            self._num_done += 1
             self._changed.notify_all()
 
 

@@ -8,6 +8,7 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.runtime.peers import GatherRows
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.share import Share
+from mii_hcache.runtime.streams import streams_of
 from mii_hcache.runtime.work import Tile
 
 
@@ -36,7 +37,8 @@ def place_tile(
     if tile.kind is ChunkKind.KV:
         rows = _on_device(adapter, buffer[: tile.num_spans * chunk_bytes])
         heads = adapter.geometry.shard_kv_heads(share.num_ranks)
-        target.write_kv(tile.layer_idx, start, rows.view(dtype).view(num_tokens, 2, heads, adapter.geometry.head_size))
+        kv = rows.view(dtype).view(num_tokens, 2, heads, adapter.geometry.head_size)
+        target.write_kv(tile.layer_idx, start, kv, streams_of(adapter.device).main)
     else:
         gathered = gather_spans(adapter, share, gather, tile.num_spans, buffer)
         order = torch.tensor(order_of(share.num_ranks, tile), device=gathered.device)

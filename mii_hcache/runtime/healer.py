@@ -13,6 +13,7 @@ from mii_hcache.core.layout import SpanLayout
 from mii_hcache.runtime.block_reader import BlockReader
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.snapshot import Snapshot, SpanPut
+from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import SequenceTrack
 
@@ -27,11 +28,13 @@ class Healer:
         counters: Counters,
         is_settled: Callable[[SequenceTrack, int], bool],
         submit: Callable[[Snapshot], None],
+        stage: Stage | None = None,
         num_ranks: int = 1,
         name_put: Callable[[SequenceTrack, int], int] = lambda track, span_idx: 0,
     ) -> None:
-        """`is_settled`: whether a span needs no saving; `submit` takes what was read. `num_ranks` save it together, of
-        whom each has K and V of its own heads, and speak of a put by what `name_put` says."""
+        """`is_settled`: whether a span needs no saving; `submit` takes what was read; `stage`: None on a CPU.
+        `num_ranks` save it together, of whom each has K and V of its own heads, and speak of a put by what `name_put`
+        says."""
         self._num_ranks = num_ranks
         self._name_put = name_put
         self._geometry = adapter.geometry
@@ -39,7 +42,12 @@ class Healer:
         self._is_settled = is_settled
         self._submit = submit
         self._blocks = BlockReader(
-            adapter, counters, num_layers=self._geometry.num_layers, max_buffers=4, num_ranks=num_ranks
+            adapter,
+            counters,
+            num_layers=self._geometry.num_layers,
+            max_buffers=4,
+            stage=stage,
+            num_ranks=num_ranks,
         )
 
     def heal(self, track: SequenceTrack, wait_s: float) -> bool:
@@ -72,7 +80,8 @@ class Healer:
     def _read(self, track: SequenceTrack, span_idx: int, buffer: torch.Tensor) -> bool:
         """Save a span from its blocks; takes the buffer over. False: it could not be read."""
         layout = SpanLayout.uniform(self._geometry, ChunkKind.KV, self._num_ranks)
-        if not self._blocks.read(track.uid, span_idx, range(layout.num_layers), buffer):
+        ready = self._blocks.read(track.uid, span_idx, range(layout.num_layers), buffer)
+        if ready is None:
             return False
         put = SpanPut(
             record=track.record(span_idx, layout),
@@ -80,5 +89,5 @@ class Healer:
             releases=[partial(self._blocks.release, buffer)],
             put_id=self._name_put(track, span_idx),
         )
-        self._submit(Snapshot(whole=[put]))
+        self._submit(Snapshot(ready=ready, whole=[put]))
         return True

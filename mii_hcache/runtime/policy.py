@@ -16,8 +16,8 @@ from mii_hcache.core.planner import lengths_up_to, plan_restore_bucketed
 from mii_hcache.core.plans import RestorePlan, StoragePlan, runs_of
 from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.lookup import Lookup, look_up
-from mii_hcache.runtime.restore import ALONE_FILL_TOKENS, Restore
-from mii_hcache.runtime.restorer import MAX_TILE_SPANS
+from mii_hcache.runtime.pieces import HOST, Pieces
+from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.timeline import Activity, Event
 from mii_hcache.storage.base import ChunkStore, SpanRecord
@@ -182,7 +182,7 @@ class RestorePolicy:
         tiers = tuple(dict.fromkeys(choice.tiers[choice.recompute_tokens // SPAN_TOKENS :]))
         expected: dict[Activity, float] = {"read": 0.0, "project": 0.0, "place": 0.0, "fill": 0.0}
         for event in timeline.events:
-            if event.activity in expected:
+            if event.activity in expected:  # a copy to the device is in what its read costs
                 expected[event.activity] += self._expected_s(event, cost)
         compute_s = expected["project"] + expected["place"] + expected["fill"]
         slowed_io_s, slowed_compute_s = cost.overlapped(expected["read"], compute_s)
@@ -193,7 +193,7 @@ class RestorePolicy:
             if observed_s > LEAST_OBSERVED_S:
                 slowed = slowed_compute_s / compute_s if compute_s else 1.0
                 self.estimate.observe_compute(part, slowed * expected[part], observed_s)
-        self._regret(choice, timeline.busy_s("read", "wait", *PARTS), tiers, records, now_s)
+        self._regret(choice, timeline.busy_s("read", "load", "wait", *PARTS), tiers, records, now_s)
 
     def learn_prefill(self, start: int, num_tokens: int, observed_s: float) -> None:
         """Tokens `[start, start + num_tokens)` of one sequence were computed, and nothing else."""
@@ -253,11 +253,12 @@ def make_policy(
     max_context_tokens: int,
     counters: Counters,
     max_fill_tokens: int,
+    pieces: Pieces = HOST,
     num_ranks: int = 1,
 ) -> RestorePolicy:
     """What `method` saves and how it restores, for one model that `num_ranks` hold together. `costs`: of this machine
     and model, by the tier that is read from; storage is planned for the last one, where most histories will lie in the
-    long run.
+    long run. `pieces`: what the restorer works with.
 
     Raises ConfigError when the method needs costs and has none, or recomputes parts that this engine cannot.
     """
@@ -272,8 +273,8 @@ def make_policy(
             geometry,
             list(costs.values())[-1] if costs else FREE,
             lengths=lengths_up_to(max_context_tokens),
-            tile_tokens=MAX_TILE_SPANS * SPAN_TOKENS,
-            chunk_tokens=min(ALONE_FILL_TOKENS, max_fill_tokens) or None,
+            tile_tokens=pieces.tile_spans * SPAN_TOKENS,
+            chunk_tokens=min(pieces.alone_fill_tokens, max_fill_tokens) or None,
         )
     return RestorePolicy(
         geometry=geometry,
@@ -281,7 +282,7 @@ def make_policy(
         storage=storage if storage is not None and any(storage.kinds) else None,
         estimate=CostEstimate(costs) if costs and method.needs_costs else None,
         counters=counters,
-        tile_tokens=MAX_TILE_SPANS * SPAN_TOKENS,
-        chunk_tokens=min(ALONE_FILL_TOKENS, max_fill_tokens) or ALONE_FILL_TOKENS,
+        tile_tokens=pieces.tile_spans * SPAN_TOKENS,
+        chunk_tokens=min(pieces.alone_fill_tokens, max_fill_tokens) or pieces.alone_fill_tokens,
         num_ranks=num_ranks,
     )

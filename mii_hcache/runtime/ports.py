@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.runtime.streams import Stream
 
 
 class KVTarget(Protocol):
     """The blocks of one sequence, addressed by absolute token position.
 
-    Engine thread and the engine's compute stream only. Blocks for every position used must have been reserved.
-    Ranges are half-open.
+    Engine thread only. Blocks for every position used must have been reserved. Ranges are half-open.
+
+    Everything is launched on the stream that is current, the engine's own unless a caller makes it another (as
+    `placing.py` does, which says who waits for whom).
     """
+
+    def prepare(self) -> None:
+        """Make, on the engine's own stream, whatever `project_hidden` and `write_kv` read of the target: before they
+        are called on another stream, after the blocks were reserved. It is never changed. Does not wait for the
+        device."""
+        ...
 
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         """Compute and write K and V of layers `[0, num_layers)` for tokens `[start, start + len(token_ids))` from
@@ -28,13 +38,21 @@ class KVTarget(Protocol):
         """Project and write K and V from `hidden`: `[num_tokens, hidden_size]`, the engine's dtype and device."""
         ...
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
-        """Write `kv`: `[num_tokens, 2, num_kv_heads, head_size]`, keys rotated, the engine's dtype and device."""
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        """Launch on `stream` the copies of `kv` into the blocks, as few as their order allows: `[num_tokens, 2,
+        num_kv_heads, head_size]`, contiguous, keys rotated, the engine's dtype; host memory (pinned when the engine has
+        a GPU), or the device's."""
         ...
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         """Copy K and V of `[start, start + len(out))` into `out`: `[num_tokens, 2, num_kv_heads, head_size]`, host
         memory (pinned when the engine has a GPU; then the copy is stream-ordered)."""
+        ...
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        """Copy K and V of `[start, start + num_tokens)` in layer `layers[i]` into `out[i]`: `[num_layers, num_tokens,
+        2, num_kv_heads, head_size]`, the engine's device, contiguous. In order on the compute stream: once this
+        returns, the blocks may be overwritten or freed by whatever is launched there."""
         ...
 
     def commit(self, num_tokens: int) -> None:

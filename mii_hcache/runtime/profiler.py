@@ -23,12 +23,16 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId, pack_tokens
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.runtime.buffers import as_bytes, host_empty
+from mii_hcache.runtime.chain_profiler import ChainReads, with_chain_reads
+from mii_hcache.runtime.pieces import HOST, pieces_on
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
-from mii_hcache.runtime.restore import ALONE_FILL_TOKENS
-from mii_hcache.runtime.restorer import MAX_TILE_SPANS, NUM_READERS
+from mii_hcache.runtime.streams import Streams, streams_of
 from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
 
-TILE_TOKENS = MAX_TILE_SPANS * SPAN_TOKENS
+TILE_TOKENS = HOST.tile_spans * SPAN_TOKENS
+"""Fewest tokens that can be measured with; a GPU's tiles are longer, if there is room."""
+DEVICE_IO_BYTES = 512 << 20
+"""Most that a GPU reads at a time to be measured, so that it takes longer than its clock's grain."""
 ENOUGH_S = 1.5
 """Nothing is repeated for longer."""
 PAUSE_S = 0.02
@@ -57,20 +61,29 @@ def profile_layer(
     io_bytes: int = 64 << 20,
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda what: None,
+    streams: Streams | None = None,
 ) -> tuple[dict[str, LayerCost], float]:
     """Costs by tier, and their spread (`MeasuredProfile.spread`). Engine thread; nothing else should run.
 
     The engine must be one that fills any number of layers. `target`: blocks of a live sequence for `num_target_tokens`
-    (at least 512), which will hold rubbish. `io_bytes`: what is read from each tier, for each kind.
+    (at least 512), which will hold rubbish. `io_bytes`: what is read from each tier, for each kind. `streams`: the
+    device's, None for torch's.
     """
     on_progress("projecting and placing")
-    computing = _Computing(adapter, target, num_target_tokens, repeats)
+    streams = streams or streams_of(adapter.device)
+    computing = _Computing(adapter, target, num_target_tokens, repeats, streams)
     base = computing.measure()
     costs = {}
     for name, tier in tiers.items():
         on_progress(f"reading from {name}")
-        with _Saved(adapter, tier, io_bytes) as saved:
-            costs[name] = _with_reads(base, computing, saved, repeats)
+        if streams.has_own_memory:
+            io_bytes = max(io_bytes, DEVICE_IO_BYTES)
+        with _Saved(adapter, tier, io_bytes, computing.tile_tokens // SPAN_TOKENS) as saved:
+            costs[name] = (
+                _with_chain(base, computing, saved, repeats)
+                if streams.has_own_memory
+                else _with_reads(base, computing, saved, repeats)
+            )
     return costs, computing.watch.spread
 
 
@@ -78,7 +91,7 @@ def h2d_bytes_per_s(adapter: EngineAdapter, repeats: int = 9) -> float:
     """Copying a tile of K and V from pinned host memory to the device; 0 on a CPU, where nothing is copied."""
     if adapter.device.type == "cpu":
         return 0.0
-    num_bytes = MAX_TILE_SPANS * adapter.geometry.chunk_bytes(ChunkKind.KV)
+    num_bytes = pieces_on(adapter.device).tile_spans * adapter.geometry.chunk_bytes(ChunkKind.KV)
     source = host_empty(num_bytes, dtype=torch.uint8)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=adapter.device)
     return num_bytes / _Stopwatch(adapter.device, repeats).least_s(
@@ -127,29 +140,37 @@ class _Stopwatch:
 class _Computing:
     """The engine's part."""
 
-    def __init__(self, adapter: EngineAdapter, target: KVTarget, num_tokens: int, repeats: int) -> None:
+    def __init__(
+        self,
+        adapter: EngineAdapter,
+        target: KVTarget,
+        num_tokens: int,
+        repeats: int,
+        streams: Streams | None = None,
+    ) -> None:
         if num_tokens < TILE_TOKENS:
             raise ValueError(f"{num_tokens} tokens are too few to measure with, {TILE_TOKENS} are needed")
         self.adapter = adapter
-        self._target = target
         self._num_tokens = min(num_tokens, MAX_CONTEXT_TOKENS)
+        self.target = target
+        self.streams = streams or streams_of(adapter.device)
+        self.tile_tokens = min(pieces_on(adapter.device).tile_spans, num_tokens // SPAN_TOKENS) * SPAN_TOKENS
         self.watch = _Stopwatch(adapter.device, repeats)
         geometry = adapter.geometry
         make = torch.Generator().manual_seed(0)
-        rows = torch.randn(TILE_TOKENS, geometry.hidden_size, generator=make)
-        kv = torch.randn(TILE_TOKENS, 2, geometry.num_kv_heads, geometry.head_size, generator=make)
-        self._hidden = rows.to(adapter.dtype)
-        self._kv = kv.to(adapter.dtype)
+        rows = torch.randn(self.tile_tokens, geometry.hidden_size, generator=make)
+        kv = torch.randn(self.tile_tokens, 2, geometry.num_kv_heads, geometry.head_size, generator=make)
+        self._hidden = rows.to(adapter.dtype).to(adapter.device)
+        self._kv = kv.to(adapter.dtype).to(adapter.device)
         self._layers = itertools.cycle(range(geometry.num_layers))
 
-    def project(self, num_tokens: int = TILE_TOKENS) -> None:
-        """One tile, each time in another layer, as a restore does."""
-        rows = self._hidden[:num_tokens].to(self.adapter.device)
-        self._target.project_hidden(next(self._layers), 0, rows)
+    def project(self, num_tokens: int | None = None) -> None:
+        """One tile, or as many tokens, each time in another layer, as a restore does."""
+        self.target.project_hidden(next(self._layers), 0, self._hidden[:num_tokens])
 
     def place(self) -> None:
         """One tile of K and V."""
-        self._target.write_kv(next(self._layers), 0, self._kv.to(self.adapter.device))
+        self.target.write_kv(next(self._layers), 0, self._kv, self.streams.main)
 
     def measure(self) -> LayerCost:
         """What does not depend on a store; reading costs nothing here."""
@@ -157,12 +178,13 @@ class _Computing:
             self.place()  # so that forwards attend to numbers
         least_s = self.watch.least_s
         small_s, large_s = least_s(lambda: self.project(SPAN_TOKENS)), least_s(self.project)
-        c_hidden_s = max(0.0, large_s - small_s) / (TILE_TOKENS - SPAN_TOKENS) or large_s / TILE_TOKENS
+        tile_tokens = self.tile_tokens
+        c_hidden_s = max(0.0, large_s - small_s) / (tile_tokens - SPAN_TOKENS) or large_s / tile_tokens
         cost = LayerCost(
             io_hidden_s=0.0,
             io_kv_s=0.0,
             c_hidden_s=c_hidden_s,
-            c_kv_s=least_s(self.place) / TILE_TOKENS,
+            c_kv_s=least_s(self.place) / tile_tokens,
             c_token_s=0.0,
             c_start_s=max(0.0, small_s - SPAN_TOKENS * c_hidden_s),
         )
@@ -170,12 +192,13 @@ class _Computing:
 
     def _with_forward(self, cost: LayerCost) -> LayerCost:
         num_whole = self.adapter.geometry.num_layers - 1  # fewer might stay in a cache that all of them do not fit
-        chunk = min(ALONE_FILL_TOKENS, self.adapter.max_fill_tokens, self._num_tokens // 2)
+        most = min(pieces_on(self.adapter.device).alone_fill_tokens, self.adapter.max_fill_tokens)
+        chunk = min(most, self._num_tokens // 2)
         ids = torch.arange(chunk) % 7  # any tokens will do
         far = self._num_tokens - chunk
 
         def fill_s(start: int, num_tokens: int, num_layers: int) -> float:
-            return self.watch.least_s(lambda: self._target.fill(start, ids[:num_tokens], num_layers))
+            return self.watch.least_s(lambda: self.target.fill(start, ids[:num_tokens], num_layers))
 
         if num_whole == 0:
             return replace(cost, c_token_s=fill_s(0, chunk, 1) / chunk)
@@ -207,14 +230,16 @@ class _Computing:
 class _Saved:
     """Random spans in a store, for the time of a `with` block."""
 
-    def __init__(self, adapter: EngineAdapter, tier: ProfiledTier, io_bytes: int) -> None:
+    def __init__(self, adapter: EngineAdapter, tier: ProfiledTier, io_bytes: int, max_spans: int) -> None:
         self._tier = tier
         self._geometry = adapter.geometry
         self._io_bytes = io_bytes
         self._records: dict[ChunkKind, list[SpanRecord]] = {}
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="hcache-profile")
+        num_readers = pieces_on(adapter.device).num_readers
+        self._max_spans = max_spans
+        self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="hcache-profile")
         largest = max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
-        self._buffers = [host_empty(MAX_TILE_SPANS * largest, dtype=torch.uint8) for _ in range(NUM_READERS)]
+        self._buffers = [host_empty(max_spans * largest, dtype=torch.uint8) for _ in range(num_readers)]
 
     def __enter__(self) -> _Saved:
         for kind in ChunkKind:
@@ -230,7 +255,7 @@ class _Saved:
         layout = SpanLayout.uniform(self._geometry, kind)
         joined = memoryview(bytearray(os.urandom(layout.num_bytes)))
         records = []
-        for span_idx in range(max(1, min(MAX_TILE_SPANS, self._io_bytes // layout.num_bytes))):
+        for span_idx in range(max(1, min(self._max_spans, self._io_bytes // layout.num_bytes))):
             record = SpanRecord(
                 span_id=SpanId(os.urandom(32)),
                 parent_id=None,
@@ -241,6 +266,16 @@ class _Saved:
             if self._tier.store.put(record, [chunk.cut(joined) for chunk in layout.chunks]):
                 records.append(record)
         return records
+
+    @property
+    def store(self) -> ChunkStore:
+        """Where it is."""
+        return self._tier.store
+
+    def records(self, kind: ChunkKind) -> Sequence[SpanRecord]:
+        """Its spans of a kind, which no cache holds."""
+        self._tier.forget()
+        return self._records[kind]
 
     def num_rows(self, kind: ChunkKind) -> int:
         """Token rows of one layer that `read` reads."""
@@ -291,6 +326,19 @@ def _with_reads(base: LayerCost, computing: _Computing, saved: _Saved, repeats: 
         io_kv_s=alone_s[ChunkKind.KV],
         io_slowdown=min(MAX_SLOWDOWN, max(1.0, io_slowdown)),
         compute_slowdown=min(MAX_SLOWDOWN, max(1.0, project_s / project_alone_s)),
+    )
+
+
+def _with_chain(base: LayerCost, computing: _Computing, saved: _Saved, repeats: int) -> LayerCost:
+    """The same by whole restores, to a device."""
+    project_alone_s = computing.watch.least_s(computing.project, pauses=False) / computing.tile_tokens
+    reads = ChainReads(computing.adapter, computing.target, saved.store, computing.streams)
+    try:
+        timelines = {kind: [reads.restore(saved.records(kind)) for _ in range(1 + repeats)][1:] for kind in ChunkKind}
+    finally:
+        reads.close()
+    return with_chain_reads(
+        base, project_alone_s, timelines[ChunkKind.HIDDEN], timelines[ChunkKind.KV], max_slowdown=MAX_SLOWDOWN
     )
 
 

@@ -17,6 +17,7 @@ from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier
 from mii_hcache.runtime.sharded_tiles import next_read_id
 from mii_hcache.runtime.share import Share
+from mii_hcache.runtime.streams import Stream
 from mii_hcache.runtime.work import Tile
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections
@@ -45,8 +46,14 @@ class RanksTarget(KVTarget):
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         self._place(layer_idx, hidden.shape[0], ChunkKind.HIDDEN)
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
         self._place(layer_idx, kv.shape[0], ChunkKind.KV)
+
+    def prepare(self) -> None:
+        self._target.prepare()
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        raise NotImplementedError("not measured")
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         raise NotImplementedError("not measured")

@@ -4,6 +4,9 @@ Paper sections 3.1 and 4.1. Reader threads keep tiles in flight; the engine thre
 tokens by a forward while nothing has. So both resources work whenever they can, in whatever order the bytes come.
 Tokens count as present only after every layer of every span has arrived and been verified; damage cuts the restored
 prefix at its span, and the rest is prefilled.
+
+On a GPU placing and filling are launched, not done, when a call returns (`placing.py`): a restore is over when what
+follows on the engine's own stream comes behind them, and its timeline is true when they are done (`is_settled`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.runtime.ports import KVTarget
+from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.tiles import TileRead
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Fill, plan_fills, plan_tiles
@@ -27,12 +31,12 @@ from mii_hcache.storage.base import SpanRecord
 if TYPE_CHECKING:
     from mii_hcache.runtime.restorer import Restorer
 
-SHARED_FILL_TOKENS = 64
-"""Most tokens that a forward fills at a time while others decode."""
-ALONE_FILL_TOKENS = 256
-"""The same while nothing else runs."""
+MAX_FILLS_AHEAD = 2
+"""Fills that a device may have before it: one that runs, and one for it to go on with. Others' steps queue behind."""
 _LOOK_S = 0.05
 """How often who waits looks whether a read hangs."""
+_DEVICE_LOOK_S = 0.0002
+"""How often who waits for the device looks at it."""
 
 
 @dataclass(kw_only=True)
@@ -92,10 +96,11 @@ class Restore:
             layouts,
             recompute_tokens=recompute_tokens,
             recompute_layers=recompute_layers,
-            tile_spans=restorer.tile_spans,
+            tile_spans=restorer.pieces.tile_spans,
         )
         self._next_tile = next(self._tiles, None)
         self._reads: deque[TileRead] = deque()
+        self._filling: deque[Event] = deque()
         self._records = list(records)
         self._span_ids = [record.span_id for record in records]
         self._saved_ids = [record.span_id for record in records if record.layout.num_chunks]
@@ -114,13 +119,24 @@ class Restore:
     def can_work(self) -> bool:
         """Whether `step` would find something to do without waiting."""
         if self._reads:
-            return self._is_head_ready() or bool(self._fills)
-        return bool(self._fills) or self._next_tile is None
+            return self._is_head_ready() or self._may_fill()
+        return self._may_fill() or (self._next_tile is not None and self._may_read()) or self._is_all_launched()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the device has done all that this restore launched: its `timeline` is complete then. On a CPU always,
+        on a GPU soon after the outcome. Does not block; ask now and then."""
+        return self.timeline.settle()
+
+    def _is_all_launched(self) -> bool:
+        return not (self._reads or self._fills or self._next_tile is not None)
+
+    def _may_read(self) -> bool:
+        return len(self._reads) + self._source.num_held < self._restorer.tiles_ahead
 
     def read_ahead(self) -> None:
         """Start the reads that come next, as far as may be; `step` does so too. Does not block."""
-        num_more = self._restorer.tiles_ahead - self._source.num_held
-        while self._next_tile is not None and len(self._reads) < num_more:
+        while self._next_tile is not None and self._may_read():
             tile, self._next_tile = self._next_tile, next(self._tiles, None)
             if tile.first_span < self._num_spans:
                 self._reads.append(self._source.start(tile))
@@ -133,6 +149,7 @@ class Restore:
         """
         if not self._is_open:
             raise RuntimeError("this restore is over")
+        pieces = self._restorer.pieces
         started_s = time.perf_counter()
         left_s = budget_s
         try:
@@ -140,12 +157,12 @@ class Restore:
                 self.read_ahead()
                 if self._reads and self._is_head_ready():
                     self._place_tile()
-                elif self._fills:
-                    self._fill(ALONE_FILL_TOKENS if wait else SHARED_FILL_TOKENS)
-                elif not self._reads and self._next_tile is None:
+                elif self._may_fill():
+                    self._fill(pieces.alone_fill_tokens if wait else pieces.shared_fill_tokens)
+                elif self._is_all_launched():
                     self._finish()
                     return self.outcome
-                elif not (wait and self._reads and self._wait(left_s)):
+                elif not (wait and self._wait(left_s)):
                     return None
                 left_s = budget_s - (time.perf_counter() - started_s)
                 if left_s <= 0:
@@ -155,8 +172,9 @@ class Restore:
             raise
 
     def cancel(self) -> None:
-        """Give buffers and pins back; the target holds nothing valid. Idempotent. Does not block: a buffer that is
-        still read into is given back when that read ends."""
+        """Give buffers and pins back; the target holds nothing valid, and its blocks may be freed: whatever is launched
+        on the engine's own stream from now on comes behind what was launched into them. Idempotent. Does not block: a
+        buffer that is still read into, or copied from, is given back when that ends."""
         if not self._is_open:
             return
         self._is_open = False
@@ -187,16 +205,21 @@ class Restore:
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _wait(self, left_s: float) -> bool:
-        """Whether the next read ended in time, or is not worth waiting for any more."""
+        """Whether there came something to do in time."""
         started_s = time.perf_counter()
         stop_s = started_s + left_s
-        while not self._is_head_ready():
+        while not self.can_work:
             now_s = time.perf_counter()
             if now_s >= stop_s:
                 break
-            wait_for([self._reads[0].outcome], timeout=min(stop_s - now_s, self._restorer.read_deadline_s, _LOOK_S))
+            is_device_behind = bool(self._fills) or (self._next_tile is not None and self._source.num_held > 0)
+            look_s = min(stop_s - now_s, _DEVICE_LOOK_S if is_device_behind else _LOOK_S)
+            if self._reads:
+                wait_for([self._reads[0].outcome], timeout=min(look_s, self._restorer.read_deadline_s))
+            else:
+                time.sleep(look_s)
         self.timeline.add("wait", started_s)
-        return self._is_head_ready()
+        return self.can_work
 
     def _is_head_ready(self) -> bool:
         """Whether something can be done about the next tile: its read has ended, hangs, or is of no use any more."""
@@ -229,20 +252,28 @@ class Restore:
 
     # --- the engine thread's work -------------------------------------------------------------------------------
 
+    def _may_fill(self) -> bool:
+        while self._filling and self._filling[0].is_done:
+            self._filling.popleft()
+        return bool(self._fills) and len(self._filling) < MAX_FILLS_AHEAD
+
     def _fill(self, most_tokens: int) -> None:
         fill = self._fills.popleft()
         stop = min(fill.stop, self._num_spans * SPAN_TOKENS)  # nothing behind a cut is of use
         if fill.num_layers > 1:
             most_tokens = min(most_tokens, self._restorer.adapter.max_fill_tokens)
         else:
-            most_tokens = self._restorer.tile_spans * SPAN_TOKENS
+            most_tokens = self._restorer.pieces.tile_spans * SPAN_TOKENS
         middle = min(stop, fill.start + most_tokens)
         if fill.start >= stop:
             return
-        started_s = time.perf_counter()
+        main = self._restorer.streams.main
+        began = main.record(is_timed=True)
         self._target.fill(fill.start, self._token_ids[fill.start : middle], fill.num_layers)
-        self.timeline.add(
-            "fill", started_s, num_layers=fill.num_layers, start=fill.start, num_tokens=middle - fill.start
+        ended = main.record(is_timed=True)
+        self._filling.append(ended)
+        self.timeline.add_work(
+            "fill", began, ended, num_layers=fill.num_layers, start=fill.start, num_tokens=middle - fill.start
         )
         if middle < stop:
             self._fills.appendleft(Fill(start=middle, stop=stop, num_layers=fill.num_layers))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
+from mii_hcache.runtime.pieces import pieces_on
+from mii_hcache.runtime.placing import Placer
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Event, Streams, streams_of
 from mii_hcache.runtime.tiles import LocalTiles, TileSource
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
@@ -22,13 +27,6 @@ from mii_hcache.storage.workers import Workers
 
 _log = logging.getLogger(__name__)
 
-MAX_TILE_SPANS = 8
-"""Longest tile: 512 tokens."""
-NUM_READERS = 3
-"""Tiles read at a time, and the fewest that are read ahead."""
-READ_AHEAD_BYTES = 256 << 20
-"""What may lie in host memory, read and not yet placed, of all restores together: enough for the reads to go on while
-a forward runs."""
 STOP_S = 2.0
 """How long stopping waits for reads that nobody waits for any more."""
 _SLACK = 1.1
@@ -46,33 +44,45 @@ class Restorer:
         adapter: EngineAdapter,
         store: ChunkStore,
         counters: Counters,
-        tile_spans: int = MAX_TILE_SPANS,
-        read_ahead_bytes: int = READ_AHEAD_BYTES,
+        tile_spans: int | None = None,
+        read_ahead_bytes: int | None = None,
         read_deadline_s: float = DEADLINE_S,
         open_tiles: OpenTiles = LocalTiles,
+        streams: Streams | None = None,
+        is_urgent: bool = False,
     ) -> None:
-        """`read_deadline_s`: a tile's read that takes longer hangs, and its restore does without it. `open_tiles`:
-        where tiles come from."""
-        self._open_tiles = open_tiles
+        """`tile_spans`, `read_ahead_bytes`: as in `Pieces`, None for what suits the device. `read_deadline_s`: a tile's
+        read that takes longer hangs, and its restore does without it. `open_tiles`: where tiles come from. `streams`:
+        the device's, None for torch's. `is_urgent`: restores before the engine's forwards, where a GPU can choose; to
+        be measured, and until then not."""
+        pieces = pieces_on(adapter.device)
         self.adapter = adapter
         self.store = store
         self.counters = counters
-        self.tile_spans = tile_spans
-        """Spans per tile; the smaller, the finer the slices."""
+        self.streams = streams or streams_of(adapter.device)
+        self.pieces = replace(
+            pieces,
+            tile_spans=tile_spans or pieces.tile_spans,
+            read_ahead_bytes=pieces.read_ahead_bytes if read_ahead_bytes is None else read_ahead_bytes,
+        )
         self.num_open = 0
         """Restores that are neither over nor cancelled."""
         self.read_deadline_s = _SLACK * read_deadline_s
         """A little later than the store, which then knows already which spans cannot be read."""
-        largest_bytes = tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
-        self._max_ahead = max(NUM_READERS, read_ahead_bytes // largest_bytes)
+        self._open_tiles = open_tiles
+        largest_bytes = self.pieces.tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
+        self._max_ahead = max(self.pieces.num_readers, self.pieces.read_ahead_bytes // largest_bytes)
         self._lent: list[memoryview] = []
+        self._held: deque[tuple[Event, torch.Tensor]] = deque()
+        """Buffers that the device still copies from, in the order of the copies."""
         self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20, on_made=self._lend)
-        self._readers = Workers(NUM_READERS, "hcache-read")
+        self.placer = Placer(adapter, self.streams, tile_spans=self.pieces.tile_spans, is_urgent=is_urgent)
+        self._readers = Workers(self.pieces.num_readers, "hcache-read")
 
     @property
     def tiles_ahead(self) -> int:
-        """Tiles that one restore may have read, or be reading, ahead of what is placed."""
-        return max(NUM_READERS, self._max_ahead // max(1, self.num_open))
+        """Tiles that one restore may have read, or be reading, ahead of what the device has copied."""
+        return max(self.pieces.num_readers, self._max_ahead // max(1, self.num_open))
 
     def start(
         self,
@@ -97,6 +107,19 @@ class Restorer:
         """Where the tiles of a restore come from."""
         return self._open_tiles(self, target, span_ids, timeline)
 
+    def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
+        """A host buffer is needed no longer than until `copied`, which comes after those of earlier calls."""
+        if copied is not None:
+            self._held.append((copied, buffer))
+        else:
+            self.buffers.release(buffer)
+        self.collect()
+
+    def collect(self) -> None:
+        """Take back the host buffers that the device has copied. Does not block; restores do so as they go on."""
+        while self._held and self._held[0][0].is_done:
+            self.buffers.release(self._held.popleft()[1])
+
     def submit_read(self, read: Callable[[], ReadOutcome]) -> Future[ReadOutcome]:
         """Run in the background."""
         return self._readers.submit(read)
@@ -109,6 +132,12 @@ class Restorer:
         """End the reader threads; no restore may be running. Returns also while reads hang; memory that these go to is
         not taken back from the store."""
         self._readers.close(STOP_S)
+        try:
+            while self._held:
+                self._held[0][0].synchronize()
+                self.collect()
+        except RuntimeError:  # the device failed: memory that it copies from stays
+            _log.exception("the device did not say that it has copied %d buffers", len(self._held))
         if not self.buffers.wait_until_unused(STOP_S):
             _log.warning("%d reads hang: their memory is left to them", self.buffers.num_in_use)
             return

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.core.identity import SpanId
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime.buffers import RowRing
@@ -33,7 +33,9 @@ from mii_hcache.runtime.scatter import Scatter
 from mii_hcache.runtime.share import WHOLE, Share
 from mii_hcache.runtime.sink import SnapshotSink
 from mii_hcache.runtime.snapshot import Snapshot
+from mii_hcache.runtime.stage import Stage
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Streams, streams_of
 from mii_hcache.runtime.track import SequenceTrack
 from mii_hcache.storage.base import ChunkStore
 
@@ -71,15 +73,19 @@ class Saver:
         scatter: Scatter | None = None,
         ring_batches: int = 2,
         is_worth_saving: Callable[[SpanId], bool] = lambda span_id: True,
+        streams: Streams | None = None,
         share: Share = WHOLE,
         sink: SnapshotSink | None = None,
     ) -> None:
         """`plan`: what is saved of each span, None for nothing; `is_worth_saving` picks spans (`Sightings`).
         `save`: `two-stage`, or `direct`, which writes within the step and has no ring and no threads (`direct.py`).
         `save_wait`: share of a prefill step that it may wait for room. The ring holds `ring_batches` (>= 2) full ragged
-        batches. `num_threads` put spans; `scatter` copies rows, None being the best one here. `share`: what of each
-        span is saved here. `sink`: where it goes, whatever `save` and `num_threads` say; None: to `store`."""
+        batches. `num_threads` put spans; `scatter` copies rows, None being the best one here. `streams`: of
+        the engine's device, None for those that it has. `share`: what of each span is saved here. `sink`: where it
+        goes, whatever `save` and `num_threads` say; None: to `store`."""
         is_direct = save == "direct"
+        self.streams = streams_of(adapter.device) if streams is None else streams
+        """Of the engine's device."""
         self._adapter = adapter
         self._store = store
         self._plan = plan
@@ -88,7 +94,9 @@ class Saver:
         self._tracks: dict[int, SequenceTrack] = {}
         # Direct: room that a step takes comes back only at its own end, so that waiting for it would be in vain.
         wait_share = 0.0 if is_direct else save_wait
-        self._patience = Patience(share=wait_share, max_batch_tokens=max_batch_tokens, counters=counters)
+        self._patience = Patience(
+            share=wait_share, max_batch_tokens=max_batch_tokens, counters=counters, main=self.streams.main
+        )
         self._segments: list[StepSegment] = []
         self._num_tapped = 0
         self._hidden_rows = _hidden_rows(plan)
@@ -103,7 +111,11 @@ class Saver:
         else:
             self._sink = Flusher(store=store, counters=counters, scatter=scatter, num_threads=num_threads)
         ring_rows = (1 if is_direct else ring_batches) * max_batch_tokens
-        self._capture = None if not self._hidden_rows else self._make_capture(ring_rows, max_batch_tokens)
+        stage = None
+        if plan is not None and self.streams.has_own_memory:
+            num_bytes = stage_bytes(adapter.geometry, plan, len(self._hidden_rows), max_batch_tokens)
+            stage = Stage(streams=self.streams, device=adapter.device, num_bytes=num_bytes)
+        self._capture = None if not self._hidden_rows else self._make_capture(ring_rows, stage)
         self._cutter: SpanCutter | None = None
         if plan is not None:
             self._cutter = SpanCutter(
@@ -115,6 +127,7 @@ class Saver:
                 patience=self._patience,
                 is_settled=self._is_settled,
                 max_kv_buffers=NO_BOUND if is_direct else max(4, ring_rows // SPAN_TOKENS),
+                stage=stage,
                 share=share,
                 name_put=self._name_put,
             )
@@ -123,23 +136,19 @@ class Saver:
             counters=counters,
             is_settled=self._is_settled,
             submit=self._submit,
+            stage=stage,
             num_ranks=share.num_ranks,
             name_put=self._name_put,
         )
 
-    def _make_capture(self, ring_rows: int, max_batch_tokens: int) -> StepCapture:
-        adapter, num_layers = self._adapter, len(self._hidden_rows)
-        row_elements = adapter.geometry.row_elements(ChunkKind.HIDDEN)
-        return make_capture(
-            ring=RowRing(
-                num_layers=num_layers, capacity_rows=ring_rows, row_elements=row_elements, dtype=adapter.dtype
-            ),
-            device=adapter.device,
-            num_layers=num_layers,
-            max_rows=max_batch_tokens,
-            row_elements=row_elements,
-            dtype=adapter.dtype,
+    def _make_capture(self, ring_rows: int, stage: Stage | None) -> StepCapture:
+        ring = RowRing(
+            num_layers=len(self._hidden_rows),
+            capacity_rows=ring_rows,
+            row_elements=self._adapter.geometry.row_elements(ChunkKind.HIDDEN),
+            dtype=self._adapter.dtype,
         )
+        return make_capture(ring, stage=stage, main=self.streams.main)
 
     @property
     def plan(self) -> StoragePlan | None:
@@ -186,12 +195,13 @@ class Saver:
         """A ragged batch is about to run: take room for its rows."""
         self._segments = list(segments)
         num_tokens = sum(len(segment.token_ids) for segment in segments)
-        self._patience.begin(num_tokens, is_prefill=num_tokens > len(self._segments))
+        is_prefill = num_tokens > len(self._segments)
+        self._patience.begin(num_tokens, is_prefill=is_prefill)
         self._num_tapped = 0
         capture = self._capture
         if capture is not None and not self._patience.wait_for(lambda wait_s: capture.begin(num_tokens, wait_s)):
             self._counters.add("dropped_rows_total", num_tokens)
-        self._patience.start_clock()
+        self._patience.start_clock(is_prefill=is_prefill)
 
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
         """A layer's QKV input, `[num_tokens, hidden_size]`, in the order of the batch; copied in stream order."""
@@ -205,9 +215,9 @@ class Saver:
         saved is dropped, logged and counted; the step's requests go on."""
         segments, self._segments = self._segments, []
         num_tokens = sum(len(segment.token_ids) for segment in segments)
-        self._patience.end(num_tokens, is_prefill=num_tokens > len(segments))
+        self._patience.end(num_tokens)
         if self._cutter is not None:
-            self._snapshot(self._cutter, segments)
+            self._snapshot(self._cutter, segments, num_tokens)
 
     def abort_step(self) -> None:
         """The batch failed: its rows are garbage, its sequences must be closed."""
@@ -215,42 +225,37 @@ class Saver:
             self._capture.abort()
         self._segments = []
 
-    def _snapshot(self, cutter: SpanCutter, segments: list[StepSegment]) -> None:
+    def _snapshot(self, cutter: SpanCutter, segments: list[StepSegment], num_tokens: int) -> None:
         snapshot = Snapshot()
-        rows = None if self._capture is None else self._take_rows(self._capture, snapshot)
-        first_row = 0
-        for segment in segments:
-            num_rows = len(segment.token_ids)
+        rows = None if self._capture is None else self._take_rows(self._capture, snapshot, num_tokens)
+        parts: Sequence[torch.Tensor | None] = [None] * len(segments)
+        if rows is not None:
+            parts = rows.split_with_sizes([len(segment.token_ids) for segment in segments], 1)
+        for segment, own_rows in zip(segments, parts, strict=True):
             track = self._tracks.get(segment.uid)
             if track is not None:
-                own_rows = rows[:, first_row : first_row + num_rows] if rows is not None else None
                 cutter.cut(snapshot, track, segment.token_ids, own_rows)
-            first_row += num_rows
         self._submit(snapshot)
 
-    def _take_rows(self, capture: StepCapture, snapshot: Snapshot) -> torch.Tensor | None:
+    def _take_rows(self, capture: StepCapture, snapshot: Snapshot, num_rows: int) -> torch.Tensor | None:
         """The hidden rows of the whole step, None when they were dropped."""
+        if capture.is_taking and self._num_tapped != len(self._hidden_rows):
+            # A forward that bypasses the tap leaves rows that nobody wrote.
+            _log.error("%d of %d layers were captured; the step is not saved", self._num_tapped, len(self._hidden_rows))
+            capture.abort()
+            self._counters.add("save_errors_total")
+            self._counters.add("dropped_rows_total", num_rows)
         lease, ready = capture.end()
         if lease is None:
             return None
         if ready is not None:
             snapshot.ready.append(ready)
         snapshot.release = partial(capture.ring.release, lease)
-        if self._num_tapped == lease.rows.shape[0]:
-            return lease.rows
-        # A forward that bypasses the tap leaves rows that nobody wrote.
-        _log.error("%d of %d layers were captured; the step is not saved", self._num_tapped, lease.rows.shape[0])
-        self._counters.add("save_errors_total")
-        self._counters.add("dropped_rows_total", lease.num_rows)
-        return None
+        return lease.rows
 
     def _submit(self, snapshot: Snapshot) -> None:
         if snapshot.is_empty:  # nothing was taken: a hanging store piles up nothing
             return
-        if self._adapter.device.type == "cuda":  # K and V may be on their way from the blocks
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-            snapshot.ready.append(ready)
         self._sink.submit(snapshot)
 
     def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
@@ -283,8 +288,17 @@ class Saver:
         return self._sink.drain(timeout_s)
 
     def stop(self) -> None:
-        """Drain and end the background threads."""
+        """Drain and end the background threads. What hangs is left alone, logged and counted (`flusher.STALL_S`)."""
         self._sink.stop()
+
+
+def stage_bytes(geometry: ModelGeometry, plan: StoragePlan, num_hidden_layers: int, max_batch_tokens: int) -> int:
+    """Of a stage where no step waits for what the step before it sends: two full batches of hidden rows and one of K
+    and V, and the piece that may be left out at the end of the ring, which also holds a span to be healed."""
+    hidden_bytes, kv_bytes = (geometry.row_bytes(kind) for kind in (ChunkKind.HIDDEN, ChunkKind.KV))
+    num_kv_layers = max(kinds.count(ChunkKind.KV) for kinds in (plan.kinds, plan.other_kinds or plan.kinds))
+    batches = max_batch_tokens * (2 * num_hidden_layers * hidden_bytes + num_kv_layers * kv_bytes)
+    return batches + max_batch_tokens * hidden_bytes + SPAN_TOKENS * geometry.num_layers * kv_bytes + (1 << 16)
 
 
 def _hidden_rows(plan: StoragePlan | None) -> dict[int, int]:

@@ -52,28 +52,32 @@ def make_scatter(num_threads: int | None = None) -> Scatter:
 
 
 def _addresses(copy: RowCopy) -> tuple[int, int, int, int, int, int]:
-    """What `_io.Copier.scatter` wants. The copier checks nothing: whatever could lead it astray is refused here."""
-    source, target, span_row = copy.source, copy.target.rows, copy.span_row
+    """What `_io.Copier.scatter` wants. The copier checks nothing: whatever could lead it astray is refused here. Holds
+    the GIL, which the engine's thread wants: few calls, and what is known of the span is asked for once."""
+    source, target, span_row = copy.source, copy.target.place, copy.span_row
     num_layers, num_rows, row_elements = source.shape
-    stride, own_stride = source.stride(), target.stride()
+    stride = source.stride()
     if (
-        target.shape[::2] != (num_layers, row_elements)
-        or not 0 <= span_row <= target.shape[1] - num_rows
+        not target.is_plain
+        or target.num_layers != num_layers
+        or target.row_elements != row_elements
+        or not 0 <= span_row <= target.num_rows - num_rows
         or source.dtype is not target.dtype
-        or not source.device.type == target.device.type == "cpu"
-        or not stride[1:] == own_stride[1:] == (row_elements, 1)
+        or not source.is_cpu
+        or stride[1] != row_elements
+        or stride[2] != 1
     ):
+        rows = copy.target.rows
         raise ValueError(
             f"{tuple(source.shape)} of {source.dtype}, stride {stride}, do not fit at row {span_row} of a span "
-            f"{tuple(target.shape)} of {target.dtype}, stride {own_stride}"
+            f"{tuple(rows.shape)} of {rows.dtype}, stride {rows.stride()}"
         )
-    itemsize = source.itemsize
-    row_bytes = row_elements * itemsize
+    row_bytes = target.row_bytes
     return (
-        target.data_ptr() + span_row * row_bytes,
-        own_stride[0] * itemsize,
+        target.address + span_row * row_bytes,
+        target.layer_bytes,
         source.data_ptr(),
-        stride[0] * itemsize,
+        stride[0] * row_bytes // row_elements,
         num_rows * row_bytes,
         num_layers,
     )

@@ -57,7 +57,8 @@ class SnapshotSink(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Drain, then end what runs in the background. Nothing is submitted afterwards."""
+        """Drain, then end what runs in the background, but do not wait for what hangs. Nothing is submitted
+        afterwards."""
 
     def _copy_rows(self, snapshot: Snapshot) -> bool:
         """Wait for the snapshot and copy its rows into their open spans. False: its rows cannot be used."""

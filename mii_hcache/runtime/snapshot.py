@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.track import OpenSpan
 from mii_hcache.storage.base import SpanRecord
 
@@ -25,7 +26,7 @@ class SpanPut:
     """Called when the rows are no longer needed."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowCopy:
     """Rows on their way from a snapshot into an open span."""
 
@@ -41,8 +42,8 @@ class RowCopy:
 class Snapshot:
     """What one step, or one read from blocks, left behind."""
 
-    ready: list[torch.cuda.Event] = field(default_factory=list)
-    """The copies to host memory are done after these events."""
+    ready: list[Event] = field(default_factory=list)
+    """The copies to host memory are done after these events; background threads wait for them."""
     copies: list[RowCopy] = field(default_factory=list)
     """To different spans: they may be made in any order, or at once."""
     whole: list[SpanPut] = field(default_factory=list)

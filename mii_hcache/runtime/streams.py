@@ -6,10 +6,13 @@ The seam between the runtime and CUDA. On a CPU everything is done when a call r
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+
+from mii_hcache.runtime.gpu_copy import GpuCopies, open_gpu_copies
 
 
 class Event(ABC):
@@ -23,6 +26,11 @@ class Event(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Block the calling thread until it has. Any thread."""
+
+    @property
+    @abstractmethod
+    def passed_s(self) -> float:
+        """When it passed, as `time.perf_counter` tells. Only of an event that is done and was recorded as timed."""
 
 
 class Stream(ABC):
@@ -41,11 +49,17 @@ class Stream(ABC):
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Launch a copy between host and device, or within the device; `target` and `source` of one shape and dtype.
-        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command."""
+        Host memory is pinned (`buffers.host_empty`); a copy between contiguous tensors is one command. Where memory
+        could not be pinned a copy is as right, and holds up the calling thread until it is over."""
+
+    def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """`copy` of each `(target, source)`, in any order: no target is touched twice."""
+        for target, source in pairs:
+            self.copy(target, source)
 
     @abstractmethod
-    def record(self) -> Event:
-        """The moment after everything launched so far."""
+    def record(self, *, is_timed: bool = False) -> Event:
+        """The moment after everything launched so far. `is_timed`: `Event.passed_s` will be asked for."""
 
     @abstractmethod
     def wait(self, event: Event) -> None:
@@ -57,6 +71,8 @@ class Streams(ABC):
 
     main: Stream
     """The one that the engine's own calls go to: forwards, captures, reads from blocks."""
+    has_own_memory: bool
+    """Whether the device computes on memory of its own, that state must be copied to."""
 
     @abstractmethod
     def new(self, *, is_urgent: bool = False) -> Stream:
@@ -67,6 +83,10 @@ class _Now(Event):
     """A moment that has passed."""
 
     is_done = True
+    passed_s = 0.0
+
+    def __init__(self) -> None:
+        self.passed_s = time.perf_counter()
 
     def synchronize(self) -> None:
         pass
@@ -81,7 +101,7 @@ class HostStream(Stream):
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
-    def record(self) -> Event:
+    def record(self, *, is_timed: bool = False) -> Event:
         return _Now()
 
     def wait(self, event: Event) -> None:
@@ -91,6 +111,8 @@ class HostStream(Stream):
 class HostStreams(Streams):
     """For an engine on the CPU."""
 
+    has_own_memory = False
+
     def __init__(self) -> None:
         self.main = HostStream()
 
@@ -98,9 +120,35 @@ class HostStreams(Streams):
         return HostStream()
 
 
+class _CudaClock:
+    """Moments of one GPU on the host's clock."""
+
+    _FRESH_S = 10.0
+    """Then it is set anew: the two clocks drift apart, and CUDA tells of distances in float32 milliseconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._set()
+
+    def _set(self) -> None:
+        """Waits for a stream that is empty: some 20 microseconds, whatever the others do."""
+        self._zero = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._zero.record(self._stream)
+        self._zero.synchronize()
+        self._zero_s = time.perf_counter()
+
+    @property
+    def zero(self) -> tuple[torch.cuda.Event, float]:
+        """A moment that has passed, and when that was."""
+        if time.perf_counter() - self._zero_s > self._FRESH_S:
+            self._set()
+        return self._zero, self._zero_s
+
+
 class _CudaEvent(Event):
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: torch.cuda.Event, zero: tuple[torch.cuda.Event, float] | None = None) -> None:
         self.event = event
+        self._zero = zero
 
     @property
     def is_done(self) -> bool:
@@ -109,31 +157,48 @@ class _CudaEvent(Event):
     def synchronize(self) -> None:
         self.event.synchronize()
 
+    @property
+    def passed_s(self) -> float:
+        assert self._zero is not None, "this event was not recorded as timed"
+        zero, zero_s = self._zero
+        return zero_s + 1e-3 * float(zero.elapsed_time(self.event))
+
 
 class CudaStream(Stream):
     """A stream of a GPU. `stream` None: whichever is current on the calling thread. Not run on hardware yet."""
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self._device = device
+    def __init__(self, streams: CudaStreams, stream: torch.cuda.Stream | None) -> None:
+        self._streams = streams
         self._own = stream
 
     @property
     def stream(self) -> torch.cuda.Stream:
         """torch's."""
-        return torch.cuda.current_stream(self._device) if self._own is None else self._own
+        return torch.cuda.current_stream(self._streams.device) if self._own is None else self._own
 
     def launch(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self.stream):
             work()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        if self._own is None:  # current already: a step makes a call for each of its layers
+            target.copy_(source, non_blocking=True)
+            return
+        with torch.cuda.stream(self._own):
             target.copy_(source, non_blocking=True)
 
-    def record(self) -> Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        stream, copies = self.stream, self._streams.copies
+        with torch.cuda.stream(stream):
+            for target, source in copies.copy(pairs, stream.cuda_stream) if copies is not None else pairs:
+                target.copy_(source, non_blocking=True)
+
+    def record(self, *, is_timed: bool = False) -> Event:
+        zero = self._streams.clock.zero if is_timed else None
+        # A thread that waits for it sleeps, and does not spin on a core that others need.
+        event = torch.cuda.Event(enable_timing=is_timed, blocking=True)  # type: ignore[no-untyped-call]
         event.record(self.stream)
-        return _CudaEvent(event)
+        return _CudaEvent(event, zero)
 
     def wait(self, event: Event) -> None:
         if isinstance(event, _CudaEvent):
@@ -145,13 +210,33 @@ class CudaStream(Stream):
 class CudaStreams(Streams):
     """For an engine on a GPU. Its streams do not block each other, nor wait for the legacy default stream's turns."""
 
+    has_own_memory = True
+
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.main = CudaStream(device, None)
+        self.device = device
+        self.main = CudaStream(self, None)
+        self._clock: _CudaClock | None = None
+        self._copies: GpuCopies | None = None
+        self._has_copies: bool | None = None
 
     def new(self, *, is_urgent: bool = False) -> Stream:
-        stream = torch.cuda.Stream(self._device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
-        return CudaStream(self._device, stream)
+        stream = torch.cuda.Stream(self.device, priority=-1 if is_urgent else 0)  # type: ignore[no-untyped-call]
+        return CudaStream(self, stream)
+
+    @property
+    def clock(self) -> _CudaClock:
+        """Of the device; made on first use."""
+        if self._clock is None:
+            self._clock = _CudaClock(self.device)
+        return self._clock
+
+    @property
+    def copies(self) -> GpuCopies | None:
+        """Copies in batches, None where the native engine cannot make them; opened on first use."""
+        if self._has_copies is None:
+            self._copies = open_gpu_copies(self.device)
+            self._has_copies = self._copies is not None
+        return self._copies
 
 
 def streams_of(device: torch.device) -> Streams:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.ports import KVTarget
-from mii_hcache.runtime.timeline import Activity, RestoreTimeline
+from mii_hcache.runtime.streams import Event
+from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
 from mii_hcache.storage.base import ChunkRead, ReadOutcome
 
@@ -68,26 +69,35 @@ class TileSource(ABC):
 
 
 class LocalTiles(TileSource):
-    """From the store of this process, by its restorer's reader threads, through host buffers."""
+    """From the store of this process, by its restorer's reader threads, through host buffers, by its placer."""
 
     def __init__(
         self, restorer: Restorer, target: KVTarget, span_ids: Sequence[SpanId], timeline: RestoreTimeline
     ) -> None:
         """`span_ids`: of all spans of the restore, in order. Reads and what is placed are noted in `timeline`."""
         self.restorer = restorer
-        self.target = target
         self.span_ids = span_ids
         self.timeline = timeline
+        self.placing = restorer.placer.open(target, timeline)
+        self._copies: deque[Event] = deque()
 
     def start(self, tile: Tile) -> TileRead:
         return _LocalRead(self, tile)
 
     @property
     def num_held(self) -> int:
-        return 0
+        while self._copies and self._copies[0].is_done:
+            self._copies.popleft()
+        return len(self._copies)
 
     def join(self) -> None:
-        pass
+        self.placing.join()
+
+    def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
+        """A buffer is needed no longer than until `copied`."""
+        if copied is not None:
+            self._copies.append(copied)
+        self.restorer.give_back(buffer, copied)
 
 
 class _LocalRead(TileRead):
@@ -98,6 +108,7 @@ class _LocalRead(TileRead):
         self.tile = tile
         self._source = source
         self._buffer = buffer
+        self._copied: Event | None = None
         chunk_bytes = restorer.adapter.geometry.chunk_bytes(tile.kind)
         view = as_bytes(buffer)
         self._chunks = [
@@ -123,26 +134,19 @@ class _LocalRead(TileRead):
         return outcome
 
     def place(self, num_spans: int) -> None:
-        started_s = time.perf_counter()
-        tile, adapter = self.tile, self._source.restorer.adapter
-        geometry = adapter.geometry
-        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
-        num_bytes = num_spans * geometry.chunk_bytes(tile.kind)
-        rows = self._buffer[:num_bytes].view(adapter.dtype).view(num_tokens, -1).to(adapter.device, non_blocking=True)
-        if tile.kind is ChunkKind.HIDDEN:
-            self._source.target.project_hidden(tile.layer_idx, start, rows)
-        else:
-            kv = rows.view(num_tokens, 2, geometry.num_kv_heads, geometry.head_size)
-            self._source.target.write_kv(tile.layer_idx, start, kv)
-        if adapter.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the host buffer is reused as soon as this returns
-        activity: Activity = "project" if tile.kind is ChunkKind.HIDDEN else "place"
-        self._source.timeline.add_tile(activity, started_s, tile, num_bytes)
+        try:
+            self._source.placing.place(self.tile, self._buffer, num_spans)
+        finally:
+            self._copied = self._source.placing.copied
 
     def release(self) -> None:
-        if not self.outcome.done() and not self.outcome.cancel():
+        if self.outcome.done():
+            self._source.give_back(self._buffer, self._copied)
+            return
+        if not self.outcome.cancel():
             self._source.restorer.let_go(self.outcome)  # it goes on, or hangs: another thread reads in its place
         self.outcome.add_done_callback(partial(self._give_back, self._buffer))
 
     def _give_back(self, buffer: torch.Tensor, _: Future[ReadOutcome]) -> None:
+        """On any thread: nothing was placed."""
         self._source.restorer.buffers.release(buffer)

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any, Literal
 
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.errors import ConfigError
+from mii_hcache.runtime import streams
 from mii_hcache.runtime.work import Tile
 
 _log = logging.getLogger(__name__)
 
-Activity = Literal["read", "project", "place", "fill", "wait"]
-"""`read`: bytes come from the store. The others are the engine thread's: K and V are projected from hidden states, or
-placed as they are, or filled by a forward; or it waits for a read."""
+Activity = Literal["read", "load", "project", "place", "fill", "wait"]
+"""`read`: bytes come from the store. `load`: they are copied to a device, K and V straight to where they belong. The
+others are the engine's, on its device if it has one: K and V are projected from hidden states, or placed as they are,
+or filled by a forward; or the engine thread waits for a read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,15 @@ class Event:
 
 
 class RestoreTimeline:
-    """Events of one restore. `add` may be called from any thread."""
+    """Events of one restore. `add` and `add_tile` may be called from any thread, the rest from the engine's."""
 
     def __init__(self) -> None:
         self.started_s = time.perf_counter()
         self.stopped_s = self.started_s
         self.events: list[Event] = []
+        self._is_over = False
+        self._work: dict[Activity, deque[tuple[streams.Event, streams.Event, dict[str, int]]]] = {}
+        """By activity: each has a stream to itself, where things end in order."""
 
     def add(self, activity: Activity, start_s: float, **what: int) -> None:
         """Something that began at `start_s` has just ended."""
@@ -51,18 +57,35 @@ class RestoreTimeline:
 
     def add_tile(self, activity: Activity, start_s: float, tile: Tile, num_bytes: int) -> None:
         """`add`, of a tile."""
-        self.add(
-            activity,
-            start_s,
-            first_layer=tile.layer_idx,
-            start=tile.first_span * SPAN_TOKENS,
-            num_tokens=tile.num_spans * SPAN_TOKENS,
-            num_bytes=num_bytes,
-        )
+        self.add(activity, start_s, **_about(tile, num_bytes))
+
+    def add_work(self, activity: Activity, began: streams.Event, ended: streams.Event, **what: int) -> None:
+        """Something was launched between two timed events. It is noted when it is done."""
+        self._work.setdefault(activity, deque()).append((began, ended, what))
+        self.settle()
+
+    def add_tile_work(
+        self, activity: Activity, began: streams.Event, ended: streams.Event, tile: Tile, num_bytes: int
+    ) -> None:
+        """`add_work`, of a tile."""
+        self.add_work(activity, began, ended, **_about(tile, num_bytes))
+
+    def settle(self) -> bool:
+        """Note what was launched and is done by now. True: that is all of it, and the timeline tells the truth. Does
+        not block."""
+        for activity, pieces in self._work.items():
+            while pieces and pieces[0][1].is_done:
+                began, ended, what = pieces.popleft()
+                self.events.append(Event(activity, began.passed_s, ended.passed_s, **what))
+                if self._is_over:
+                    self.stopped_s = max(self.stopped_s, ended.passed_s)
+        return not any(self._work.values())
 
     def finish(self) -> None:
-        """The restore is over."""
-        self.stopped_s = time.perf_counter()
+        """The restore is over: nothing is launched any more. It ends when all that was launched is done."""
+        self.stopped_s = max([time.perf_counter(), *(event.stop_s for event in self.events)])
+        self._is_over = True
+        self.settle()
 
     def busy_s(self, *activities: Activity) -> float:
         """Time in which at least one of these was going on."""
@@ -70,12 +93,12 @@ class RestoreTimeline:
 
     @property
     def io_s(self) -> float:
-        """Time in which something was being read."""
-        return self.busy_s("read")
+        """Time in which something was being read, or copied to the device."""
+        return self.busy_s("read", "load")
 
     @property
     def compute_s(self) -> float:
-        """Time in which the engine thread worked for this restore."""
+        """Time in which the engine worked for this restore."""
         return self.busy_s("project", "place", "fill")
 
     @property
@@ -98,6 +121,10 @@ def union_s(intervals: Iterable[tuple[float, float]]) -> float:
             total += stop - max(start, reached)
             reached = stop
     return total
+
+
+_LOAD_ROW = 99
+"""Behind those of the reads."""
 
 
 class TraceFile:
@@ -135,6 +162,15 @@ class TraceFile:
             file.write(f"{',' if self._num > 1 else ''}\n{lines}]\n")
 
 
+def _about(tile: Tile, num_bytes: int) -> dict[str, int]:
+    return {
+        "first_layer": tile.layer_idx,
+        "start": tile.first_span * SPAN_TOKENS,
+        "num_tokens": tile.num_spans * SPAN_TOKENS,
+        "num_bytes": num_bytes,
+    }
+
+
 def _chrome_events(
     number: int, name: str, timeline: RestoreTimeline, about: dict[str, Any], zero_s: float
 ) -> Sequence[dict[str, Any]]:
@@ -152,6 +188,9 @@ def _chrome_events(
             ends[lane:] = [event.stop_s, *ends[lane + 1 :]]
             row = 2 + lane
             rows[row] = f"read {lane}"
+        elif event.activity == "load":
+            row = _LOAD_ROW
+            rows[row] = "copy to the device"
         else:
             row = 1
         last = event.first_layer + event.num_layers - 1

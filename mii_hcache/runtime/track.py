@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,6 +28,25 @@ class OpenSpan:
     """As what the span will be stored, where it is known."""
     is_damaged: bool = False
     """Rows could not be copied in: never put. Belongs to the background thread."""
+
+    @cached_property
+    def place(self) -> RowsPlace:
+        """Where the rows lie."""
+        return RowsPlace(self.rows)
+
+
+class RowsPlace:
+    """Where rows `[num_layers, num_rows, row_elements]` lie in memory; keeps none alive."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.num_layers, self.num_rows, self.row_elements = rows.shape
+        self.dtype = rows.dtype
+        self.is_plain = rows.is_cpu and rows.stride()[1:] == (self.row_elements, 1)
+        """On the host, each layer's part contiguous."""
+        self.row_bytes = self.row_elements * rows.itemsize
+        self.layer_bytes = rows.stride(0) * rows.itemsize
+        """From one layer to the next."""
+        self.address = rows.data_ptr()
 
 
 class SequenceTrack:
@@ -73,7 +93,8 @@ class SequenceTrack:
     def extend(self, token_ids: Sequence[int]) -> None:
         """Tokens that a step is about to run."""
         self.token_ids.extend(token_ids)
-        self._name_spans()
+        if len(self.token_ids) // SPAN_TOKENS > len(self.span_ids):
+            self._name_spans()
 
     def truncate(self, num_tokens: int) -> OpenSpan | None:
         """Forget tokens from `num_tokens` on. Returns the open span if it is of no use any more.

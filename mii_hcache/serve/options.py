@@ -15,6 +15,7 @@ from mii_hcache.config import (
     EVICTION_NAMES,
     IO_NAMES,
     KEEP_POLICIES,
+    KERNEL_NAMES,
     SAVE_NAMES,
     HCacheConfig,
     default_state_dirs,
@@ -72,6 +73,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         model=values.model,
         served_model_name=values.served_model_name,
         dtype=values.dtype,
+        kernels=values.kernels,
         state_dir=_state_dirs(values.state_dir),
         state_capacity_bytes=values.state_capacity,
         dram_capacity_bytes=values.dram_capacity,
@@ -275,6 +277,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument(
         "--kv-blocks", type=int, metavar="N", help="KV blocks in the pool (default: what memory allows)"
+    )
+    engine.add_argument(
+        "--kernels",
+        choices=KERNEL_NAMES,
+        default=defaults.kernels,
+        help="what computes on a GPU: our kernels in Triton, which need nothing but torch (portable), or DeepSpeed's "
+        "in CUDA, which want deepspeed-kernels, a matching nvcc and a GPU from A100 to H200 (stock); auto is "
+        "portable. Their authors ran neither on a GPU yet. On a CPU there is only portable, in plain torch. State that "
+        "one saved is not restored under the other (default: %(default)s)",
     )
     engine.add_argument(
         "--max-batch-tokens",

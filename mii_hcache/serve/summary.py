@@ -58,7 +58,7 @@ class Summary:
             "hidden_bytes_per_token": geometry.bytes_per_token(ChunkKind.HIDDEN),
             "kv_bytes_per_token": geometry.bytes_per_token(ChunkKind.KV),
             "kv_blocks": int(metrics.get("blocks", 0)),
-            "block_size": config.block_size,
+            "block_size": int(metrics.get("block_tokens", 0)),
             "keep": config.keep,
             "state_dir": list(config.state_dirs) if len(config.state_dirs) > 1 else config.state_dirs[0],
             "state_capacity_tokens": self._tokens_in(config.state_capacity_bytes),
@@ -88,8 +88,8 @@ class Summary:
         return f"{text} ({sizes})"
 
     def _pool(self) -> str:
-        block_size, keep = self.options.config.block_size, self.options.config.keep
-        num_blocks = int(self.opened.service.metrics().get("blocks", 0))
+        metrics, keep = self.opened.service.metrics(), self.options.config.keep
+        num_blocks, block_size = int(metrics.get("blocks", 0)), int(metrics.get("block_tokens", 0))
         return f"{num_blocks * block_size:,} tokens in {num_blocks:,} blocks; {_KEEP_WORDS[keep]} (--keep {keep})"
 
     def _state(self) -> str:

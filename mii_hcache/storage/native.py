@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mii_hcache import _io
 
-_ABI = 4
+_ABI = 5
 """Of the `_io` that this package goes with."""
 _KERNELS = Path(__file__).parent.parent / "_gpu.fatbin"
 """What nvcc made of csrc/gpu, where there was one."""
@@ -103,3 +103,41 @@ def new_cufile(gpu_idx: int, depth: int, num_threads: int) -> _io.Cufile:
     from mii_hcache import _io
 
     return _io.Cufile(gpu_idx, _KERNELS.read_bytes(), depth, num_threads)
+
+
+def why_no_gpu() -> str | None:
+    """None when the native engine reaches a GPU by the CUDA driver, else why not, for people. Initialises the driver in
+    this process, but makes no context."""
+    from_build = why_not_built()
+    if from_build is not None:
+        return from_build
+    from mii_hcache import _io
+
+    try:
+        return None if _io.num_gpus() > 0 else "there is no GPU"
+    except OSError as error:
+        return f"no GPU can be used ({error.strerror})"
+
+
+def new_gpu(gpu_idx: int) -> _io.Gpu:
+    """Copies to a GPU, and pinned memory. Only where `why_no_gpu` is None. Takes the GPU's primary context, which is
+    the one that frameworks use. Raises OSError."""
+    from mii_hcache import _io
+
+    return _io.Gpu(gpu_idx)
+
+
+def why_no_kernels() -> str | None:
+    """None when the compiled kernels can be loaded on a GPU of this machine, else why not, for people."""
+    from_gpu = why_no_gpu()
+    if from_gpu is None and not _KERNELS.exists():
+        return "the CUDA kernels were not built (they want nvcc at installation)"
+    return from_gpu
+
+
+def new_kernels(gpu: _io.Gpu) -> _io.GpuKernels:
+    """The compiled kernels on a GPU. Only where `why_no_kernels` is None. Raises OSError, also when there is no code
+    for this GPU among them."""
+    from mii_hcache import _io
+
+    return _io.GpuKernels(gpu, _KERNELS.read_bytes())

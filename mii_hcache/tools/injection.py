@@ -41,12 +41,14 @@ class Injection:
             return
         import torch
 
+        from mii_hcache.runtime.streams import streams_of
+
         geometry, target = engine.geometry, engine.target(uid)
         layer_idx, start = geometry.num_layers // 2, num_tokens // 2
         rows = torch.empty(2, 2, geometry.num_kv_heads, geometry.head_size, dtype=engine.dtype)
         target.read_kv(layer_idx, start, rows)
         rows[:, 1] = rows[:, 1].flip(0)
-        target.write_kv(layer_idx, start, rows.to(engine.device))
+        target.write_kv(layer_idx, start, rows.to(engine.device), streams_of(engine.device).main)
 
     def spoil_logits(self, way: str, logits: torch.Tensor) -> None:
         """`logits`: `[num_answer, vocab_size]`, of an answer to a restored history."""

@@ -22,6 +22,7 @@ def machine_checks() -> list[tuple[str, Check]]:
         ("CPU", _cpu),
         ("16 bit on CPU", _sixteen_bit),
         ("memory", _memory),
+        ("pinned memory", _pinned),
         ("crc32c", _crc32c),
     ]
 
@@ -111,6 +112,22 @@ def _memory() -> Finding:
         advice = "take a smaller --dram-capacity"
         return problem("memory", f"{reason}; a server takes {size(wanted)} for saved state", advice)
     return ok("memory", reason)
+
+
+def _pinned() -> Finding:
+    from mii_hcache.runtime.pinned import TO_PIN_MORE, pinned_memory
+
+    memory = pinned_memory()
+    if memory is None:
+        return off("pinned memory", "no GPU to copy from, or its driver does not answer")
+    piece = memory.empty(1)
+    pinned_bytes, why_not = memory.pinned_bytes, memory.why_not_pinned
+    del piece
+    if why_not is not None:
+        reason = f"host memory cannot be pinned ({why_not}): copies from and to the GPU are slow and hold up the engine"
+        return problem("pinned memory", reason, TO_PIN_MORE)
+    near = f", touched on {memory.num_near_cpus} CPUs near the GPU" if memory.num_near_cpus else ""
+    return ok("pinned memory", f"{size(pinned_bytes)} were pinned at once, unverified on hardware{near}")
 
 
 def _crc32c() -> Finding:

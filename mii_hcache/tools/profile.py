@@ -117,8 +117,8 @@ def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -
 
 
 def _row(tier: str, cost: LayerCost) -> list[str]:
+    from mii_hcache.runtime.pieces import HOST
     from mii_hcache.runtime.profiler import MAX_SLOWDOWN  # imports here, so that `--help` answers at once
-    from mii_hcache.runtime.restore import ALONE_FILL_TOKENS
 
     def slowed(factor: float) -> str:
         return f"x {factor:.2f}{' or more' if factor >= MAX_SLOWDOWN else ''}"
@@ -129,7 +129,7 @@ def _row(tier: str, cost: LayerCost) -> list[str]:
         f"{1e3 * _TOKENS * cost.io_kv_s:.3f}",
         f"{1e3 * _TOKENS * cost.c_hidden_s:.3f}",
         f"{1e3 * _TOKENS * cost.c_kv_s:.3f}",
-        f"{1e3 * cost.spread(ALONE_FILL_TOKENS).forward_s(0, _TOKENS):.3f}",
+        f"{1e3 * cost.spread(HOST.alone_fill_tokens).forward_s(0, _TOKENS):.3f}",
         slowed(cost.io_slowdown),
         slowed(cost.compute_slowdown),
     ]

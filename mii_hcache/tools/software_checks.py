@@ -28,6 +28,7 @@ def software_checks(model: str | None) -> list[tuple[str, Check]]:
         ("transformers", partial(_installed, "transformers")),
         ("server", _server_packages),
         ("host's names", _host),
+        ("kernels", _kernels),
         ("families", _families),
         ("method", partial(_method, model)),
     ]
@@ -84,6 +85,22 @@ def _host() -> Finding:
     except HCacheError as error:
         return problem("host's names", str(error), _INSTALL, prevents_serving=True)
     return ok("host's names", f"all {len(compat.NEEDED_NAMES)} names of DeepSpeed and MII that are leaned on are there")
+
+
+def _kernels() -> Finding:
+    """What `--kernels auto` would take here, and why."""
+    import torch
+
+    from mii_hcache.engine import modules
+
+    triton = package_version("triton")
+    if not torch.cuda.is_available():
+        return ok("kernels", "plain torch, as there is no GPU; Triton is for those, and nothing else is needed here")
+    if modules.resolve("auto", "cuda") == "torch":
+        return problem(
+            "kernels", "Triton is not installed: attention runs in plain torch, slowly", "pip install triton"
+        )
+    return ok("kernels", f"Triton {triton}, our own (--kernels portable): never run on a GPU by their authors")
 
 
 def _families() -> Finding:

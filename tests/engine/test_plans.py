@@ -114,7 +114,7 @@ def test_random_plans_give_the_same_tokens(tiny_model, never_evicted, monkeypatc
     engine = poisoned_engine(tiny_model(family), max_batch_tokens=256, num_blocks=400 if seed % 2 else 70)
     policies = []
 
-    def make_policy(*, costs, max_context_tokens, max_fill_tokens, **settings):
+    def make_policy(*, costs, max_context_tokens, max_fill_tokens, pieces, **settings):
         policies.append(RandomPolicy(engine.geometry.num_layers, seed, tile_tokens=512, chunk_tokens=256, **settings))
         return policies[0]
 

@@ -13,7 +13,10 @@ from mii_hcache.engine.families import FAMILIES
 from mii_hcache.engine.fingerprint import model_fingerprint
 from mii_hcache.engine.ragged_engine import build_engine, token_tensors
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
+from mii_hcache.runtime.placing import Placer
+from mii_hcache.runtime.timeline import RestoreTimeline
 from tests.engine_kit import VOCAB, greedy, poisoned_engine
+from tests.fake_device import FakeStreams
 
 
 def test_a_batch_that_does_not_fit_runs_nothing(tiny_model):
@@ -88,6 +91,7 @@ class TestFingerprint:
             "config": engine.model().config,
             "dtype": "float32",
             "norm_eps": engine.model().norm_eps,
+            "kernels": "torch",
             **changes,
         }
         return model_fingerprint(model_dir=model_dir, cache_file=cache_file, **settings)
@@ -101,6 +105,8 @@ class TestFingerprint:
         assert base != self._of(model_dir, engine, dtype="bfloat16")
         assert base != self._of(model_dir, engine, norm_eps=1e-5)
         assert base != self._of(tiny_model("llama-gqa"), engine)
+        assert base == self._of(model_dir, engine, kernels="triton"), "our modules compute the same rows"
+        assert base != self._of(model_dir, engine, kernels="stock")
         weights = next(model_dir.glob("*.safetensors"))
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
@@ -127,3 +133,36 @@ class TestFingerprint:
 def test_rotary_keeps_float32_frequencies_in_sixteen_bit(tiny_model):
     engine = poisoned_engine(tiny_model("llama"), dtype="bfloat16", num_blocks=8)
     assert engine.model().inv_freq.dtype is torch.float32
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [1], [0, 2, 3], [3, 1]])
+@pytest.mark.parametrize(("start", "num_tokens"), [(0, 64), (64, 64), (5, 70), (127, 1), (0, 200)])
+def test_blocks_of_several_layers_are_gathered_as_each_by_itself(tiny_model, layers, start, num_tokens):
+    """Also where a sequence's blocks are no neighbours, and where it begins or ends within one."""
+    engine = poisoned_engine(tiny_model("llama-gqa"), num_blocks=26)
+    for uid in range(1, 8):
+        engine.put([uid], token_tensors([[3 + uid] * 33]))
+    for uid in (2, 4, 5):  # what follows must take its blocks from gaps
+        engine.evict(uid)
+    engine.put([9], token_tensors([random.Random(1).choices(range(3, VOCAB), k=200)]))
+    target, geometry = engine.target(9), engine.geometry
+    assert len(target._runs) > 2, "nothing lies apart"
+    out = torch.full((len(layers), num_tokens, 2, geometry.num_kv_heads, geometry.head_size), float("nan"))
+    target.gather_kv(layers, start, out)
+    for row, layer_idx in enumerate(layers):
+        expected = torch.empty_like(out[row])
+        target.read_kv(layer_idx, start, expected)
+        assert torch.equal(out[row], expected) and not out[row].isnan().any()
+
+
+def test_a_target_is_prepared_before_anything_runs_on_another_stream(tiny_model):
+    """Or its tables would be made by the first projection, on a stream that nobody else waits for."""
+    engine = poisoned_engine(tiny_model("llama"))
+    engine.reserve(1, 100)
+    streams = FakeStreams()
+    placer = Placer(engine, streams, tile_spans=1, is_urgent=False)
+    target = engine.target(1)
+    assert "_all_slots" not in vars(target)
+    placer.open(target, RestoreTimeline())
+    slots = vars(target)["_all_slots"]
+    assert slots.shape == (engine.blocks_of(1) * engine.block_size,) and slots.unique().numel() == slots.numel()

@@ -61,8 +61,9 @@ def test_a_wrong_restore_shows(monkeypatch):
     engine = demo_engine()
     write = SequenceBlocks.write_kv
 
-    def swapped(self, layer_idx, start, kv):
-        write(self, layer_idx, start, torch.stack([kv[:, 0], kv[:, 1].roll(1, 0)], dim=1) if layer_idx == 2 else kv)
+    def swapped(self, layer_idx, start, kv, stream):
+        kv = torch.stack([kv[:, 0], kv[:, 1].roll(1, 0)], dim=1) if layer_idx == 2 else kv
+        write(self, layer_idx, start, kv, stream)
 
     monkeypatch.setattr(SequenceBlocks, "write_kv", swapped)
     found = measure(engine, [way for way in WAYS if way.name == "kv"], LOAD)

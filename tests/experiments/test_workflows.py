@@ -43,7 +43,9 @@ def test_it_may_only_read_and_ends(name):
 def test_what_it_runs_is_there(name):
     commands = [step["run"] for step in steps(name) if "run" in step]
     assert "scripts/test.sh" in commands
-    files = {word for command in commands for word in re.findall(r"(?:scripts|experiments)/[\w./-]+", command)}
+    files = {
+        word for command in commands for word in re.findall(r"(?:scripts|experiments|csrc|tests)/[\w./-]+", command)
+    }
     assert files and all((ROOT / file).is_file() for file in files)
     assert all((ROOT / file).stat().st_mode & 0o111 for file in files if file.endswith(".sh"))
 
@@ -68,3 +70,15 @@ def test_the_options_of_the_comparison_exist():
     assert options.check and options.table and options.json
     uploaded = [step["with"]["path"] for step in steps("gpu.yml") if "upload-artifact" in step.get("uses", "")]
     assert uploaded == ["${{ runner.temp }}/comparison.*"] and options.table.name == "comparison.md"
+
+
+def test_kernels_are_compiled_by_pips_nvcc():
+    job = workflow("ci.yml")["jobs"]["kernels"]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    packages = re.findall(r'"(nvidia-[a-z-]+)==(\S+)"', commands[0])
+    assert {name for name, _ in packages} == {
+        f"nvidia-{one}" for one in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm")
+    }
+    assert {version for _, version in packages} == {"13.0.*"}  # they are of one version, or nvcc does not find itself
+    assert commands[1].startswith("python csrc/build_kernels.py ")
+    assert commands[2].startswith("python -m pytest tests/native/test_gpu_kernels.py")

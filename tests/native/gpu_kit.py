@@ -19,7 +19,11 @@ from mii_hcache.storage import native
 
 ROOT = Path(__file__).resolve().parents[2]
 _QUIET = {
-    "fake_cuda": {"gpus": 0, "init_error": 0, "launch_error": 0, "copy_error": 0, "allocate_error": 0},
+    "fake_cuda": {
+        **dict.fromkeys(["gpus", "init_error", "launch_error", "copy_error", "allocate_error", "batch_error"], 0),
+        **dict.fromkeys(["register_error", "delayed", "sees_host"], 0),
+        "driver_version": 13000,
+    },
     "fake_cufile": {
         **dict.fromkeys(["open_error", "register_error", "buffer_error", "times", "only_direct", "most_bytes"], 0),
         **dict.fromkeys(["delay_us", "hold", "nvfs", "status"], 0),
@@ -49,6 +53,44 @@ class Fake:
             self[name] = value
 
 
+class FakeGpu:
+    """What another library has on the fake GPU: memory and a stream."""
+
+    def __init__(self, cuda: Fake) -> None:
+        self._library = ctypes.CDLL(str(cuda.path))
+        for name in ("fake_cuda_new_stream", "fake_cuda_shadow"):
+            getattr(self._library, name).restype = ctypes.c_void_p
+        context = ctypes.c_void_p()
+        self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+        self._library.cuCtxSetCurrent(context)
+        self.stream = int(self._library.fake_cuda_new_stream())
+        self._addresses: list[int] = []
+
+    def allocate(self, num_bytes: int) -> int:
+        address = ctypes.c_uint64()
+        assert self._library.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(num_bytes)) == 0
+        self._addresses.append(address.value)
+        return address.value
+
+    def bytes_at(self, address: int, num_bytes: int) -> bytes:
+        """What is there now, whatever is still queued."""
+        shadow = self._library.fake_cuda_shadow(ctypes.c_uint64(address), ctypes.c_uint64(num_bytes))
+        assert shadow, "no device memory"
+        return ctypes.string_at(shadow, num_bytes)
+
+    def run(self, most: int = -1) -> int:
+        """Let what is queued on the stream happen; returns how much that was."""
+        return int(self._library.fake_cuda_run(ctypes.c_void_p(self.stream), most))
+
+    def close(self) -> None:
+        self.run()
+        self._library.cuStreamDestroy_v2(ctypes.c_void_p(self.stream))
+        for address in self._addresses:
+            self._library.cuMemFree_v2(ctypes.c_uint64(address))
+        self._library.cuCtxSetCurrent(None)
+        self._library.cuDevicePrimaryCtxRelease_v2(0)
+
+
 class Fakes:
     def __init__(self, folder: Path) -> None:
         self.cuda = Fake(folder / "libcuda.so.1", "fake_cuda")
@@ -64,7 +106,7 @@ class Fakes:
         try:
             yield
         finally:
-            left = {name: self.cuda[name] for name in ("contexts", "allocations", "modules", "streams")}
+            left = {name: self.cuda[name] for name in ("contexts", "allocations", "modules", "streams", "pinned")}
             left |= {name: self.cufile[name] for name in ("handles", "buffers")}
             self.cuda.reset()
             self.cufile.reset()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.scatter import NativeScatter, Scatter, TorchScatter
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Stream
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 from mii_hcache.storage.native import why_not_built
 
@@ -117,6 +119,9 @@ class FakeBlocks:
             self.written[layer_idx, position] = source, row
             self.num_writes[layer_idx, position] += 1
 
+    def prepare(self) -> None:
+        pass
+
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         assert token_ids.dtype is torch.int64 and token_ids.dim() == 1
         if num_layers == 1:
@@ -136,7 +141,10 @@ class FakeBlocks:
         assert hidden.shape[1:] == (self._engine.geometry.hidden_size,) and hidden.dtype is self._engine.dtype
         self._write("hidden", layer_idx, start, hidden)
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
+        stream.launch(partial(self._write_kv, layer_idx, start, kv))
+
+    def _write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
         geometry = self._engine.geometry
         assert kv.shape[1:] == (2, geometry.num_kv_heads, geometry.head_size) and kv.dtype is self._engine.dtype
         self._write("kv", layer_idx, start, kv.reshape(kv.shape[0], -1))
@@ -147,6 +155,10 @@ class FakeBlocks:
         assert start + out.shape[0] <= len(hashes), "read from blocks that hold nothing yet"
         rows = rows_of(hashes[start : start + out.shape[0]], ChunkKind.KV, layer_idx, self._engine.geometry)
         out.copy_(rows.view(out.shape))
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        for layer_idx, rows in zip(layers, out, strict=True):
+            self.read_kv(layer_idx, start, rows)
 
     def commit(self, num_tokens: int) -> None:
         self.committed.append(num_tokens)

@@ -56,7 +56,7 @@ class RankBlocks(FakeBlocks):
 
     _engine: RankEngine
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Any) -> None:
         engine = self._engine
         num_heads = len(heads_of(engine.geometry, engine.share))
         assert kv.shape[1:] == (2, num_heads, engine.geometry.head_size) and kv.dtype is engine.dtype

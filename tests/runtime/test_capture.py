@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mii_hcache.runtime.capture import HostCapture, make_capture
+from mii_hcache.runtime.streams import HostStream
 from tests.runtime.kit import PoisonedRing
 
 ROWS = 8
@@ -14,9 +15,7 @@ ROWS = 8
 @pytest.fixture
 def capture() -> HostCapture:
     ring = PoisonedRing(num_layers=2, capacity_rows=ROWS, row_elements=3, dtype=torch.float32)
-    capture = make_capture(
-        ring=ring, device=torch.device("cpu"), num_layers=2, max_rows=ROWS, row_elements=3, dtype=torch.float32
-    )
+    capture = make_capture(ring, stage=None, main=HostStream())
     assert isinstance(capture, HostCapture)
     return capture
 

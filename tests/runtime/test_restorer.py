@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.runtime.pieces import HOST
 from mii_hcache.runtime.restore import Restore, RestoreOutcome
-from mii_hcache.runtime.restorer import NUM_READERS, Restorer
+from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.stats import Counters
 from tests.runtime.kit import (
     GIVE_UP_S,
@@ -174,8 +175,8 @@ def test_reads_ahead_are_bounded():
     for _ in range(20):
         assert restore.step(1.0, wait=False) is None
     time.sleep(0.02)
-    assert bench.restorer.buffers.num_in_use == NUM_READERS
-    assert len(bench.store.reads) <= NUM_READERS * 2
+    assert bench.restorer.buffers.num_in_use == HOST.num_readers
+    assert len(bench.store.reads) <= HOST.num_readers * 2
     bench.store.read_gate.set()
     assert _run(restore).num_tokens == 8 * SPAN_TOKENS
     bench.restorer.stop()

@@ -407,3 +407,40 @@ def test_stop_drains(bench):
     saver.stop()
     bench.savers.pop()
     assert len(bench.store.spans) == 2
+
+
+def test_stop_does_not_wait_for_a_disk_that_hangs(bench, monkeypatch, caplog):
+    monkeypatch.setattr(flusher_module, "STALL_S", 0.3)
+    saver = bench.open_saver(num_threads=2)
+    for branch in (1, 2):
+        bench.run((bench.open(branch=branch), SPAN_TOKENS), branch=branch)
+    assert saver.drain(GIVE_UP_S)
+    bench.store.put_gate.clear()
+    for branch in (3, 4, 5, 6):  # one more than threads and queue hold
+        bench.run((bench.open(branch=branch), SPAN_TOKENS), branch=branch)
+    before = bench.store.spans.copy()
+    started_s = time.monotonic()
+    saver.stop()
+    assert 0.3 <= time.monotonic() - started_s < 3
+    assert bench.counters.get("unsaved_spans_total") == 4 and "4 spans" in caplog.text
+    assert saver._capture.ring.leased_rows > 0, "memory was taken from what still reads it"
+    assert bench.store.spans == before
+    bench.savers.pop()
+    bench.store.put_gate.set()
+    assert saver.drain(GIVE_UP_S), "the threads go on if the disk does"
+
+
+def test_stop_waits_for_a_disk_that_is_slow(bench, monkeypatch):
+    monkeypatch.setattr(flusher_module, "STALL_S", 0.3)
+    saver = bench.open_saver()
+    put = bench.store.put
+    monkeypatch.setattr(bench.store, "put", lambda *args: time.sleep(0.1) or put(*args))
+    for branch in range(1, 9):
+        bench.run((bench.open(branch=branch), SPAN_TOKENS), branch=branch)
+        wait_until(lambda: saver._capture.ring.leased_rows == 0 or saver.num_pending > 0)
+    started_s = time.monotonic()
+    saver.stop()
+    bench.savers.pop()
+    assert bench.counters.get("unsaved_spans_total") == 0
+    assert len(bench.store.spans) * SPAN_TOKENS + bench.counters.get("dropped_rows_total") == 8 * SPAN_TOKENS
+    assert len(bench.store.spans) >= 4 and time.monotonic() - started_s > 0.3, "it was not slow"

@@ -44,11 +44,20 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 class World:
     """A saver, its engine and its store. Sequences are picked by number, modulo how many live."""
 
-    def __init__(self, kind: ChunkKind, num_threads: int, ring_batches: int, scatter: str, save: str) -> None:
+    def __init__(
+        self,
+        kind: ChunkKind,
+        num_threads: int,
+        ring_batches: int,
+        scatter: str,
+        save: str,
+        engine: FakeEngine | None = None,
+        **settings: Any,
+    ) -> None:
         self.kind = kind
         self.heal_wait_s = 0.01
         self.can_hang = save != "direct"  # then it holds up the engine, as it may
-        self.engine = FakeEngine(GEOMETRY, max_batch_tokens=MAX_BATCH)
+        self.engine = FakeEngine(GEOMETRY, max_batch_tokens=MAX_BATCH) if engine is None else engine
         self.store = FakeStore()
         self.counters = Counters()
         self.histories: dict[SpanId, list[int]] = {}
@@ -62,6 +71,7 @@ class World:
             scatter=scatter_named(scatter),
             save=save,
             save_wait=0.0,
+            **settings,
         )
 
     def do(self, verb: str, *args: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
-from mii_hcache.runtime.restorer import NUM_READERS
+from mii_hcache.runtime.pieces import HOST
 from mii_hcache.storage.base import ChunkRead, ReadOutcome, SpanRecord
 from tests.runtime.kit import GIVE_UP_S, FakeStore, wait_until
 from tests.runtime.test_restorer import Bench, _run
@@ -116,7 +116,7 @@ def test_cancelled_restores_leave_no_reader_behind(bench):
     restore, target = bench.start([HIDDEN] * 4, branch=6)
     assert _run(restore).num_tokens == 4 * SPAN_TOKENS
     bench.check(target, [HIDDEN] * 4, 4, branch=6)
-    assert bench.restorer.buffers.num_in_use >= NUM_READERS
+    assert bench.restorer.buffers.num_in_use >= HOST.num_readers
     bench.store.answer.set()
     bench.check_all_is_given_back()
 

@@ -47,7 +47,7 @@ class Opened:
         self.service = FakeService()
         self.service.max_context_tokens = 10_000
         self.service.step_s = 0.01
-        self.service.values |= {"blocks": 100.0, "store_spans": 3.0}
+        self.service.values |= {"blocks": 100.0, "block_tokens": 16.0, "store_spans": 3.0}
         self.tokenizer = ByteTokenizer()
         self.transcripts = DictTexts()
 

@@ -51,7 +51,7 @@ def test_every_setting_arrives(tmp_path):
         "--model m --served-model-name n --dtype bfloat16 --state-capacity 3GiB --dram-capacity 1GiB --method kv "
         "--keep none --kv-blocks 7 --max-batch-tokens 5 --max-context 99 --save direct --save-wait 0.5 "
         "--durability strict --evict cost --expire-after 1.5h --save-after 2 --restore-slice 2.5 "
-        "--emulate-read-speed 100MiB "
+        "--emulate-read-speed 100MiB --kernels portable "
         "--max-waiting 3 --host 0.0.0.0 --port 0 --verbose --log-json --allow-no-key --api-key one --api-key two "
         "--allowed-host llm.example --allowed-host *:8 --allowed-origin https://a.example "
         f"--state-dir {tmp_path / 'new'}".split()
@@ -68,6 +68,7 @@ def test_every_setting_arrives(tmp_path):
         expire_after_s=5400.0,
         method="kv",
         keep="none",
+        kernels="portable",
         kv_blocks=7,
         max_batch_tokens=5,
         max_waiting=3,

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from mii_hcache.__main__ import main
-from mii_hcache.engine import compat
+from mii_hcache.engine import compat, modules
 from mii_hcache.engine.config_geometry import read_config
 from mii_hcache.errors import ConfigError, HCacheError
+from mii_hcache.runtime import pinned
 from mii_hcache.runtime.machine import filesystem_of
+from mii_hcache.runtime.pinned import PinnedMemory
+from mii_hcache.runtime.registrar import Registrar
 from mii_hcache.storage import open_io
 from mii_hcache.storage.open import open_state
 from mii_hcache.storage.state_dir import StateDir
@@ -57,6 +60,7 @@ def test_a_sound_installation(doctor, tmp_path):
     assert findings["deepspeed"]["reason"] == "0.19.8, the version that was tried"
     assert "names of DeepSpeed and MII" in findings["host's names"]["reason"]
     assert "Mixtral" in findings["families"]["reason"]
+    assert findings["kernels"]["state"] == "ok"
     assert findings["method"]["reason"].endswith("1.5 KiB as hidden states, 4.0 KiB as K and V")
     assert "without a plan hidden" in findings["method"]["reason"]
     assert findings["state directory"]["reason"].endswith("does not exist yet; a server makes it")
@@ -64,6 +68,31 @@ def test_a_sound_installation(doctor, tmp_path):
     assert not [name for name, finding in findings.items() if "not built yet" in finding["reason"]]
     assert findings["SPDK"]["state"] == findings["GDRCopy"]["state"] == "off"
     assert not any(tmp_path.iterdir()), "it changes nothing"
+
+
+def test_pinned_memory_is_tried_out(monkeypatch):
+    class Refusing(Registrar):
+        reason: str | None = None
+        num_registered = 0
+
+        def register(self, address: int, num_bytes: int) -> None:
+            if self.reason is not None:
+                raise OSError(self.reason)
+            self.num_registered += 1
+
+        def unregister(self, address: int) -> None:
+            self.num_registered -= 1
+
+    registrar = Refusing()
+    monkeypatch.setattr(pinned, "pinned_memory", lambda: PinnedMemory(registrar, slab_bytes=2 << 20))
+    finding = one(machine_checks.machine_checks(), "pinned memory")
+    assert finding.state == "ok" and finding.reason.startswith("2.0 MiB were pinned at once, unverified")
+    assert registrar.num_registered == 0, "and given back"
+    registrar.reason = "no more"
+    finding = one(machine_checks.machine_checks(), "pinned memory")
+    assert finding.state == "problem" and "(no more)" in finding.reason and "memlock" in finding.advice
+    monkeypatch.setattr(pinned, "pinned_memory", lambda: None)
+    assert one(machine_checks.machine_checks(), "pinned memory").state == "off"
 
 
 def test_a_namespace_is_called_experimental_wherever_it_is_chosen_or_there(monkeypatch, tmp_path):
@@ -130,6 +159,16 @@ def test_another_version_is_a_problem_and_a_missing_one_prevents(monkeypatch):
     for name in ("torch", "deepspeed-mii", "transformers", "server"):
         finding = one(software_checks.software_checks(None), name)
         assert finding.prevents_serving and "bootstrap.sh" in finding.advice
+
+
+def test_it_says_what_computes_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert one(software_checks.software_checks(None), "kernels").reason.startswith("plain torch, as there is no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, state, words in (("torch", "problem", "Triton is not installed"), ("triton", "ok", "never run on a GPU")):
+        monkeypatch.setattr(modules, "resolve", lambda kernels, device_type, name=name: name)
+        finding = one(software_checks.software_checks(None), "kernels")
+        assert finding.state == state and words in finding.reason and not finding.prevents_serving
 
 
 def test_a_host_that_moved_a_name_prevents(monkeypatch):

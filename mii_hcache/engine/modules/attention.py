@@ -6,11 +6,23 @@ The protocol, fixed for every implementation:
 
 qkv: `[num_tokens, (num_heads + 2 * num_kv_heads) * head_size]`; kv_cache: `[num_blocks, block_size, 2, num_kv_heads,
 head_size]`; inv_freq: `[rotary_dim / 2]` float32, or None for models without rotary embedding. Rotates q and k, writes
-k and v into the blocks, attends. Returns `[num_tokens, num_heads * head_size]`.
+k and v into the blocks, attends. Returns `[num_tokens, num_heads * head_size]`. qkv is the module's to overwrite.
+
+    attn.place(kv, kv_cache, positions, slots, inv_freq, k_gamma=None, eps=0.0)
+
+writes restored rows, with the same arithmetic: kv `[num_tokens, 2 * num_kv_heads * head_size]` as projected (bias in;
+overwritten at will); positions, slots `[num_tokens]`, int64: absolute, and in the cache seen as `[num_blocks *
+block_size, ...]`; k_gamma `[head_size]`: weight of the norm over each key head, None for models without. No plan is
+needed, and nothing of the module's is written but the blocks: it may run on another stream, beside a step.
+
+    attn.prepare(inv_freq, num_positions, windows)
+
+comes once, before all else: the model's frequencies, how many positions there are, the windows of its layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +30,9 @@ from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase
 
 from mii_hcache.engine.modules.attend import attend_gathered, attend_in_place, can_attend_in_place
 from mii_hcache.engine.modules.batch_plan import BatchPlan, make_plan
-from mii_hcache.engine.modules.rope import rotate
+from mii_hcache.engine.modules.norm import rms_norm
+from mii_hcache.engine.modules.rope import rotary_tables, rotate
+from mii_hcache.engine.modules.upload import StepUpload
 
 
 class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
@@ -31,6 +45,10 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
         super().__init__(config, implementation_config)
         self._block_size = type(self).block_size
         self.plan: BatchPlan | None = None
+        self._upload: StepUpload | None = None
+
+    def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
+        pass
 
     @staticmethod
     def name() -> str:
@@ -49,16 +67,31 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
         return self._block_size
 
     def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
-        """Plan a finalized batch. `block_tables[i]`: host block ids of sequence `i` of the batch."""
+        """Plan a finalized `StepBatch`. `block_tables[i]`: host block ids of sequence `i` of the batch."""
         assert block_tables is not None
-        num_sequences = ragged_batch.current_sequences
-        rows = ragged_batch.inflight_seq_descriptors(on_device=False)[:num_sequences].tolist()
+        if self._upload is None:
+            self._upload = StepUpload(ragged_batch.input_ids().device)
         self.plan = make_plan(
-            [(start, count, seen) for start, count, seen, _ in rows],
-            block_tables,
-            self._block_size,
-            ragged_batch.input_ids().device,
+            ragged_batch.descriptors, block_tables, self._block_size, self._upload, token_ids=ragged_batch.token_ids
         )
+
+    def place(
+        self,
+        kv: torch.Tensor,
+        kv_cache: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        inv_freq: torch.Tensor | None,
+        k_gamma: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        rows = kv_cache.view(-1, *kv_cache.shape[2:])
+        kv = kv.view(-1, *rows.shape[1:])
+        if k_gamma is not None:
+            kv[:, 0] = rms_norm(kv[:, 0], k_gamma, eps)
+        if inv_freq is not None:
+            kv[:, 0] = rotate(kv[:, 0], *rotary_tables(positions, inv_freq))
+        rows[slots] = kv
 
     def forward(
         self,

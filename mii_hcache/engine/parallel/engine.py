@@ -10,9 +10,11 @@ import torch
 
 from mii_hcache.engine.parallel.commands import STOP, CommandStream
 from mii_hcache.engine.parallel.followers import Followers
-from mii_hcache.engine.ragged_engine import HCacheEngine, SequenceBlocks
+from mii_hcache.engine.ragged_engine import HCacheEngine
+from mii_hcache.engine.sequence_blocks import SequenceBlocks
 from mii_hcache.errors import HCacheError, RankLostError
 from mii_hcache.runtime.ports import EngineAdapter
+from mii_hcache.runtime.streams import Stream
 
 
 class ParallelBlocks(SequenceBlocks):
@@ -32,7 +34,7 @@ class ParallelBlocks(SequenceBlocks):
     def project_hidden(self, layer_idx: int, start: int, hidden: torch.Tensor) -> None:
         raise HCacheError("rows of one rank cannot be projected alone")
 
-    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor) -> None:
+    def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
         raise HCacheError("K and V of one rank cannot be written alone")
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:

@@ -1,78 +1,26 @@
 // A libcuda.so.1 for tests: as much of the CUDA driver as csrc/gpu uses, on a machine without a GPU.
 //
 // "Device memory" is a stretch of addresses that nobody may touch (a CPU that does dies by SIGSEGV); its bytes lie in a
-// shadow behind it that only the fakes know. The checksum kernel runs as the same source on the CPU. What would be
-// undefined with a real driver (a call without a context, memory that was freed) aborts or is an error here.
+// shadow behind it that only the fakes know. Kernels run as the same source on the CPU (fake_kernels.hpp). What would
+// be undefined with a real driver (a call without a context, memory that was freed) aborts or is an error here.
 //
-//   fake_cuda_set(name, value)   gpus, init_error, launch_error, copy_error, allocate_error
-//   fake_cuda_get(name)          contexts, allocations, modules, streams: how many there are; launches: how many were
-#include <sys/mman.h>
-
-#include <atomic>
+//   fake_cuda_set(name, value)   gpus, init_error, launch_error, copy_error, allocate_error, batch_error,
+//   register_error;
+//                                driver_version; delayed: what is queued on a stream waits there; sees_host: kernels
+//                                may touch the host's memory, as they may on some machines
+//   fake_cuda_get(name)          contexts, allocations, modules, streams, pinned: how many there are; launches, copies,
+//                                batches: how many were; largest_batch
+//   fake_cuda_new_stream()       a stream as another library would make it
+//   fake_cuda_run(stream, most)  what is queued there runs, in order; returns how much
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <map>
-#include <mutex>
-#include <string>
 
-#include "../../../csrc/gpu/crc32c.cuh"
+#include "fake_copies.hpp"
+#include "fake_kernels.hpp"
+#include "fake_state.hpp"
 
-using namespace hcache::gpu;
-
-namespace {
-
-constexpr int kOutOfMemory = 2, kNotInitialized = 3, kInvalidImage = 200, kInvalidContext = 201, kInvalidValue = 1;
-constexpr std::uint64_t kSpan = std::uint64_t{1} << 30;
-constexpr std::uint64_t kPage = 4096;
-constexpr std::uint32_t kFatBinary = 0xBA55ED50;
-
-struct State {
-    std::mutex lock;
-    std::map<std::string, long> settings{{"gpus", 1}};
-    std::map<std::string, long> counts;
-    std::map<std::uint64_t, std::uint64_t> allocations;
-    std::uint64_t next = kPage;
-    bool ready = false;
-    char* base = nullptr;
-};
-
-State& state() {
-    static State& one = *new State;
-    return one;
-}
-
-thread_local void* current_context = nullptr;
-thread_local void* pushed[8];
-thread_local unsigned num_pushed = 0;
-int the_context, the_stream, the_module, the_function;
-
-long setting(const char* name) {
-    const std::scoped_lock guard(state().lock);
-    return state().settings[name];
-}
-
-void count(const char* name, long change) {
-    const std::scoped_lock guard(state().lock);
-    state().counts[name] += change;
-}
-
-char* base() {  // with the lock held
-    if (state().base == nullptr) {
-        void* const found = ::mmap(nullptr, 2 * kSpan, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (found == MAP_FAILED) std::abort();
-        state().base = static_cast<char*>(found);
-    }
-    return state().base;
-}
-
-[[noreturn]] void misuse(const char* what) {
-    std::fprintf(stderr, "fake libcuda: %s\n", what);
-    std::abort();
-}
-
-}  // namespace
+using namespace fake;
 
 extern "C" {
 
@@ -97,14 +45,33 @@ int fake_cuda_is_device(std::uint64_t address) {
     return address >= start && address < start + kSpan;
 }
 
-/// Where the bytes of a piece of device memory really are; null unless it is within one allocation.
+/// `shadow_of`, for the other fakes.
 void* fake_cuda_shadow(std::uint64_t address, std::uint64_t num_bytes) {
+    return shadow_of(address, num_bytes);
+}
+
+void* fake_cuda_new_stream() {
     const std::scoped_lock guard(state().lock);
-    auto after = state().allocations.upper_bound(address);
-    if (after == state().allocations.begin()) return nullptr;
-    --after;
-    if (address + num_bytes > after->first + after->second) return nullptr;
-    return reinterpret_cast<void*>(address + kSpan);
+    void* const stream = ::operator new(1);
+    state().streams[stream];
+    ++state().counts["streams"];
+    return stream;
+}
+
+int fake_cuda_run(void* stream, int most) {
+    int num_run = 0;
+    for (; most < 0 || num_run < most; ++num_run) {
+        std::function<void()> work;
+        {
+            const std::scoped_lock guard(state().lock);
+            Queue& queue = state().streams.at(stream);
+            if (queue.empty()) break;
+            work = std::move(queue.front());
+            queue.pop_front();
+        }
+        work();
+    }
+    return num_run;
 }
 
 int cuInit(unsigned) {
@@ -182,43 +149,83 @@ int cuMemAlloc_v2(std::uint64_t* address, std::size_t num_bytes) {
 int cuMemFree_v2(std::uint64_t address) {
     if (current_context == nullptr) return kInvalidContext;
     const std::scoped_lock guard(state().lock);
+    for (const auto& [stream, queue] : state().streams) {
+        if (!queue.empty()) misuse("memory is freed while work is queued (the driver would wait for it)");
+    }
     if (state().allocations.erase(address) == 0) misuse("memory is freed that is none");
     --state().counts["allocations"];
     return 0;
 }
 
+int cuMemHostRegister_v2(void* memory, std::size_t num_bytes, unsigned flags) {
+    if (current_context == nullptr) return kInvalidContext;
+    if (setting("register_error") != 0) return static_cast<int>(setting("register_error"));
+    if (memory == nullptr || num_bytes == 0 || flags != 1) return kInvalidValue;
+    const std::scoped_lock guard(state().lock);
+    const auto start = reinterpret_cast<std::uint64_t>(memory);
+    const auto next = state().pinned.lower_bound(start);
+    if (region_of(state().pinned, start) != nullptr) return kAlreadyPinned;
+    if (next != state().pinned.end() && next->first < start + num_bytes) return kAlreadyPinned;
+    state().pinned[start] = num_bytes;
+    ++state().counts["pinned"];
+    return 0;
+}
+
+int cuMemHostUnregister(void* memory) {
+    if (current_context == nullptr) return kInvalidContext;
+    const std::scoped_lock guard(state().lock);
+    if (state().pinned.erase(reinterpret_cast<std::uint64_t>(memory)) == 0) return kNotPinned;
+    --state().counts["pinned"];
+    return 0;
+}
+
 int cuMemcpyHtoDAsync_v2(std::uint64_t to, const void* from, std::size_t num_bytes, void* stream) {
-    if (current_context == nullptr || stream != &the_stream) return kInvalidContext;
+    if (current_context == nullptr || !is_stream(stream)) return kInvalidContext;
     if (setting("copy_error") != 0) return static_cast<int>(setting("copy_error"));
-    void* const shadow = fake_cuda_shadow(to, num_bytes);
-    if (shadow == nullptr) return kInvalidValue;
-    std::memcpy(shadow, from, num_bytes);
+    auto work = copy_of(to, reinterpret_cast<std::uint64_t>(from), num_bytes);
+    if (!work) return kInvalidValue;
+    count("copies", 1);
+    enqueue(stream, std::move(work));
     return 0;
 }
 
 int cuMemcpyDtoHAsync_v2(void* to, std::uint64_t from, std::size_t num_bytes, void* stream) {
-    if (current_context == nullptr || stream != &the_stream) return kInvalidContext;
+    if (current_context == nullptr || !is_stream(stream)) return kInvalidContext;
     void* const shadow = fake_cuda_shadow(from, num_bytes);
     if (shadow == nullptr) return kInvalidValue;
-    std::memcpy(to, shadow, num_bytes);
+    enqueue(stream, [=] { std::memcpy(to, shadow, num_bytes); });
+    return 0;
+}
+
+int cuMemcpyBatchAsync() {
+    misuse("cuMemcpyBatchAsync is bound by its name: which signature has it?");
+}
+
+int cuDriverGetVersion(int* version) {
+    *version = static_cast<int>(setting("driver_version"));
     return 0;
 }
 
 int cuStreamCreate(void** stream, unsigned) {
     if (current_context == nullptr) return kInvalidContext;
-    count("streams", 1);
-    *stream = &the_stream;
+    *stream = fake_cuda_new_stream();
     return 0;
 }
 
 int cuStreamDestroy_v2(void* stream) {
-    if (stream != &the_stream) misuse("a stream is destroyed that is none");
-    count("streams", -1);
+    if (!is_stream(stream) || is_default(stream)) misuse("a stream is destroyed that is none");
+    fake_cuda_run(stream, -1);
+    const std::scoped_lock guard(state().lock);
+    state().streams.erase(stream);
+    ::operator delete(stream);
+    --state().counts["streams"];
     return 0;
 }
 
-int cuStreamSynchronize(void*) {
-    return current_context == nullptr ? kInvalidContext : 0;
+int cuStreamSynchronize(void* stream) {
+    if (current_context == nullptr || !is_stream(stream)) return kInvalidContext;
+    if (!is_default(stream)) fake_cuda_run(stream, -1);
+    return 0;
 }
 
 int cuModuleLoadData(void** module, const void* image) {
@@ -237,39 +244,61 @@ int cuModuleUnload(void* module) {
     return 0;
 }
 
-int cuModuleGetFunction(void** function, void*, const char* name) {
-    *function = &the_function;
-    return std::strcmp(name, kKernelName) == 0 ? 0 : 500;
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+    if (current_context == nullptr || module != &the_module) return kInvalidContext;
+    count("lookups", 1);
+    for (const auto& entry : fake::kKernels) {
+        if (std::strcmp(name, entry.name) != 0) continue;
+        *function = const_cast<void*>(static_cast<const void*>(&entry));
+        return 0;
+    }
+    return kNotFound;
 }
 
-int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned, unsigned block_x, unsigned, unsigned,
-                   unsigned, void* stream, void** parameters, void**) {
-    if (current_context == nullptr || function != &the_function || stream != &the_stream) return kInvalidContext;
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** arguments, void**) {
+    if (current_context == nullptr || !is_stream(stream)) return kInvalidContext;
     if (setting("launch_error") != 0) return static_cast<int>(setting("launch_error"));
-    count("launches", 1);
-    static const auto* const tables = [] {
-        auto* const made = new std::uint32_t[kNumTables][kNumEntries];
-        for (unsigned idx = 0; idx < kNumTables; ++idx) {
-            for (unsigned byte = 0; byte < kNumEntries; ++byte) made[idx][byte] = table_entry(idx, byte);
-        }
-        return made;
-    }();
-    std::uint64_t address;
-    std::memcpy(&address, parameters[0], sizeof address);
-    const auto& powers = *static_cast<const Powers*>(parameters[1]);
-    auto* const pieces = static_cast<Piece*>(fake_cuda_shadow(address, grid_y * sizeof(Piece)));
-    if (pieces == nullptr || block_x % 32 != 0) return kInvalidValue;
-    for (unsigned y = 0; y < grid_y; ++y) {
-        Piece& piece = pieces[y];
-        if (piece.num_bytes == 0) continue;
-        const void* const bytes = fake_cuda_shadow(piece.address, piece.num_bytes);
-        if (bytes == nullptr) return 700;
-        for (std::uint64_t slice = 0; slice < std::uint64_t{grid_x} * block_x; ++slice) {
-            if (slice >= num_slices(piece.num_bytes)) break;
-            piece.crc ^= share_of(tables, powers, static_cast<const unsigned char*>(bytes), piece.num_bytes, slice);
-        }
+    if (grid_x == 0 || grid_y == 0 || grid_y > 65535 || grid_z != 1 || block_x == 0 || block_x > 1024 || block_y != 1 ||
+        block_z != 1 || shared_bytes != 0) {
+        return kInvalidValue;
+    }
+    for (const auto& entry : fake::kKernels) {
+        if (function != &entry) continue;
+        count("launches", 1);
+        enqueue(stream, entry.kernel({grid_x, grid_y, block_x, arguments}));
+        return 0;
+    }
+    misuse("a function is launched that is none");
+}
+
+int cuGetProcAddress_v2(const char* symbol, void** found, int version, std::uint64_t flags, int* status) {
+    *found = nullptr;
+    *status = 0;
+    if (flags != 1) misuse("functions are wanted as the legacy default stream has them");
+    if (version > setting("driver_version")) return kInvalidValue;
+    if (std::strcmp(symbol, "cuMemcpyBatchAsync") != 0) {
+        *status = 1;
+    } else if (version < 12080) {
+        *status = 2;
+    } else {
+        *found = version < 13000 ? reinterpret_cast<void*>(batch_12) : reinterpret_cast<void*>(batch_13);
     }
     return 0;
 }
 
 }  // extern "C"
+
+namespace fake {
+
+void* reach(std::uint64_t address, std::uint64_t num_bytes) {
+    if (fake_cuda_is_device(address) == 0) {
+        if (setting("sees_host") == 0) misuse("a kernel touches the host's memory");
+        return reinterpret_cast<void*>(address);
+    }
+    void* const shadow = shadow_of(address, num_bytes);
+    if (shadow == nullptr) misuse("a kernel touches device memory that is not allocated");
+    return shadow;
+}
+
+}  // namespace fake

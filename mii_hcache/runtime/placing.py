@@ -1,0 +1,202 @@
+"""The device's half of a restore: tiles in host memory become K and V in blocks, on streams beside the engine's own.
+
+    load      copy tile 0 to slot 0 │ copy tile 1 to slot 1 │ wait for main, K and V of tile 2 to their blocks │ ...
+    compute   wait for main, tile 0 ┴ project, write blocks, free slot 0 │ ...
+    main      the engine's forwards, and fills ······························· wait for both, then use the blocks
+
+Who waits for whom:
+
+- Before they first write a restore's blocks, `load` and `compute` wait for what `main` had been given when it was
+  opened: the blocks may have been another sequence's a moment ago, and tables of its target are written there.
+- A projection waits for its tile's copy; the copy into a slot of the ring waits for the projection that used it last.
+- However a restore ends, `main` waits for its last copy and its last projection before anything else is launched there
+  (`join`): what is in the blocks may be used then, or the blocks may be given to somebody else.
+- Fills run on `main` while tiles come and wait for none: by plan (`work.plan_fills`) they write other cells, and attend
+  only to what earlier fills wrote. Forwards of other sequences touch other blocks.
+- Host memory is copied from until the event that `Placing.copied` gives.
+
+Memory that two streams touch is never the caching allocator's to hand out in between: the ring lives as long as the
+`Placer`; a target's tensors are allocated on `main`, outlive `join`, and so are handed out again only behind it; what a
+projection allocates stays on `compute`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.runtime.ports import EngineAdapter, KVTarget
+from mii_hcache.runtime.streams import Event, Stream, Streams
+from mii_hcache.runtime.timeline import RestoreTimeline
+from mii_hcache.runtime.work import Tile
+
+RING_SLOTS = 4
+"""Tiles of hidden states on the device, copied and not yet projected: one is copied while one is projected, and two
+more for whoever is late."""
+
+
+class Placing(ABC):
+    """One restore's tiles on their way into its blocks. Engine thread only; never waits for the device."""
+
+    def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline) -> None:
+        self._geometry = adapter.geometry
+        self._dtype = adapter.dtype
+        self._target = target
+        self._timeline = timeline
+
+    def place(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
+        """Launch what brings the first spans of a tile into the blocks. `buffer`: the tile's bytes, one chunk after
+        the other, in host memory: `[num_bytes]`, uint8. It must stay as it is until `copied`."""
+        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
+        num_bytes = num_spans * self._geometry.chunk_bytes(tile.kind)
+        rows = buffer[:num_bytes].view(self._dtype).view(num_tokens, -1)
+        if tile.kind is ChunkKind.HIDDEN:
+            self._project(tile, start, rows)
+        else:
+            self._write(tile, start, rows.view(num_tokens, 2, self._geometry.num_kv_heads, self._geometry.head_size))
+
+    @abstractmethod
+    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None: ...
+
+    @property
+    @abstractmethod
+    def copied(self) -> Event | None:
+        """After it, host memory of everything placed so far is not read any more; None: it is not read now. Right also
+        after `place` has raised."""
+
+    @abstractmethod
+    def join(self) -> None:
+        """What was placed comes before whatever is launched on `main` from now on."""
+
+
+class Placer:
+    """The streams and the ring that restores on one engine share. Engine thread only."""
+
+    def __init__(
+        self, adapter: EngineAdapter, streams: Streams, *, tile_spans: int, is_urgent: bool, num_slots: int = RING_SLOTS
+    ) -> None:
+        """`tile_spans`: most spans of a tile. `is_urgent`: restores before the engine's forwards, where the device can
+        choose; else neither comes first."""
+        self._adapter = adapter
+        self.streams = streams
+        if not streams.has_own_memory:
+            return
+        self.load = streams.new(is_urgent=is_urgent)
+        self.compute = streams.new(is_urgent=is_urgent)
+        slot_bytes = tile_spans * adapter.geometry.chunk_bytes(ChunkKind.HIDDEN)
+        self._slots = [
+            _Slot(memory=torch.empty(slot_bytes, dtype=torch.uint8, device=adapter.device)) for _ in range(num_slots)
+        ]
+        self._turn = 0
+        self.load.wait(streams.main.record())  # whoever had this memory before may still use it there
+
+    def open(self, target: KVTarget, timeline: RestoreTimeline) -> Placing:
+        """For one restore into `target`, whose blocks are its own from now on. Work is noted in `timeline`."""
+        if not self.streams.has_own_memory:
+            return _HostPlacing(self._adapter, target, timeline, self.streams.main)
+        return _StreamPlacing(self._adapter, target, timeline, self)
+
+    def next_slot(self) -> _Slot:
+        """Whose turn it is."""
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        return slot
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    """Room for one tile of hidden states on the device."""
+
+    memory: torch.Tensor
+    free: Event | None = None
+    """After it nothing reads the memory; None: nothing ever did."""
+
+
+class _HostPlacing(Placing):
+    """The engine computes where the bytes are: all is done when a call returns."""
+
+    copied = None
+
+    def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline, main: Stream) -> None:
+        super().__init__(adapter, target, timeline)
+        self._main = main
+
+    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None:
+        began = self._main.record(is_timed=True)
+        self._target.project_hidden(tile.layer_idx, start, hidden)
+        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, hidden.nbytes)
+
+    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None:
+        began = self._main.record(is_timed=True)
+        self._target.write_kv(tile.layer_idx, start, kv, self._main)
+        self._timeline.add_tile_work("place", began, self._main.record(is_timed=True), tile, kv.nbytes)
+
+    def join(self) -> None:
+        pass
+
+
+class _StreamPlacing(Placing):
+    """The engine has a device."""
+
+    def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline, placer: Placer) -> None:
+        super().__init__(adapter, target, timeline)
+        self._placer = placer
+        self._main, self._load, self._compute = placer.streams.main, placer.load, placer.compute
+        target.prepare()
+        self._begun = self._main.record()
+        self._has_waited: set[Stream] = set()
+        self._copied: Event | None = None
+        self._projected: Event | None = None
+        """The last copy and the last projection; None: there are none, or `main` waits for them already."""
+
+    @property
+    def copied(self) -> Event | None:
+        return self._copied
+
+    def _after_main(self, stream: Stream) -> Stream:
+        if stream not in self._has_waited:
+            stream.wait(self._begun)
+            self._has_waited.add(stream)
+        return stream
+
+    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None:
+        load, compute = self._load, self._after_main(self._compute)
+        slot = self._placer.next_slot()
+        staged = slot.memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+        if slot.free is not None:
+            load.wait(slot.free)
+        began = load.record(is_timed=True)
+        try:
+            load.copy(staged, hidden)
+        finally:
+            copied = self._copied = load.record(is_timed=True)
+        self._timeline.add_tile_work("load", began, copied, tile, hidden.nbytes)
+        compute.wait(copied)
+        began = compute.record(is_timed=True)
+        try:
+            compute.launch(partial(self._target.project_hidden, tile.layer_idx, start, staged))
+        finally:
+            projected = slot.free = self._projected = compute.record(is_timed=True)
+        self._timeline.add_tile_work("project", began, projected, tile, hidden.nbytes)
+
+    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None:
+        load = self._after_main(self._load)
+        began = load.record(is_timed=True)
+        try:
+            self._target.write_kv(tile.layer_idx, start, kv, load)
+        finally:
+            copied = self._copied = load.record(is_timed=True)
+        self._timeline.add_tile_work("load", began, copied, tile, kv.nbytes)
+
+    def join(self) -> None:
+        if self._copied is not None:
+            self._main.wait(self._copied)
+        if self._projected is not None:
+            self._main.wait(self._projected)
