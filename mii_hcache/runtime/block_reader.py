@@ -37,7 +37,7 @@ class BlockReader:
         stage: Stage | None = None,
         num_ranks: int = 1,
     ) -> None:
-        """`stage`: None on a CPU."""
+        """`stage`: None on a CPU. `num_ranks` hold the model together."""
         geometry = adapter.geometry
         self._adapter = adapter
         self._counters = counters

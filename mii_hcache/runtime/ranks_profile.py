@@ -49,6 +49,12 @@ class RanksTarget(KVTarget):
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
         self._place(layer_idx, kv.shape[0], ChunkKind.KV)
 
+    def prepare(self) -> None:
+        self._target.prepare()
+
+    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
+        raise NotImplementedError("not measured")
+
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         raise NotImplementedError("not measured")
 
