@@ -58,9 +58,6 @@ class RanksTarget(KVTarget):
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:
         raise NotImplementedError("not measured")
 
-    def gather_kv(self, layers: Sequence[int], start: int, out: torch.Tensor) -> None:
-        raise NotImplementedError("not measured")
-
     def commit(self, num_tokens: int) -> None:
         raise NotImplementedError("not measured")
 
