@@ -71,7 +71,7 @@ def test_restored_logits_stay_within_the_engines_own_noise(tiny_model, family, d
     kinds, recompute_tokens = SAVED[saved]
     plan = StoragePlan(method="test", kinds=kinds)
     saver = Saver(adapter=engine, store=store, plan=plan, max_batch_tokens=512, counters=counters)
-    engine.model().qkv_input_tap = saver.tap
+    engine.model().qkv_input_tap = saver
     saver.open(1, seed=b"s", token_ids=[])
     whole = _teacher_forced(engine, 1, answer, _prefill(engine, 1, prompt, 512, saver))
     assert saver.drain(10)
