@@ -206,14 +206,14 @@ class Saver:
 
     def rows_for(self, layer_idx: int, num_tokens: int) -> torch.Tensor | None:
         """See `QkvInputTap`. None for a layer that is not saved, and for a step without room."""
-        row = self._hidden_rows.get(layer_idx)
-        return None if self._capture is None or row is None else self._capture.rows_for(row, num_tokens)
+        capture, row = self._capture, self._hidden_rows.get(layer_idx)
+        return None if capture is None or row is None else capture.rows_for(row, num_tokens)
 
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
         """See `QkvInputTap`."""
-        row = self._hidden_rows.get(layer_idx)
-        if self._capture is not None and row is not None:
-            self._capture.take(row, hidden)
+        capture, row = self._capture, self._hidden_rows.get(layer_idx)
+        if capture is not None and row is not None:
+            capture.take(row, hidden)
             self._num_tapped += 1
 
     def end_step(self) -> None:
