@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,16 @@ def poisoned_engine(model_dir: Path, *, dtype: str = "float32", num_blocks: int 
     engine = build_engine(str(model_dir), dtype=dtype, num_blocks=num_blocks, **kwargs)
     engine.poison_free_blocks()
     return engine
+
+
+class ToldTap:
+    """A tap that wants no rows, and calls `told(layer_idx, hidden)`."""
+
+    def __init__(self, told: Callable[[int, torch.Tensor], None]) -> None:
+        self.tap = told
+
+    def rows_for(self, layer_idx: int, num_tokens: int) -> None:
+        return None
 
 
 _request_ids = itertools.count()

@@ -12,7 +12,7 @@ from experiments.common.rows import Row
 from experiments.exactness.config import BOUND, ITEM, NOISE
 from experiments.exactness.contexts import Contexts, Saved, Way
 from mii_hcache.engine.ragged_engine import HCacheEngine
-from mii_hcache.tools.limits import SPLITS, Limits
+from mii_hcache.tools.limits import SPLITS, Limits, noise_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def measure(engine: HCacheEngine, ways: Sequence[Way], load: Load, *, seed: int 
     by_way = {name: Distance() for name in (NOISE, *(way.name for way in ways))}
     vocab, chance = int(engine.model().vocab_size), random.Random(seed)
     gaps: list[float] = []
-    largest_logit = 0.0
+    largest_logit = noise = 0.0
     told: dict[str, str] = {}
     for _ in range(load.num_prompts):
         prompt = chance.choices(range(min(3, vocab - 1), vocab), k=load.history_tokens + load.tail_tokens)
@@ -105,10 +105,13 @@ def measure(engine: HCacheEngine, ways: Sequence[Way], load: Load, *, seed: int 
             best = reference.topk(2, dim=-1).values
             gaps += (best[:, 0] - best[:, 1]).tolist()
             largest_logit = max(largest_logit, float(reference.abs().max()))
+            runs = [reference]
             for size in SPLITS:
                 uid = contexts.new()
-                by_way[NOISE].add(contexts.follow(uid, contexts.run(uid, prompt, batch_tokens=size), answer), reference)
+                runs.append(contexts.follow(uid, contexts.run(uid, prompt, batch_tokens=size), answer))
+                by_way[NOISE].add(runs[-1], reference)
                 engine.evict(uid)
+            noise = max(noise, noise_of(runs))
             for state in states:
                 uid, first = contexts.restored(state, prompt, load.history_tokens)
                 by_way[state.way.name].add(contexts.follow(uid, first, answer), reference)
@@ -117,7 +120,7 @@ def measure(engine: HCacheEngine, ways: Sequence[Way], load: Load, *, seed: int 
         finally:
             for state in states:
                 state.close()
-    limits = Limits(dtype=engine.dtype, scale=largest_logit, noise=by_way[NOISE].largest)
+    limits = Limits(dtype=engine.dtype, scale=largest_logit, noise=noise)
     num_clear = sum(gap > 2 * limits.logits for gap in gaps)
     return Agreement(limits=limits, by_way=by_way, told=tuple(told.values()), num_clear=num_clear)
 

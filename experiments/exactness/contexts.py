@@ -19,6 +19,7 @@ from mii_hcache.runtime.policy import make_policy
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.tap import SharedTap
 from mii_hcache.storage.memory import MemoryStore
 
 SEED = b"exactness"
@@ -141,14 +142,9 @@ class Contexts:
     def run_and_save(self, uid: int, tokens: Sequence[int], states: Sequence[Saved]) -> None:
         """The same for a new sequence, whose state every one of `states` saves."""
         savers = [state.saver for state in states]
-
-        def tap(layer_idx: int, hidden: torch.Tensor) -> None:
-            for saver in savers:
-                saver.tap(layer_idx, hidden)
-
         for saver in savers:
             saver.open(uid, seed=SEED, token_ids=[])
-        self.engine.model().qkv_input_tap = tap
+        self.engine.model().qkv_input_tap = SharedTap(savers)
         for start in range(0, len(tokens), self.engine.max_batch_tokens):
             batch = tokens[start : start + self.engine.max_batch_tokens]
             for saver in savers:

@@ -103,7 +103,7 @@ class Saved(Variant):
 
     def step(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         segments = [StepSegment(uid=uid, token_ids=ids) for uid, ids in zip(uids, tokens, strict=True)]
-        self.engine.model().qkv_input_tap = self._saver.tap
+        self.engine.model().qkv_input_tap = self._saver
         self._saver.begin_step(segments)
         logits = self.engine.put(uids, token_tensors(tokens))
         self._saver.end_step()

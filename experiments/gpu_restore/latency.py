@@ -119,7 +119,7 @@ class _Batch:
         """One token for each; it is on the host when this returns, as the scheduler needs it."""
         model = self._rig.engine.model()
         if saver is not None:
-            model.qkv_input_tap = saver.tap
+            model.qkv_input_tap = saver
             saver.begin_step(
                 [StepSegment(uid=uid, token_ids=[token]) for uid, token in zip(self.uids, self._tokens, strict=True)]
             )

@@ -33,6 +33,7 @@ from mii_hcache.runtime.restore import Restore, RestoreOutcome
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.tap import SharedTap
 from mii_hcache.storage.base import ChunkStore, SpanRecord
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.throttled import ThrottledStore
@@ -122,13 +123,7 @@ class Rig:
         segments = [StepSegment(uid=uid, token_ids=ids) for uid, ids in zip(uids, tokens, strict=True)]
         for saver in savers:
             saver.begin_step(segments)
-        taps = [saver.tap for saver in savers]
-
-        def tap(layer_idx: int, hidden: torch.Tensor) -> None:
-            for one in taps:
-                one(layer_idx, hidden)
-
-        self.engine.model().qkv_input_tap = taps[0] if len(taps) == 1 else tap if taps else None
+        self.engine.model().qkv_input_tap = SharedTap(savers) if savers else None
         try:
             logits = self.engine.put(uids, token_tensors(tokens))
             self.clock.settle()

@@ -1,4 +1,5 @@
-"""What saving costs the engine's thread in a step of decoding: the host work of `begin_step`, `tap` and `end_step`.
+"""What saving costs the engine's thread in a step of decoding: the host work of `begin_step`, of `rows_for` and `tap`
+for each layer, and of `end_step`. `in place` is a norm that writes where it is told, `copied` one that does not.
 
     python -m experiments.saving_cpu.step_work --out step_work.jsonl
 
@@ -96,7 +97,7 @@ class LikeDevice(Streams):
         return HostStream()
 
 
-def step_work(batch: int, num_steps: int, **settings: Any) -> dict[str, float]:
+def step_work(batch: int, num_steps: int, *, is_in_place: bool, **settings: Any) -> dict[str, float]:
     """Microseconds of CPU time of the engine's thread in each part of a step, medians; `num_spans` were saved."""
     counters = Counters()
     saver = Saver(
@@ -119,7 +120,8 @@ def step_work(batch: int, num_steps: int, **settings: Any) -> dict[str, float]:
         saver.begin_step(segments)
         times.append(clock())
         for layer_idx in range(GEOMETRY.num_layers):
-            saver.tap(layer_idx, hidden)
+            rows = saver.rows_for(layer_idx, batch) if is_in_place else hidden
+            saver.tap(layer_idx, hidden if rows is None else rows)  # the first layer is not saved
         times.append(clock())
         saver.end_step()
         times.append(clock())
@@ -139,17 +141,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="steps of a pass (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ways: dict[str, Streams] = {"host": HostStreams(), "as on a device": LikeDevice()}
+    streams_of: dict[str, Streams] = {"host": HostStreams(), "as on a device": LikeDevice()}
+    ways = [
+        (f"{name}, {norm}", streams, norm == "in place")
+        for name, streams in streams_of.items()
+        for norm in ("copied", "in place")
+    ]
     fixed = {**machine(), "kind": "measured"}
     with options.out.open("w", encoding="utf-8") as out:
         for batch in BATCHES:
-            for way, streams in ways.items():
-                rows = [step_work(batch, options.steps, streams=streams) for _ in range(options.rounds + 1)][1:]
+            for way, streams, is_in_place in ways:
+                rounds = range(options.rounds + 1)
+                rows = [step_work(batch, options.steps, is_in_place=is_in_place, streams=streams) for _ in rounds][1:]
                 medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
                 for round_idx, row in [*enumerate(rows), ("median", medians)]:
                     out.write(json.dumps({**fixed, "batch": batch, "way": way, "round": round_idx, **row}) + "\n")
                 told = "  ".join(f"{name} {value:g}" for name, value in medians.items())
-                print(f"batch {batch:2}  {way:14}  {told}")
+                print(f"batch {batch:2}  {way:24}  {told}")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,9 @@ from mii_hcache.engine.modules.norm import norm_heads
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.shards import gather_vocab, shard_attn_out
 from mii_hcache.engine.rotary import head_size_of, inverse_frequencies, windows_of
+from mii_hcache.runtime.tap import QkvInputTap
 
 _DTYPES = {torch.float32: DtypeEnum.fp32, torch.bfloat16: DtypeEnum.bf16, torch.float16: DtypeEnum.fp16}
-
-QkvInputTap = Callable[[int, torch.Tensor], None]
-"""Called as `tap(layer_idx, hidden)` with hidden `[num_tokens, hidden_size]`. The buffer is reused by the next norm:
-copy on the same stream before returning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +225,18 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         """The sum of what the ranks computed from their shares of a row."""
         return partial if self.group is None else self.group.all_reduce(partial)
 
+    def _norm_for(
+        self, layer_idx: int, residual: torch.Tensor, delta: torch.Tensor | None, tap: QkvInputTap | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after what is added to it, and the layer's QKV input, which lies where `tap` wants it,
+        or in the norm's own buffer until the next norm."""
+        layer = self.layers[layer_idx]
+        rows = None if tap is None else tap.rows_for(layer_idx, residual.shape[0])
+        residual, hidden = self.norm(residual, delta, layer.attn_norm_gamma, layer.attn_norm_beta, rows)
+        if tap is not None:
+            tap.tap(layer_idx, hidden)
+        return residual, hidden
+
     def _run_layers(
         self, wrapped_batch: Any, stop_layer: int, tap: QkvInputTap | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,11 +246,8 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         scale = self.attn._config.scale_factor
         token_ids = wrapped_batch.input_ids() if plan.token_ids is None else plan.token_ids
         residual = self.embed_tokens(token_ids, plan.positions)
-        first = self.layers[0]
-        residual, hidden = self.norm(residual, None, first.attn_norm_gamma, first.attn_norm_beta)
+        residual, hidden = self._norm_for(0, residual, None, tap)
         for layer_idx, layer in enumerate(self.layers[:stop_layer]):
-            if tap is not None:
-                tap(layer_idx, hidden)
             kv_cache = self.state_manager.get_cache(layer_idx)
             qkv = self.project_qkv(layer, hidden)
             attended = self.attn(qkv, kv_cache, wrapped_batch, self.inv_freq, scale, window=self.windows[layer_idx])
@@ -249,8 +255,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
             residual, hidden = self.norm(residual, attended, layer.mlp_norm_gamma, layer.mlp_norm_beta)
             delta = self._joined(self.feed_forward(layer, hidden))
             if layer_idx + 1 < len(self.layers):
-                following = self.layers[layer_idx + 1]
-                residual, hidden = self.norm(residual, delta, following.attn_norm_gamma, following.attn_norm_beta)
+                residual, hidden = self._norm_for(layer_idx + 1, residual, delta, tap)
             else:
                 residual.add_(delta)
         return residual, hidden

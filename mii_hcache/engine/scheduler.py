@@ -92,7 +92,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             running=self._running,
             enqueue=self._enqueue,
         )
-        engine.model().qkv_input_tap = saver.tap
+        engine.model().qkv_input_tap = saver
 
     # --- what the service calls ---------------------------------------------------------------------------------
 

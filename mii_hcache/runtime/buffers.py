@@ -61,6 +61,11 @@ class RowRing:
         self._freed = threading.Condition()
 
     @property
+    def row_bytes(self) -> int:
+        """Of one row of one layer."""
+        return self._memory.shape[2] * self._memory.itemsize
+
+    @property
     def capacity_rows(self) -> int:
         """Rows that fit when nothing is leased."""
         return self._capacity

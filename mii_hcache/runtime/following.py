@@ -231,7 +231,7 @@ class FollowingState:
     def __init__(
         self, *, adapter: EngineAdapter, share: Share, gather: GatherRows, files: SlotFiles, counters: Counters
     ) -> None:
-        """`adapter`: this rank's engine, whose tap is `tap`. Takes `files` over."""
+        """`adapter`: this rank's engine, whose `QkvInputTap` this is. Takes `files` over."""
         self._adapter = adapter
         self._share = share
         self._files = files
@@ -239,8 +239,12 @@ class FollowingState:
         self.saver: FollowingSaver | None = None
         self.tiles = FollowingTiles(adapter=adapter, share=share, gather=gather, files=files, counters=counters)
 
+    def rows_for(self, layer_idx: int, num_tokens: int) -> torch.Tensor | None:
+        """See `QkvInputTap`."""
+        return None if self.saver is None else self.saver.rows_for(layer_idx, num_tokens)
+
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
-        """See `Saver.tap`."""
+        """See `QkvInputTap`."""
         if self.saver is not None:
             self.saver.tap(layer_idx, hidden)
 

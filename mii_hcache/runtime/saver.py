@@ -1,10 +1,10 @@
 """Two-stage saving (paper section 4.2): a snapshot in the step that produces state, a flush behind its back.
 
-Stage 1, engine thread: rows of the whole ragged batch go into a ring of host memory (`tap`, once per layer). Stage 2,
-background threads (`flusher`): rows are gathered into spans, whole spans are put into the store. Layers that are saved
-as K and V are read from the blocks in the step that completes a span. Decode never waits; a step that prefills may wait
-for room, bounded. What found no room is dropped and counted, and healed later: read from the sequence's blocks as `kv`
-before they are freed, so that a drop never cuts off what follows it.
+Stage 1, engine thread: rows of the whole ragged batch go into a ring of host memory (`rows_for` and `tap`, once per
+layer). Stage 2, background threads (`flusher`): rows are gathered into spans, whole spans are put into the store.
+Layers that are saved as K and V are read from the blocks in the step that completes a span. Decode never waits; a step
+that prefills may wait for room, bounded. What found no room is dropped and counted, and healed later: read from the
+sequence's blocks as `kv` before they are freed, so that a drop never cuts off what follows it.
 
 `--save direct` has no second stage, for comparison: `direct.py`.
 """
@@ -57,7 +57,8 @@ class StepSegment:
 
 
 class Saver:
-    """Saves the state of live sequences. Engine thread only, except `is_pending`, `drain` and `num_pending`."""
+    """Saves the state of live sequences; a `QkvInputTap`. Engine thread only, except `is_pending`,
+    `drain` and `num_pending`."""
 
     def __init__(
         self,
@@ -203,11 +204,16 @@ class Saver:
             self._counters.add("dropped_rows_total", num_tokens)
         self._patience.start_clock(is_prefill=is_prefill)
 
+    def rows_for(self, layer_idx: int, num_tokens: int) -> torch.Tensor | None:
+        """See `QkvInputTap`. None for a layer that is not saved, and for a step without room."""
+        capture, row = self._capture, self._hidden_rows.get(layer_idx)
+        return None if capture is None or row is None else capture.rows_for(row, num_tokens)
+
     def tap(self, layer_idx: int, hidden: torch.Tensor) -> None:
-        """A layer's QKV input, `[num_tokens, hidden_size]`, in the order of the batch; copied in stream order."""
-        row = self._hidden_rows.get(layer_idx)
-        if self._capture is not None and row is not None:
-            self._capture.copy(row, hidden)
+        """See `QkvInputTap`."""
+        capture, row = self._capture, self._hidden_rows.get(layer_idx)
+        if capture is not None and row is not None:
+            capture.take(row, hidden)
             self._num_tapped += 1
 
     def end_step(self) -> None:

@@ -1,9 +1,9 @@
 """Memory on the device that state passes on its way to the host.
 
 The engine overwrites what it computed with the next layer, and frees blocks for others; a copy to the host takes longer
-than either, and the engine shall not wait for it. So its own stream copies state aside, into the stage, and a stream of
-copies sends it from there. Only a turn of the ring later does the engine's stream come back to the same bytes; that is
-when it waits, on the device, for what was sent from there.
+than either, and the engine shall not wait for it. So its own stream puts state aside, in the stage (norms write there,
+K and V are copied), and a stream of copies sends it from there. Only a turn of the ring later does the engine's stream
+come back to the same bytes; that is when it waits, on the device, for what was sent from there.
 
 With room for two full batches and a piece, a step never comes to bytes that the step before it is still sending, even
 if both are full batches: its copy has had a whole step's time. There is no number of buffers to alternate: steps of one

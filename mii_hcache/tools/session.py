@@ -138,7 +138,7 @@ class Session:
     ) -> torch.Tensor:
         """Tokens through the model; logits `[vocab_size]` of the last one, float32, host."""
         size = batch_tokens or self.engine.max_batch_tokens
-        self.engine.model().qkv_input_tap = state.saver.tap if state is not None else None
+        self.engine.model().qkv_input_tap = state.saver if state is not None else None
         logits = torch.empty(0)
         for start in range(0, len(token_ids), size):
             batch = list(token_ids[start : start + size])

@@ -15,7 +15,7 @@ import torch
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.tools.budget import REPEATS, Round
 from mii_hcache.tools.conversation import ANSWER_TOKENS, make_conversation
-from mii_hcache.tools.limits import SPLITS, Agreement, Limits, logit_difference
+from mii_hcache.tools.limits import SPLITS, Agreement, Limits, noise_of
 from mii_hcache.tools.report import Row
 from mii_hcache.tools.saved_state import Brought, SavedState
 from mii_hcache.tools.session import Session, Turn
@@ -117,12 +117,13 @@ class Ways:
         dtype = session.engine.dtype
         noise = None
         if dtype is not torch.float32:
-            noise = recomputed.max_logit_difference
+            runs = [self._reference[self._last]]
             for batch_tokens in SPLITS:
                 self._tell(f"the engine's own noise, batches of {batch_tokens}")
                 taken = self._take(self._last, "noise", batch_tokens=batch_tokens)
-                noise = max(noise, logit_difference(taken.logits, self._reference[self._last]))
+                runs.append(taken.logits)
                 session.evict(taken.uid)
+            noise = max(recomputed.max_logit_difference, noise_of(runs))
         return Limits(dtype=dtype, scale=scale, noise=noise)
 
     # --- restored ---------------------------------------------------------------------------------------------------

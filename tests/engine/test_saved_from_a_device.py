@@ -12,6 +12,7 @@ from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.ragged_engine import token_tensors
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.tap import SharedTap
 from tests.engine_kit import VOCAB, poisoned_engine
 from tests.fake_device import FakeStreams
 from tests.runtime.kit import GIVE_UP_S, FakeStore
@@ -23,8 +24,9 @@ MAX_BATCH = 160
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama-gqa", "bfloat16"), ("opt", "float32")])
-@pytest.mark.parametrize("seed", range(2))
-def test_the_way_over_a_device_changes_no_bit(tiny_model, family, dtype, plan, seed):
+@pytest.mark.parametrize(("seed", "is_staged"), [(0, True), (1, False)])
+def test_the_way_over_a_device_changes_no_bit(tiny_model, family, dtype, plan, seed, is_staged):
+    """The norm writes into the stage, from where the host's rows are copied, or the other way round."""
     engine = poisoned_engine(tiny_model(family), dtype=dtype, num_blocks=40, max_batch_tokens=MAX_BATCH)
     streams = FakeStreams(seed, haste=0.02, granule_bytes=32)
     stores = [FakeStore(), FakeStore()]
@@ -45,10 +47,6 @@ def test_the_way_over_a_device_changes_no_bit(tiny_model, family, dtype, plan, s
     assert stage is not None and savers[0]._healer._blocks._stage is None
     streams.checker.watch(stage._memory, "the stage", streams.main.actor)
 
-    def tap(layer_idx, hidden):
-        for saver in savers:
-            saver.tap(layer_idx, hidden)
-
     def step(batch):
         segments = [StepSegment(uid=uid, token_ids=tokens) for uid, tokens in batch.items()]
         for saver in savers:
@@ -58,7 +56,7 @@ def test_the_way_over_a_device_changes_no_bit(tiny_model, family, dtype, plan, s
             saver.end_step()
 
     chooser = random.Random(seed)
-    engine.model().qkv_input_tap = tap
+    engine.model().qkv_input_tap = SharedTap(savers[::-1] if is_staged else savers)
     try:
         with streams.watching():
             for turn in range(3):  # each turn's sequences take the blocks of the one before

@@ -18,6 +18,7 @@ from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 from tests import stock_kernels
 from tests.engine_kit import (
     VOCAB,
+    ToldTap,
     answers,
     greedy,
     interleave,
@@ -150,7 +151,7 @@ def test_a_restore_between_two_layers_leaves_a_forward_alone(wide_model, calls):
         target.project_hidden(layer_idx, 0, hidden)
         engine.model().first_hidden(torch.tensor(prompt[:64]), torch.arange(64))
 
-    engine.model().qkv_input_tap = restore
+    engine.model().qkv_input_tap = ToldTap(restore)
     assert torch.equal(engine.put([1], token_tensors([prompt])), alone)
 
 

@@ -79,7 +79,7 @@ def prefill(
     between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """A sequence's next tokens; nothing waits for the device. Logits of the last one, `[vocab]`."""
-    engine.model().qkv_input_tap = None if saver is None else saver.tap
+    engine.model().qkv_input_tap = saver
     logits = torch.empty(0)
     for start in range(0, len(token_ids), chunk):
         piece = list(token_ids[start : start + chunk])

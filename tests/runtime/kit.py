@@ -165,7 +165,8 @@ class FakeBlocks:
 
 
 class FakeEngine:
-    """EngineAdapter whose norm reuses one output buffer for every layer of every step, as the host's does."""
+    """EngineAdapter whose norm writes where the saver wants it, or, by turns, into one buffer for every layer of every
+    step, as a norm does that cannot choose. What a step's rows held before is poisoned."""
 
     device = torch.device("cpu")
     max_fill_tokens = 128
@@ -178,6 +179,12 @@ class FakeEngine:
         self.hashes: dict[int, list[int]] = {}
         self._norm_out = torch.full((max_batch_tokens, geometry.hidden_size), float("nan"), dtype=self.dtype)
         self._uids = itertools.count(1)
+        self._norms = itertools.count()
+
+    def norm_output(self, saver: Saver, layer_idx: int, num_tokens: int) -> torch.Tensor:
+        """Where the next norm writes."""
+        rows = saver.rows_for(layer_idx, num_tokens)
+        return self._norm_out[:num_tokens] if rows is None or next(self._norms) % 5 == 0 else rows
 
     def open(self, token_ids: Sequence[int] = ()) -> int:
         """A sequence with these tokens in its blocks."""
@@ -213,13 +220,17 @@ class FakeEngine:
             hashes += new
             known += new
             self.tokens[uid] += tokens
-        hidden = self._norm_out[: len(hashes)]
+        wanted = [saver.rows_for(layer_idx, len(hashes)) for layer_idx in range(self.geometry.num_layers)]
+        for rows in wanted:
+            if rows is not None:
+                rows.fill_(float("nan"))
         for layer_idx in range(self.geometry.num_layers):
             if layer_idx == fail_at_layer:
                 raise RuntimeError("the engine failed")
+            hidden = self.norm_output(saver, layer_idx, len(hashes))
             hidden.copy_(rows_of(hashes, ChunkKind.HIDDEN, layer_idx, self.geometry))
             saver.tap(layer_idx, hidden)
-        hidden.fill_(float("nan"))
+            self._norm_out.fill_(float("nan"))
 
 
 # --- stores ----------------------------------------------------------------------------------------------------------

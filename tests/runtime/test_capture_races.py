@@ -49,6 +49,8 @@ class DeviceEngine(FakeEngine):
         self.pool = torch.full((GEOMETRY.num_layers, NUM_BLOCKS * BLOCK_SIZE, width), float("nan"))
         self.free_blocks = list(range(NUM_BLOCKS))
         self.blocks: dict[int, list[int]] = {}
+        self.misread: list[int] = []
+        """Layers whose projection read something else than the norm wrote."""
 
     def open(self, token_ids: Sequence[int] = ()) -> int:
         uid = super().open(token_ids)
@@ -90,15 +92,25 @@ class DeviceEngine(FakeEngine):
             hashes += new
             self.hashes[uid] += new
             self.tokens[uid] += tokens
-        hidden = self._norm_out[: len(hashes)]
+        wanted = [saver.rows_for(layer_idx, len(hashes)) for layer_idx in range(GEOMETRY.num_layers)]
+        for rows in wanted:
+            if rows is not None:
+                self.main.launch(partial(rows.fill_, float("nan")))
         for layer_idx in range(GEOMETRY.num_layers):
             if layer_idx == fail_at_layer:
                 raise RuntimeError("the engine failed")
-            self.main.launch(partial(hidden.copy_, rows_of(hashes, ChunkKind.HIDDEN, layer_idx, GEOMETRY)))
+            hidden = self.norm_output(saver, layer_idx, len(hashes))
+            normed = rows_of(hashes, ChunkKind.HIDDEN, layer_idx, GEOMETRY)
+            self.main.launch(partial(hidden.copy_, normed))
             saver.tap(layer_idx, hidden)
-        self.main.launch(partial(hidden.fill_, float("nan")))
+            self.main.launch(partial(self._project, layer_idx, hidden, normed))
+            self.main.launch(partial(self._norm_out.fill_, float("nan")))
         for uid, start in starts.items():
             self._write_blocks(uid, start)
+
+    def _project(self, layer_idx: int, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        if not torch.equal(hidden, normed):
+            self.misread.append(layer_idx)
 
 
 class DeviceBlocks(FakeBlocks):
@@ -183,6 +195,7 @@ def _race(
             world.heal_wait_s = 5.0
             world.finish()
         streams.run_all()
+        assert not engine.misread, f"wrong bytes: the projections of layers {engine.misread} read them"
     finally:
         world.store.put_gate.set()
         world.saver.stop()
@@ -223,6 +236,17 @@ def _copy_elsewhere(world: World) -> None:
     capture._main = world.engine.streams.new()
 
 
+def _copy_nothing(world: World) -> None:
+    world.saver._capture._copy = lambda rows, hidden: None
+
+
+def _one_place_for_all(world: World) -> None:
+    """The next norm writes where this layer's rows have not left yet."""
+    capture = world.saver._capture
+    real = capture._place
+    capture._place = lambda lease: [real(lease)[0]] * GEOMETRY.num_layers
+
+
 def _gather_elsewhere(world: World) -> None:
     """A copy straight from the blocks, on a stream that frees do not wait for."""
     stage = world.saver._healer._blocks._stage
@@ -247,6 +271,8 @@ SABOTAGE: dict[str, tuple[ChunkKind, Callable[[World], None]]] = {
     "nobody waits for K and V": (ChunkKind.KV, lambda world: _forget_read(world.saver._cutter._kv_blocks)),
     "nobody waits for what is healed": (ChunkKind.HIDDEN, lambda world: _forget_read(world.saver._healer._blocks)),
     "a layer's rows are not copied in the engine's order": (ChunkKind.HIDDEN, _copy_elsewhere),
+    "what a norm wrote elsewhere is not copied": (ChunkKind.HIDDEN, _copy_nothing),
+    "all layers' rows are written at one place": (ChunkKind.HIDDEN, _one_place_for_all),
     "blocks are read while others may get them": (ChunkKind.KV, _gather_elsewhere),
 }
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.tools.budget import Budget, Round
 from mii_hcache.tools.conversation import ANSWER_TOKENS, least_history_tokens, make_conversation
-from mii_hcache.tools.limits import Agreement, Limits
+from mii_hcache.tools.limits import Agreement, Limits, noise_of
 from mii_hcache.tools.session import relative_difference
 
 EXACT = Limits(dtype=torch.float32, scale=10.0)
-COARSE = Limits(dtype=torch.bfloat16, scale=10.0, noise=0.2)
+COARSE = Limits(dtype=torch.bfloat16, scale=10.0, noise=0.25)
 
 
 @given(extra=st.integers(0, 3000), num_turns=st.integers(2, 12), vocab_size=st.integers(1, 5000))
@@ -63,6 +63,16 @@ def test_what_is_beyond_its_bound_is_told(limits, ours, reference, complaints):
     found = agreement.complaints(limits, None)
     assert len(found) >= len(complaints) and bool(found) == bool(complaints)
     assert all(wanted in text for wanted, text in zip(complaints, found, strict=False))
+
+
+def test_noise_is_between_any_two_runs_and_finite_or_nothing_is_right():
+    runs = [_rows(6.0, 4.0), _rows(6.2, 4.0), _rows(5.7, 4.1)]
+    assert noise_of(runs) == pytest.approx(0.5)
+    assert noise_of([*runs, _rows(float("nan"), 4.0)]) == float("inf")
+    broken = Limits(dtype=torch.bfloat16, scale=10.0, noise=float("inf"))
+    agreement = Agreement()
+    agreement.add(_rows(6.0), _rows(6.0))
+    assert agreement.complaints(broken, None)
 
 
 def test_kv_is_bitwise_and_hidden_is_not():

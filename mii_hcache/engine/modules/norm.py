@@ -12,11 +12,12 @@ from deepspeed.inference.v2.modules.interfaces import DSPreNormBase
 from mii_hcache.engine.modules import torch_dtype
 
 
-def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last axis: statistics in float32, scaled in `x.dtype` (as Hugging Face's Llama does)."""
+def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """RMSNorm over the last axis: statistics in float32, scaled in `x.dtype` (as Hugging Face's Llama does). Into
+    `out`, of the shape and dtype of `x`, if it is given."""
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return gamma * wide.to(x.dtype)
+    return torch.mul(gamma, wide.to(x.dtype), out=out)
 
 
 def norm_heads(
@@ -33,8 +34,9 @@ def norm_heads(
 class _PreNorm(DSPreNormBase):  # type: ignore[misc]
     """`residual += hidden_states; return residual, norm(residual)`.
 
-    The returned hidden states lie in one buffer per module and are overwritten by the next call: whoever keeps them
-    must copy first. This is what the CUDA modules do, so that a copy made too late is caught on CPU as well.
+    The returned hidden states lie in `out`, if the caller gave it (`[num_tokens, channels]`, contiguous), else in one
+    buffer per module that the next call overwrites: whoever keeps them must copy first. This is what the CUDA modules
+    do, so that a copy made too late is caught on CPU as well.
     """
 
     reuse_output: bool = True
@@ -51,7 +53,10 @@ class _PreNorm(DSPreNormBase):  # type: ignore[misc]
     def transform_param(self, param: torch.Tensor) -> InferenceParameter:
         return InferenceParameter.initialize(param.to(torch_dtype(self._config.output_dtype)))
 
-    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    def normalize(
+        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[num_tokens, channels]` to the same, in `out` or in memory of its own."""
         raise NotImplementedError
 
     def forward(
@@ -60,19 +65,15 @@ class _PreNorm(DSPreNormBase):  # type: ignore[misc]
         hidden_states: torch.Tensor | None,
         gamma: torch.Tensor,
         beta: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if hidden_states is not None:
             residual.add_(hidden_states)
-        normed = self.normalize(residual, gamma, beta)
-        if not self.reuse_output:
-            return residual, normed
-        if self._output is None:
-            self._output = torch.empty(
-                self._config.max_tokens, self._config.channels, dtype=normed.dtype, device=normed.device
-            )
-        output = self._output[: normed.shape[0]]
-        output.copy_(normed)
-        return residual, output
+        if out is None and self.reuse_output:
+            if self._output is None:
+                self._output = residual.new_empty(self._config.max_tokens, self._config.channels)
+            out = self._output[: residual.shape[0]]
+        return residual, self.normalize(residual, gamma, beta, out)
 
 
 class PreRMSNorm(_PreNorm):
@@ -82,8 +83,10 @@ class PreRMSNorm(_PreNorm):
     def name() -> str:
         return "cuda_pre_rms"
 
-    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-        return rms_norm(x, gamma, self._config.eps)
+    def normalize(
+        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return rms_norm(x, gamma, self._config.eps, out)
 
 
 class PreLayerNorm(_PreNorm):
@@ -93,5 +96,8 @@ class PreLayerNorm(_PreNorm):
     def name() -> str:
         return "cuda_pre_ln"
 
-    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], gamma, beta, self._config.eps)
+    def normalize(
+        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        normed = F.layer_norm(x, x.shape[-1:], gamma, beta, self._config.eps)
+        return normed if out is None else out.copy_(normed)

@@ -5,8 +5,9 @@ Never run on a GPU. What was shown is that the kernels are called as their C++ b
 
 The kernels are called by the host's wrappers, not by the host's modules: those share one output buffer each, which a
 restore on another stream would overwrite, take the norm's epsilon only in part, and have the frequencies of the rotary
-embedding truncated. Every call here returns fresh memory of the current stream. A mixture of experts stays ours, in
-plain torch. `engine.modules.stock_limits` says what is needed and which models can be served.
+embedding truncated. Every call here returns fresh memory of the current stream, or what it is given to write in. A
+mixture of experts stays ours, in plain torch. `engine.modules.stock_limits` says what is needed and which models can be
+served.
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ class StockPreRMSNorm(interfaces.DSPreNormBase):  # type: ignore[misc]
     def transform_param(self, param: torch.Tensor) -> InferenceParameter:
         return InferenceParameter.initialize(param.to(torch_dtype(self._config.input_dtype)))
 
-    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-        """`[num_tokens, channels]` to the same in memory of its own."""
-        return self._norm(torch.empty_like(x), x, gamma)  # type: ignore[no-any-return]
+    def normalize(
+        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[num_tokens, channels]` to the same, in `out` or in memory of its own."""
+        return self._norm(torch.empty_like(x) if out is None else out, x, gamma)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -79,10 +82,11 @@ class StockPreRMSNorm(interfaces.DSPreNormBase):  # type: ignore[misc]
         hidden_states: torch.Tensor | None,
         gamma: torch.Tensor,
         beta: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if hidden_states is None:
-            return residual, self.normalize(residual, gamma, beta)
-        normed = torch.empty_like(residual)
+            return residual, self.normalize(residual, gamma, beta, out)
+        normed = torch.empty_like(residual) if out is None else out
         self._add_and_norm(residual, normed, residual, hidden_states, gamma)
         return residual, normed
 
@@ -100,8 +104,10 @@ class StockPreLayerNorm(StockPreRMSNorm):
     def name() -> str:
         return "cuda_pre_ln"
 
-    def normalize(self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-        return self._norm(torch.empty_like(x), x, gamma, beta)  # type: ignore[no-any-return]
+    def normalize(
+        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._norm(torch.empty_like(x) if out is None else out, x, gamma, beta)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -109,10 +115,11 @@ class StockPreLayerNorm(StockPreRMSNorm):
         hidden_states: torch.Tensor | None,
         gamma: torch.Tensor,
         beta: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if hidden_states is None:
-            return residual, self.normalize(residual, gamma, beta)
-        normed = torch.empty_like(residual)
+            return residual, self.normalize(residual, gamma, beta, out)
+        normed = torch.empty_like(residual) if out is None else out
         self._add_and_norm(residual, normed, residual, hidden_states, gamma, beta)
         return residual, normed
 

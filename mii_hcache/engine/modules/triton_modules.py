@@ -185,7 +185,7 @@ class TritonAttention(PagedAttention):
 
 
 class _TritonNorm:
-    """Add and norm in one kernel, into the module's buffer."""
+    """Add and norm in one kernel, into `out` or the module's buffer."""
 
     is_rms: bool
     reuse_output: bool
@@ -198,12 +198,14 @@ class _TritonNorm:
         hidden_states: torch.Tensor | None,
         gamma: torch.Tensor,
         beta: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._output is None or not self.reuse_output:
-            self._output = residual.new_empty(self._config.max_tokens, self._config.channels)
-        output = self._output[: residual.shape[0]]
-        add_norm(residual, hidden_states, gamma, beta, output, eps=self._config.eps, is_rms=self.is_rms)
-        return residual, output
+        if out is None:
+            if self._output is None or not self.reuse_output:
+                self._output = residual.new_empty(self._config.max_tokens, self._config.channels)
+            out = self._output[: residual.shape[0]]
+        add_norm(residual, hidden_states, gamma, beta, out, eps=self._config.eps, is_rms=self.is_rms)
+        return residual, out
 
 
 class TritonRMSNorm(_TritonNorm, PreRMSNorm):

@@ -92,7 +92,7 @@ def _open(follower: Follower, io: str, emulated_read_bytes_per_s: float | None) 
         counters=Counters(),
     )
     follower.state = state
-    follower.engine.model().qkv_input_tap = state.tap
+    follower.engine.model().qkv_input_tap = state
     follower.at_end.append(state.stop)
     start_answering(follower.io, state.answer)
 

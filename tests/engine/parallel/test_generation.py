@@ -14,7 +14,7 @@ from mii_hcache.engine.ragged_engine import token_tensors
 from mii_hcache.errors import HCacheError, RankLostError
 from mii_hcache.runtime.generation import FinishReason, GenerationRequest, SamplingParams
 from tests.engine.parallel.ranks_kit import parallel_engine
-from tests.engine_kit import Client, answers, interleave, open_client, poisoned_engine
+from tests.engine_kit import Client, ToldTap, answers, interleave, open_client, poisoned_engine
 
 TIGHT = {"num_blocks": 36, "max_batch_tokens": 96}
 """Blocks for about two of the five conversations: some are preempted, residents are evicted."""
@@ -131,7 +131,7 @@ def test_a_step_that_fails_here_only_is_the_engines_end(tiny_model):
             raise MemoryError("no room for rows")
 
         client = open_client(engine, method="recompute")
-        engine.model().qkv_input_tap = fail
+        engine.model().qkv_input_tap = ToldTap(fail)
         result = client.send([3, 4, 5], 4).get(timeout=30)
         assert result.finish_reason is FinishReason.ERROR
         assert "rank 0 failed in 'put': no room for rows" in str(result.error)
