@@ -13,7 +13,8 @@ Who waits for whom:
   (`join`): what is in the blocks may be used then, or the blocks may be given to somebody else.
 - Fills run on `main` while tiles come and wait for none: by plan (`work.plan_fills`) they write other cells, and attend
   only to what earlier fills wrote. Forwards of other sequences touch other blocks.
-- Host memory is copied from until the event that `Placing.copied` gives.
+- Host memory is copied from until the event that `Placing.copied` gives: of buffers that are read into, or of the
+  store's own, that it lends.
 
 Memory that two streams touch is never the caching allocator's to hand out in between: the ring lives as long as the
 `Placer`; a target's tensors are allocated on `main`, outlive `join`, and so are handed out again only behind it; what a
@@ -23,6 +24,7 @@ projection allocates stays on `compute`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,22 +50,23 @@ class Placing(ABC):
         self._target = target
         self._timeline = timeline
 
-    def place(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
-        """Launch what brings the first spans of a tile into the blocks. `buffer`: the tile's bytes, one chunk after
-        the other, in host memory: `[num_bytes]`, uint8. It must stay as it is until `copied`."""
-        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
-        num_bytes = num_spans * self._geometry.chunk_bytes(tile.kind)
-        rows = buffer[:num_bytes].view(self._dtype).view(num_tokens, -1)
+    def place(self, tile: Tile, pieces: Sequence[torch.Tensor]) -> None:
+        """Launch what brings the first spans of a tile into the blocks. `pieces`: their bytes in host memory, whole
+        chunks, one after the other within a piece and from piece to piece: `[num_bytes]` each, uint8. They must stay as
+        they are until `copied`."""
+        geometry, start = self._geometry, tile.first_span * SPAN_TOKENS
+        row_bytes = geometry.chunk_bytes(tile.kind) // SPAN_TOKENS
+        rows = [piece.view(self._dtype).view(piece.numel() // row_bytes, -1) for piece in pieces]
         if tile.kind is ChunkKind.HIDDEN:
             self._project(tile, start, rows)
         else:
-            self._write(tile, start, rows.view(num_tokens, 2, self._geometry.num_kv_heads, self._geometry.head_size))
+            self._write(tile, start, [one.view(len(one), 2, geometry.num_kv_heads, geometry.head_size) for one in rows])
 
     @abstractmethod
-    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None: ...
+    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None: ...
 
     @abstractmethod
-    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None: ...
+    def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None: ...
 
     @property
     @abstractmethod
@@ -128,15 +131,17 @@ class _HostPlacing(Placing):
         super().__init__(adapter, target, timeline)
         self._main = main
 
-    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None:
+    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        self._target.project_hidden(tile.layer_idx, start, hidden)
-        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, hidden.nbytes)
+        for at, rows in _numbered(start, hidden):
+            self._target.project_hidden(tile.layer_idx, at, rows)
+        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, _num_bytes(hidden))
 
-    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None:
+    def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        self._target.write_kv(tile.layer_idx, start, kv, self._main)
-        self._timeline.add_tile_work("place", began, self._main.record(is_timed=True), tile, kv.nbytes)
+        for at, rows in _numbered(start, kv):
+            self._target.write_kv(tile.layer_idx, at, rows, self._main)
+        self._timeline.add_tile_work("place", began, self._main.record(is_timed=True), tile, _num_bytes(kv))
 
     def join(self) -> None:
         pass
@@ -165,37 +170,74 @@ class _StreamPlacing(Placing):
             self._has_waited.add(stream)
         return stream
 
-    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None:
+    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
         load, compute = self._load, self._after_main(self._compute)
         slot = self._placer.next_slot()
-        staged = slot.memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+        num_bytes = _num_bytes(hidden)
+        staged = slot.memory[:num_bytes].view(self._dtype).view(-1, self._geometry.hidden_size)
         if slot.free is not None:
             load.wait(slot.free)
         began = load.record(is_timed=True)
         try:
-            load.copy(staged, hidden)
+            load.copy_many([(staged[at : at + len(rows)], rows) for at, rows in _numbered(0, hidden)])
         finally:
             copied = self._copied = load.record(is_timed=True)
-        self._timeline.add_tile_work("load", began, copied, tile, hidden.nbytes)
+        self._timeline.add_tile_work("load", began, copied, tile, num_bytes)
         compute.wait(copied)
         began = compute.record(is_timed=True)
         try:
             compute.launch(partial(self._target.project_hidden, tile.layer_idx, start, staged))
         finally:
             projected = slot.free = self._projected = compute.record(is_timed=True)
-        self._timeline.add_tile_work("project", began, projected, tile, hidden.nbytes)
+        self._timeline.add_tile_work("project", began, projected, tile, num_bytes)
 
-    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None:
+    def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None:
         load = self._after_main(self._load)
         began = load.record(is_timed=True)
         try:
-            self._target.write_kv(tile.layer_idx, start, kv, load)
+            joint = _JointCopies()
+            for at, rows in _numbered(start, kv):
+                self._target.write_kv(tile.layer_idx, at, rows, joint)
+            load.copy_many(joint.pairs)
         finally:
             copied = self._copied = load.record(is_timed=True)
-        self._timeline.add_tile_work("load", began, copied, tile, kv.nbytes)
+        self._timeline.add_tile_work("load", began, copied, tile, _num_bytes(kv))
 
     def join(self) -> None:
         if self._copied is not None:
             self._main.wait(self._copied)
         if self._projected is not None:
             self._main.wait(self._projected)
+
+
+class _JointCopies(Stream):
+    """Takes the copies of several `KVTarget.write_kv`, which launch copies and nothing else, to launch them at once."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.pairs.append((target, source))
+
+    def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.pairs += pairs
+
+    def launch(self, work: Callable[[], None]) -> None:
+        raise AssertionError("write_kv launches copies only")
+
+    def record(self, *, is_timed: bool = False) -> Event:
+        raise AssertionError("write_kv launches copies only")
+
+    def wait(self, event: Event) -> None:
+        raise AssertionError("write_kv launches copies only")
+
+
+def _numbered(start: int, pieces: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each piece with the number of its first row."""
+    for rows in pieces:
+        yield start, rows
+        start += len(rows)
+
+
+def _num_bytes(pieces: Sequence[torch.Tensor]) -> int:
+    return sum(rows.nbytes for rows in pieces)
