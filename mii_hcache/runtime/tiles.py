@@ -174,7 +174,7 @@ class _LocalRead(TileRead):
 
     def release(self) -> None:
         if self.outcome.done():
-            self._source.give_back(self._release, self._copied)
+            self._source.give_back(self._let_go(), self._copied)
             return
         if not self.outcome.cancel():
             self._source.restorer.let_go(self.outcome)  # it goes on, or hangs: another thread reads in its place
@@ -182,7 +182,13 @@ class _LocalRead(TileRead):
 
     def _give_back(self, _: Future[ReadOutcome]) -> None:
         """On any thread: nothing was placed."""
-        self._release()
+        self._let_go()()
+
+    def _let_go(self) -> Callable[[], None]:
+        """What gives the memory back. Nothing else of this read refers to it any more: memory that was lent goes with
+        the last view of it, and a read may live on until the garbage collector comes."""
+        release, self._release, self._pieces = self._release, _nothing, ()
+        return release
 
 
 def _nothing() -> None:
