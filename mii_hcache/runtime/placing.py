@@ -24,7 +24,7 @@ projection allocates stays on `compute`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,16 +51,15 @@ class Placing(ABC):
         self._timeline = timeline
 
     def place(self, tile: Tile, pieces: Sequence[torch.Tensor]) -> None:
-        """Launch what brings the first spans of a tile into the blocks. `pieces`: their bytes in host memory, whole
-        chunks, one after the other within a piece and from piece to piece: `[num_bytes]` each, uint8. They must stay as
-        they are until `copied`."""
-        geometry, start = self._geometry, tile.first_span * SPAN_TOKENS
-        row_bytes = geometry.chunk_bytes(tile.kind) // SPAN_TOKENS
-        rows = [piece.view(self._dtype).view(piece.numel() // row_bytes, -1) for piece in pieces]
+        """Launch what brings the first spans of a tile into the blocks. `pieces`: their rows in host memory, all in one
+        piece or a span in each: `[num_tokens, row_elements]`, contiguous, the engine's dtype. They must stay as they
+        are until `copied`."""
+        start = tile.first_span * SPAN_TOKENS
         if tile.kind is ChunkKind.HIDDEN:
-            self._project(tile, start, rows)
+            self._project(tile, start, pieces)
         else:
-            self._write(tile, start, [one.view(len(one), 2, geometry.num_kv_heads, geometry.head_size) for one in rows])
+            row_shape = 2, self._geometry.num_kv_heads, self._geometry.head_size
+            self._write(tile, start, [rows.view(rows.shape[0], *row_shape) for rows in pieces])
 
     @abstractmethod
     def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None: ...
@@ -133,14 +132,16 @@ class _HostPlacing(Placing):
 
     def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        for at, rows in _numbered(start, hidden):
-            self._target.project_hidden(tile.layer_idx, at, rows)
+        for rows in hidden:
+            self._target.project_hidden(tile.layer_idx, start, rows)
+            start += len(rows)
         self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, _num_bytes(hidden))
 
     def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        for at, rows in _numbered(start, kv):
-            self._target.write_kv(tile.layer_idx, at, rows, self._main)
+        for rows in kv:
+            self._target.write_kv(tile.layer_idx, start, rows, self._main)
+            start += len(rows)
         self._timeline.add_tile_work("place", began, self._main.record(is_timed=True), tile, _num_bytes(kv))
 
     def join(self) -> None:
@@ -175,11 +176,12 @@ class _StreamPlacing(Placing):
         slot = self._placer.next_slot()
         num_bytes = _num_bytes(hidden)
         staged = slot.memory[:num_bytes].view(self._dtype).view(-1, self._geometry.hidden_size)
+        parts = staged.split([len(rows) for rows in hidden])
         if slot.free is not None:
             load.wait(slot.free)
         began = load.record(is_timed=True)
         try:
-            load.copy_many([(staged[at : at + len(rows)], rows) for at, rows in _numbered(0, hidden)])
+            load.copy_many(zip(parts, hidden, strict=True))
         finally:
             copied = self._copied = load.record(is_timed=True)
         self._timeline.add_tile_work("load", began, copied, tile, num_bytes)
@@ -195,10 +197,12 @@ class _StreamPlacing(Placing):
         load = self._after_main(self._load)
         began = load.record(is_timed=True)
         try:
-            joint = _JointCopies()
-            for at, rows in _numbered(start, kv):
-                self._target.write_kv(tile.layer_idx, at, rows, joint)
-            load.copy_many(joint.pairs)
+            if len(kv) == 1:
+                self._target.write_kv(tile.layer_idx, start, kv[0], load)
+            else:  # in one call all the same: a target looks through all its blocks in each
+                copies = _CopiesOfPieces(kv)
+                self._target.write_kv(tile.layer_idx, start, copies.whole, copies)
+                load.copy_many(copies.pairs)
         finally:
             copied = self._copied = load.record(is_timed=True)
         self._timeline.add_tile_work("load", began, copied, tile, _num_bytes(kv))
@@ -210,17 +214,32 @@ class _StreamPlacing(Placing):
             self._main.wait(self._projected)
 
 
-class _JointCopies(Stream):
-    """Takes the copies of several `KVTarget.write_kv`, which launch copies and nothing else, to launch them at once."""
+class _CopiesOfPieces(Stream):
+    """For one `KVTarget.write_kv`, which launches copies and nothing else: makes those from a tile that is nowhere as a
+    whole into copies from its pieces, a span in each."""
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
+        self._pieces = pieces
+        first = pieces[0]
+        self.whole = torch.empty(
+            len(pieces) * SPAN_TOKENS, *first.shape[1:], dtype=first.dtype, device=torch.device("meta")
+        )
+        """What the target is given: a shape without memory."""
+        self._storage = self.whole.untyped_storage()._cdata
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self.pairs.append((target, source))
-
-    def copy_many(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.pairs += pairs
+        is_of_it = source.untyped_storage()._cdata == self._storage and source.is_contiguous()
+        assert is_of_it and source.shape[1:] == self.whole.shape[1:] == target.shape[1:], (
+            "write_kv copies rows as they are"
+        )
+        first, num_rows = source.storage_offset() // self.whole.stride(0), source.shape[0]
+        at = 0
+        while at < num_rows:
+            idx, row = divmod(first + at, SPAN_TOKENS)
+            count = min(SPAN_TOKENS - row, num_rows - at)
+            self.pairs.append((_rows_of(target, at, count), _rows_of(self._pieces[idx], row, count)))
+            at += count
 
     def launch(self, work: Callable[[], None]) -> None:
         raise AssertionError("write_kv launches copies only")
@@ -232,11 +251,9 @@ class _JointCopies(Stream):
         raise AssertionError("write_kv launches copies only")
 
 
-def _numbered(start: int, pieces: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each piece with the number of its first row."""
-    for rows in pieces:
-        yield start, rows
-        start += len(rows)
+def _rows_of(tensor: torch.Tensor, start: int, num_rows: int) -> torch.Tensor:
+    """Without a new view of all of it, which takes as long as a copy's launch."""
+    return tensor if num_rows == tensor.shape[0] else tensor[start : start + num_rows]
 
 
 def _num_bytes(pieces: Sequence[torch.Tensor]) -> int:

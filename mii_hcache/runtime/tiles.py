@@ -10,14 +10,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.ports import KVTarget
@@ -108,7 +108,8 @@ class _LocalRead(TileRead):
         self.tile = tile
         self._source = source
         self._pieces: Sequence[torch.Tensor] = ()
-        """The bytes of the tile, a span each, or all of them: once there, since the end of the read."""
+        """The rows of the tile, a span in each or all in one, as `Placing.place` takes them: since the end of the
+        read."""
         self._release: Callable[[], None] = _nothing
         """Gives that memory back; set by the reader thread before `outcome` ends."""
         self._copied: Event | None = None
@@ -139,7 +140,7 @@ class _LocalRead(TileRead):
         if borrowed is None:
             return None
         self._release = borrowed.give_back
-        self._pieces = [torch.frombuffer(chunk, dtype=torch.uint8) for chunk in borrowed.chunks]
+        self._pieces = [self._rows(torch.frombuffer(chunk, dtype=torch.uint8)) for chunk in borrowed.chunks]
         return borrowed.outcome
 
     def _read_into_buffer(self) -> ReadOutcome:
@@ -147,7 +148,7 @@ class _LocalRead(TileRead):
         buffer = restorer.buffers.acquire()
         assert buffer is not None
         self._release = partial(restorer.buffers.release, buffer)
-        self._pieces = [buffer[: self.tile.num_spans * size]]
+        self._pieces = [self._rows(buffer[: self.tile.num_spans * size])]
         view = as_bytes(buffer)
         return restorer.store.get_into(
             [
@@ -161,6 +162,11 @@ class _LocalRead(TileRead):
             ]
         )
 
+    def _rows(self, chunks: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, row_elements]` of whole chunks. Here, for the engine thread has other things to do."""
+        num_tokens = SPAN_TOKENS * (chunks.numel() // self._chunk_bytes)
+        return chunks.view(self._source.restorer.adapter.dtype).view(num_tokens, -1)
+
     @property
     def _span_ids(self) -> Sequence[SpanId]:
         first = self.tile.first_span
@@ -168,7 +174,10 @@ class _LocalRead(TileRead):
 
     def place(self, num_spans: int) -> None:
         try:
-            self._source.placing.place(self.tile, list(_first_of(self._pieces, num_spans * self._chunk_bytes)))
+            pieces = self._pieces[:num_spans]
+            if len(pieces[0]) > num_spans * SPAN_TOKENS:  # all are in one
+                pieces = [pieces[0][: num_spans * SPAN_TOKENS]]
+            self._source.placing.place(self.tile, pieces)
         finally:
             self._copied = self._source.placing.copied
 
@@ -193,12 +202,3 @@ class _LocalRead(TileRead):
 
 def _nothing() -> None:
     pass
-
-
-def _first_of(pieces: Iterable[torch.Tensor], num_bytes: int) -> Iterator[torch.Tensor]:
-    """Pieces, and of the last one its beginning: so many bytes."""
-    for piece in pieces:
-        if num_bytes <= 0:
-            return
-        yield piece[:num_bytes]
-        num_bytes -= piece.numel()
