@@ -176,7 +176,7 @@ class _StreamPlacing(Placing):
         slot = self._placer.next_slot()
         num_bytes = _num_bytes(hidden)
         staged = slot.memory[:num_bytes].view(self._dtype).view(-1, self._geometry.hidden_size)
-        parts = staged.split([len(rows) for rows in hidden])
+        parts = staged.split([len(rows) for rows in hidden])  # type: ignore[no-untyped-call]
         if slot.free is not None:
             load.wait(slot.free)
         began = load.record(is_timed=True)

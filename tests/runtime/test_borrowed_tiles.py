@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import random
 import threading
 import weakref
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.runtime.placing import _CopiesOfPieces
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.streams import Stream
 from mii_hcache.storage import memory as memory_module
@@ -307,3 +310,34 @@ def test_a_read_that_is_given_up_gives_back_what_it_borrowed():
     store.delete([record.span_id for record in records])
     wait_until(lambda: store._lent_bytes == 0)  # who was given up is not waited for
     store.close()
+
+
+# --- K and V from pieces --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_of_rows_are_made_from_pieces_wherever_runs_begin(seed):
+    """Runs of blocks begin and end within spans, and are longer than they are."""
+    chooser = random.Random(seed)
+    whole = torch.arange(5 * SPAN_TOKENS * 4, dtype=torch.float32).view(-1, 2, 1, 2)
+    copies = _CopiesOfPieces([piece.clone() for piece in whole.split(SPAN_TOKENS)])
+    target = torch.zeros_like(whole)
+    cuts = sorted({0, len(whole), *chooser.choices(range(len(whole)), k=chooser.randrange(9))})
+    runs = list(pairwise(cuts))
+    chooser.shuffle(runs)
+    copies.copy_many([(target[start:stop], copies.whole[start:stop]) for start, stop in runs])
+    for out, source in copies.pairs:
+        out.copy_(source)
+    assert torch.equal(target, whole)
+
+
+def test_a_target_that_would_do_more_than_copy_rows_is_our_own_bug():
+    copies = _CopiesOfPieces(torch.zeros(2, SPAN_TOKENS, 2, 1, 2).unbind())
+    target = torch.zeros(2 * SPAN_TOKENS, 2, 1, 2)
+    for source in (copies.whole.flip(1), copies.whole + 1, copies.whole.transpose(1, 3), torch.zeros_like(target)):
+        with pytest.raises(AssertionError):
+            copies.copy(target, source)
+    for call in (partial(copies.launch, list), copies.record, partial(copies.wait, None)):
+        with pytest.raises(AssertionError):
+            call()
+    assert not copies.pairs
