@@ -32,6 +32,7 @@ from mii_hcache.runtime.profiler import ProfiledTier
 from mii_hcache.runtime.restore import Restore, RestoreOutcome
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver, StepSegment
+from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.tap import SharedTap
 from mii_hcache.storage.base import ChunkStore, SpanRecord
@@ -79,7 +80,7 @@ class Rig:
         self.engine.poison_free_blocks()
         self.clock = Clock(self.engine.device, scale.flush_bytes)
         self.counters = Counters()
-        self.store = MemoryStore(scale.store_bytes)
+        self.store = MemoryStore(scale.store_bytes, memory=span_memory())
         self._restorers: dict[tuple[int, bool], Restorer] = {}
         self._num_uids = 0
 

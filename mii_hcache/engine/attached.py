@@ -20,6 +20,7 @@ from mii_hcache.runtime.generation import (
     RestoreReport,
     SamplingParams,
 )
+from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.storage.open import Directories, OpenedState, open_state
 
 _log = logging.getLogger(__name__)
@@ -157,7 +158,9 @@ def attach(
     engine = TransformersEngine(hf_model)
     chosen = method_named(config.method) if config.method else default_method(engine.geometry)
     fingerprint = fingerprint_of(hf_model)
-    state = open_state(state_dir, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io)
+    state = open_state(
+        state_dir, config.state_capacity_bytes, config.dram_capacity_bytes, io=config.io, memory=span_memory()
+    )
     for note in state.notes:
         _log.warning(note)
     runner = SequenceRunner(engine=engine, store=state.store, method=chosen, fingerprint=fingerprint)

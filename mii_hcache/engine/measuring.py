@@ -21,6 +21,7 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import device_name, num_usable_cpus
 from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, h2d_bytes_per_s, profile_layer
+from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.open import open_state
@@ -132,7 +133,7 @@ def _scratch_tiers(
     span_bytes = max(engine.geometry.span_bytes(kind) for kind in ChunkKind)
     capacity_bytes = 4 * max(io_bytes, span_bytes) + (64 << 20)
     files = open_state(folders, capacity_bytes * len(folders), 0, io=io)
-    memory = MemoryStore(capacity_bytes)
+    memory = MemoryStore(capacity_bytes, memory=span_memory())
 
     def slowed(store: ChunkStore) -> ChunkStore:
         return ThrottledStore(store, emulated_read_bytes_per_s) if emulated_read_bytes_per_s else store

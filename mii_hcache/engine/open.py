@@ -21,6 +21,7 @@ from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.errors import ConfigError, RankLostError
+from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.throttled import ThrottledStore
@@ -164,6 +165,7 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
         durability=config.durability,
         evict=config.evict,
         expire_after_s=config.expire_after_s,
+        memory=span_memory(),
     )
     with ExitStack() as opening:
         opening.callback(state.close)

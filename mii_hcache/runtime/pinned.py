@@ -124,14 +124,20 @@ class PinnedMemory:
         with self._lock:
             return sum(slab.num_bytes for slab in self._slabs if not slab.is_pinned)
 
-    def empty(self, num_bytes: int) -> torch.Tensor:
+    def is_pinned(self, address: int) -> bool:
+        """Whether that lies in a slab that is registered."""
+        with self._lock:
+            return any(slab.is_pinned and 0 <= address - slab.address < slab.num_bytes for slab in self._slabs)
+
+    def empty(self, num_bytes: int, *, slab_bytes: int = 0) -> torch.Tensor:
         """`[num_bytes]`, uint8, page-aligned, holding anything. Comes back when the last tensor and the last view of it
         are gone. A new slab takes a few milliseconds, more for a large piece. Raises OSError where there is no memory.
+        `slab_bytes`: of a new slab, where that is more than usual.
         """
         wanted = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
         if not wanted:
             return torch.empty(0, dtype=torch.uint8)
-        slab, start = self._take(wanted) or self._grow(wanted)
+        slab, start = self._take(wanted) or self._grow(wanted, slab_bytes)
         piece = (ctypes.c_ubyte * num_bytes).from_buffer(slab.memory, slab.offset + start)
         weakref.finalize(piece, self._give_back, slab, start, wanted).atexit = False
         return torch.frombuffer(piece, dtype=torch.uint8)
@@ -145,8 +151,8 @@ class PinnedMemory:
                     return slab, start
         return None
 
-    def _grow(self, num_bytes: int) -> tuple[_Slab, int]:
-        slab = _Slab(max(num_bytes, self._slab_bytes))
+    def _grow(self, num_bytes: int, slab_bytes: int) -> tuple[_Slab, int]:
+        slab = _Slab(max(num_bytes, slab_bytes, self._slab_bytes))
         slab.touch(self._registrar.near_cpus)
         try:
             self._registrar.register(slab.address, slab.num_bytes)

@@ -13,7 +13,8 @@ Who waits for whom:
   (`join`): what is in the blocks may be used then, or the blocks may be given to somebody else.
 - Fills run on `main` while tiles come and wait for none: by plan (`work.plan_fills`) they write other cells, and attend
   only to what earlier fills wrote. Forwards of other sequences touch other blocks.
-- Host memory is copied from until the event that `Placing.copied` gives.
+- Host memory is copied from until the event that `Placing.copied` gives: of buffers that are read into, or of the
+  store's own, that it lends.
 
 Memory that two streams touch is never the caching allocator's to hand out in between: the ring lives as long as the
 `Placer`; a target's tensors are allocated on `main`, outlive `join`, and so are handed out again only behind it; what a
@@ -25,6 +26,7 @@ Tested on a fake device where everything comes late (`tests/runtime/test_restore
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,22 +52,22 @@ class Placing(ABC):
         self._target = target
         self._timeline = timeline
 
-    def place(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
-        """Launch what brings the first spans of a tile into the blocks. `buffer`: the tile's bytes, one chunk after
-        the other, in host memory: `[num_bytes]`, uint8. It must stay as it is until `copied`."""
-        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
-        num_bytes = num_spans * self._geometry.chunk_bytes(tile.kind)
-        rows = buffer[:num_bytes].view(self._dtype).view(num_tokens, -1)
+    def place(self, tile: Tile, pieces: Sequence[torch.Tensor]) -> None:
+        """Launch what brings the first spans of a tile into the blocks. `pieces`: their rows in host memory, all in one
+        piece or a span in each: `[num_tokens, row_elements]`, contiguous, the engine's dtype. They must stay as they
+        are until `copied`."""
+        start = tile.first_span * SPAN_TOKENS
         if tile.kind is ChunkKind.HIDDEN:
-            self._project(tile, start, rows)
+            self._project(tile, start, pieces)
         else:
-            self._write(tile, start, rows.view(num_tokens, 2, self._geometry.num_kv_heads, self._geometry.head_size))
+            row_shape = 2, self._geometry.num_kv_heads, self._geometry.head_size
+            self._write(tile, start, [rows.view(rows.shape[0], *row_shape) for rows in pieces])
 
     @abstractmethod
-    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None: ...
+    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None: ...
 
     @abstractmethod
-    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None: ...
+    def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None: ...
 
     @property
     @abstractmethod
@@ -130,15 +132,19 @@ class _HostPlacing(Placing):
         super().__init__(adapter, target, timeline)
         self._main = main
 
-    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None:
+    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        self._target.project_hidden(tile.layer_idx, start, hidden)
-        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, hidden.nbytes)
+        for rows in hidden:
+            self._target.project_hidden(tile.layer_idx, start, rows)
+            start += len(rows)
+        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, _num_bytes(hidden))
 
-    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None:
+    def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        self._target.write_kv(tile.layer_idx, start, kv, self._main)
-        self._timeline.add_tile_work("place", began, self._main.record(is_timed=True), tile, kv.nbytes)
+        for rows in kv:
+            self._target.write_kv(tile.layer_idx, start, rows, self._main)
+            start += len(rows)
+        self._timeline.add_tile_work("place", began, self._main.record(is_timed=True), tile, _num_bytes(kv))
 
     def join(self) -> None:
         pass
@@ -168,37 +174,90 @@ class _StreamPlacing(Placing):
             self._has_waited.add(stream)
         return stream
 
-    def _project(self, tile: Tile, start: int, hidden: torch.Tensor) -> None:
+    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
         load, compute = self._load, self._after_main(self._compute)
         slot = self._placer.next_slot()
-        staged = slot.memory[: hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+        num_bytes = _num_bytes(hidden)
+        staged = slot.memory[:num_bytes].view(self._dtype).view(-1, self._geometry.hidden_size)
+        parts = staged.split([len(rows) for rows in hidden])  # type: ignore[no-untyped-call]
         if slot.free is not None:
             load.wait(slot.free)
         began = load.record(is_timed=True)
         try:
-            load.copy(staged, hidden)
+            load.copy_many(zip(parts, hidden, strict=True))
         finally:
             copied = self._copied = load.record(is_timed=True)
-        self._timeline.add_tile_work("load", began, copied, tile, hidden.nbytes)
+        self._timeline.add_tile_work("load", began, copied, tile, num_bytes)
         compute.wait(copied)
         began = compute.record(is_timed=True)
         try:
             compute.launch(partial(self._target.project_hidden, tile.layer_idx, start, staged))
         finally:
             projected = slot.free = self._projected = compute.record(is_timed=True)
-        self._timeline.add_tile_work("project", began, projected, tile, hidden.nbytes)
+        self._timeline.add_tile_work("project", began, projected, tile, num_bytes)
 
-    def _write(self, tile: Tile, start: int, kv: torch.Tensor) -> None:
+    def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None:
         load = self._after_main(self._load)
         began = load.record(is_timed=True)
         try:
-            self._target.write_kv(tile.layer_idx, start, kv, load)
+            if len(kv) == 1:
+                self._target.write_kv(tile.layer_idx, start, kv[0], load)
+            else:  # in one call all the same: a target looks through all its blocks in each
+                copies = _CopiesOfPieces(kv)
+                self._target.write_kv(tile.layer_idx, start, copies.whole, copies)
+                load.copy_many(copies.pairs)
         finally:
             copied = self._copied = load.record(is_timed=True)
-        self._timeline.add_tile_work("load", began, copied, tile, kv.nbytes)
+        self._timeline.add_tile_work("load", began, copied, tile, _num_bytes(kv))
 
     def join(self) -> None:
         if self._copied is not None:
             self._main.wait(self._copied)
         if self._projected is not None:
             self._main.wait(self._projected)
+
+
+class _CopiesOfPieces(Stream):
+    """For one `KVTarget.write_kv`, which launches copies and nothing else: makes those from a tile that is nowhere as a
+    whole into copies from its pieces, a span in each."""
+
+    def __init__(self, pieces: Sequence[torch.Tensor]) -> None:
+        self._pieces = pieces
+        first = pieces[0]
+        self.whole = torch.empty(
+            len(pieces) * SPAN_TOKENS, *first.shape[1:], dtype=first.dtype, device=torch.device("meta")
+        )
+        """What the target is given: a shape without memory."""
+        self._storage = self.whole.untyped_storage()._cdata
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        is_of_it = source.untyped_storage()._cdata == self._storage and source.is_contiguous()
+        assert is_of_it and source.shape[1:] == self.whole.shape[1:] == target.shape[1:], (
+            "write_kv copies rows as they are"
+        )
+        first, num_rows = source.storage_offset() // self.whole.stride(0), source.shape[0]
+        at = 0
+        while at < num_rows:
+            idx, row = divmod(first + at, SPAN_TOKENS)
+            count = min(SPAN_TOKENS - row, num_rows - at)
+            self.pairs.append((_rows_of(target, at, count), _rows_of(self._pieces[idx], row, count)))
+            at += count
+
+    def launch(self, work: Callable[[], None]) -> None:
+        raise AssertionError("write_kv launches copies only")
+
+    def record(self, *, is_timed: bool = False) -> Event:
+        raise AssertionError("write_kv launches copies only")
+
+    def wait(self, event: Event) -> None:
+        raise AssertionError("write_kv launches copies only")
+
+
+def _rows_of(tensor: torch.Tensor, start: int, num_rows: int) -> torch.Tensor:
+    """Without a new view of all of it, which takes as long as a copy's launch."""
+    return tensor if num_rows == tensor.shape[0] else tensor[start : start + num_rows]
+
+
+def _num_bytes(pieces: Sequence[torch.Tensor]) -> int:
+    return sum(rows.nbytes for rows in pieces)

@@ -41,7 +41,8 @@ class KVTarget(Protocol):
     def write_kv(self, layer_idx: int, start: int, kv: torch.Tensor, stream: Stream) -> None:
         """Launch on `stream` the copies of `kv` into the blocks, as few as their order allows: `[num_tokens, 2,
         num_kv_heads, head_size]`, contiguous, keys rotated, the engine's dtype; host memory (pinned when the engine has
-        a GPU), or the device's."""
+        a GPU), or the device's. Copies of its rows as they are, and nothing else: it may be a shape without memory
+        (`meta`), whose rows only `stream` knows where to find."""
         ...
 
     def read_kv(self, layer_idx: int, start: int, out: torch.Tensor) -> None:

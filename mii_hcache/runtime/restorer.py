@@ -73,8 +73,8 @@ class Restorer:
         largest_bytes = self.pieces.tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
         self._max_ahead = max(self.pieces.least_ahead, self.pieces.read_ahead_bytes // largest_bytes)
         self._lent: list[memoryview] = []
-        self._held: deque[tuple[Event, torch.Tensor]] = deque()
-        """Buffers that the device still copies from, in the order of the copies."""
+        self._held: deque[tuple[Event, Callable[[], None]]] = deque()
+        """What gives memory back that the device still copies from, in the order of the copies."""
         self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20, on_made=self._lend)
         self.placer = Placer(adapter, self.streams, tile_spans=self.pieces.tile_spans, is_urgent=is_urgent)
         self._readers = Workers(self.pieces.num_readers, "hcache-read")
@@ -107,18 +107,19 @@ class Restorer:
         """Where the tiles of a restore come from."""
         return self._open_tiles(self, target, span_ids, timeline)
 
-    def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
-        """A host buffer is needed no longer than until `copied`, which comes after those of earlier calls."""
+    def give_back(self, release: Callable[[], None], copied: Event | None) -> None:
+        """Host memory is needed no longer than until `copied`, which comes after those of earlier calls: `release` is
+        called then."""
         if copied is not None:
-            self._held.append((copied, buffer))
+            self._held.append((copied, release))
         else:
-            self.buffers.release(buffer)
+            release()
         self.collect()
 
     def collect(self) -> None:
-        """Take back the host buffers that the device has copied. Does not block; restores do so as they go on."""
+        """Give back the host memory that the device has copied. Does not block; restores do so as they go on."""
         while self._held and self._held[0][0].is_done:
-            self.buffers.release(self._held.popleft()[1])
+            self._held.popleft()[1]()
 
     def submit_read(self, read: Callable[[], ReadOutcome]) -> Future[ReadOutcome]:
         """Run in the background."""

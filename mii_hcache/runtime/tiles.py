@@ -10,13 +10,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.ports import KVTarget
@@ -24,6 +25,7 @@ from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
 from mii_hcache.storage.base import ChunkRead, ReadOutcome
+from mii_hcache.storage.directions import ChunkWanted
 
 if TYPE_CHECKING:
     from mii_hcache.runtime.restorer import Restorer
@@ -69,7 +71,8 @@ class TileSource(ABC):
 
 
 class LocalTiles(TileSource):
-    """From the store of this process, by its restorer's reader threads, through host buffers, by its placer."""
+    """From the store of this process, by its restorer's reader threads and its placer: from where the store has the
+    bytes in memory, if it lends them, else through host buffers."""
 
     def __init__(
         self, restorer: Restorer, target: KVTarget, span_ids: Sequence[SpanId], timeline: RestoreTimeline
@@ -93,60 +96,109 @@ class LocalTiles(TileSource):
     def join(self) -> None:
         self.placing.join()
 
-    def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
-        """A buffer is needed no longer than until `copied`."""
+    def give_back(self, release: Callable[[], None], copied: Event | None) -> None:
+        """`release` gives memory back, that is needed no longer than until `copied`."""
         if copied is not None:
             self._copies.append(copied)
-        self.restorer.give_back(buffer, copied)
+        self.restorer.give_back(release, copied)
 
 
 class _LocalRead(TileRead):
     def __init__(self, source: LocalTiles, tile: Tile) -> None:
-        restorer = source.restorer
-        buffer = restorer.buffers.acquire()
-        assert buffer is not None
         self.tile = tile
         self._source = source
-        self._buffer = buffer
+        self._pieces: Sequence[torch.Tensor] = ()
+        """The rows of the tile, a span in each or all in one, as `Placing.place` takes them: since the end of the
+        read."""
+        self._release: Callable[[], None] = _nothing
+        """Gives that memory back; set by the reader thread before `outcome` ends."""
         self._copied: Event | None = None
-        chunk_bytes = restorer.adapter.geometry.chunk_bytes(tile.kind)
-        view = as_bytes(buffer)
-        self._chunks = [
-            ChunkRead(
-                span_id=source.span_ids[tile.first_span + idx],
-                layer_idx=tile.layer_idx,
-                out=view[idx * chunk_bytes : (idx + 1) * chunk_bytes],
-                kind=tile.kind,
-            )
-            for idx in range(tile.num_spans)
-        ]
-        try:
-            self.outcome = restorer.submit_read(self._read)
-        except BaseException:
-            restorer.buffers.release(buffer)
-            raise
+        self._chunk_bytes = source.restorer.adapter.geometry.chunk_bytes(tile.kind)
+        self.outcome = source.restorer.submit_read(self._read)
 
     def _read(self) -> ReadOutcome:
         """On a reader thread."""
         self.started_s = started_s = time.perf_counter()
-        outcome = self._source.restorer.store.get_into(self._chunks)
-        self._source.timeline.add_tile("read", started_s, self.tile, sum(chunk.out.nbytes for chunk in self._chunks))
+        outcome = self._borrow()
+        if outcome is None:
+            outcome = self._read_into_buffer()
+        num_bytes = self.tile.num_spans * self._chunk_bytes
+        self._source.timeline.add_tile("read", started_s, self.tile, num_bytes)
         return outcome
+
+    def _borrow(self) -> ReadOutcome | None:
+        """None: the store does not lend these, or the engine wants them otherwise."""
+        source, tile = self._source, self.tile
+        is_device = source.restorer.streams.has_own_memory
+        if not is_device and tile.kind is ChunkKind.HIDDEN:
+            return None  # one product over all rows of a tile is faster than one for each span, and needs them together
+        wanted = [
+            ChunkWanted(span_id=span_id, layer_idx=tile.layer_idx, num_bytes=self._chunk_bytes, kind=tile.kind)
+            for span_id in self._span_ids
+        ]
+        borrowed = source.restorer.store.borrow(wanted, must_be_pinned=is_device)
+        if borrowed is None:
+            return None
+        self._release = borrowed.give_back
+        self._pieces = [self._rows(torch.frombuffer(chunk, dtype=torch.uint8)) for chunk in borrowed.chunks]
+        return borrowed.outcome
+
+    def _read_into_buffer(self) -> ReadOutcome:
+        restorer, size = self._source.restorer, self._chunk_bytes
+        buffer = restorer.buffers.acquire()
+        assert buffer is not None
+        self._release = partial(restorer.buffers.release, buffer)
+        self._pieces = [self._rows(buffer[: self.tile.num_spans * size])]
+        view = as_bytes(buffer)
+        return restorer.store.get_into(
+            [
+                ChunkRead(
+                    span_id=span_id,
+                    layer_idx=self.tile.layer_idx,
+                    out=view[idx * size : (idx + 1) * size],
+                    kind=self.tile.kind,
+                )
+                for idx, span_id in enumerate(self._span_ids)
+            ]
+        )
+
+    def _rows(self, chunks: torch.Tensor) -> torch.Tensor:
+        """`[num_tokens, row_elements]` of whole chunks. Here, for the engine thread has other things to do."""
+        num_tokens = SPAN_TOKENS * (chunks.numel() // self._chunk_bytes)
+        return chunks.view(self._source.restorer.adapter.dtype).view(num_tokens, -1)
+
+    @property
+    def _span_ids(self) -> Sequence[SpanId]:
+        first = self.tile.first_span
+        return self._source.span_ids[first : first + self.tile.num_spans]
 
     def place(self, num_spans: int) -> None:
         try:
-            self._source.placing.place(self.tile, self._buffer, num_spans)
+            pieces = self._pieces[:num_spans]
+            if len(pieces[0]) > num_spans * SPAN_TOKENS:  # all are in one
+                pieces = [pieces[0][: num_spans * SPAN_TOKENS]]
+            self._source.placing.place(self.tile, pieces)
         finally:
             self._copied = self._source.placing.copied
 
     def release(self) -> None:
         if self.outcome.done():
-            self._source.give_back(self._buffer, self._copied)
+            self._source.give_back(self._let_go(), self._copied)
             return
         if not self.outcome.cancel():
             self._source.restorer.let_go(self.outcome)  # it goes on, or hangs: another thread reads in its place
-        self.outcome.add_done_callback(partial(self._give_back, self._buffer))
+        self.outcome.add_done_callback(self._give_back)
 
-    def _give_back(self, buffer: torch.Tensor, _: Future[ReadOutcome]) -> None:
+    def _give_back(self, _: Future[ReadOutcome]) -> None:
         """On any thread: nothing was placed."""
-        self._source.restorer.buffers.release(buffer)
+        self._let_go()()
+
+    def _let_go(self) -> Callable[[], None]:
+        """What gives the memory back. Nothing else of this read refers to it any more: memory that was lent goes with
+        the last view of it, and a read may live on until the garbage collector comes."""
+        release, self._release, self._pieces = self._release, _nothing, ()
+        return release
+
+
+def _nothing() -> None:
+    pass

@@ -17,6 +17,7 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.core.layout import SpanLayout
 
 if TYPE_CHECKING:
+    from mii_hcache.storage.borrowing import BorrowedChunks
     from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
     from mii_hcache.storage.drafts import FileDrafts
 
@@ -220,6 +221,15 @@ class ChunkStore(ABC):
         A span found damaged is forgotten at once (counted in `corrupt_chunks`), so that it can be saved anew. One that
         the device does not give is not.
         """
+
+    def borrow(self, wanted: Sequence[ChunkWanted], *, must_be_pinned: bool = False) -> BorrowedChunks | None:
+        """`get_into` without the copy: chunks where they lie in memory, verified there. Give them back. None where they
+        do not lie in memory, or not all of them, or not in pinned memory and `must_be_pinned`: then `get_into` may
+        bring them. Counts as use; does not block on I/O, but takes the time of a look at every byte.
+
+        What is lent is not evicted, counts against the capacity also after it was deleted, and outlives the store.
+        """
+        return None
 
     def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
         """To chunks that another process of this machine reads, in order of importance; counts as use. Call `end` on

@@ -7,13 +7,16 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.borrowing import BorrowedChunks, PlainMemory, SpanMemory
 from mii_hcache.storage.copying import copy_bytes, shared_copying
-from mii_hcache.storage.dram import SpareBuffers, new_buffer
+from mii_hcache.storage.directions import ChunkWanted
+from mii_hcache.storage.dram import SpareBuffers
 from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.reasons import Reasons
@@ -30,8 +33,14 @@ class MemorySpan:
     """All chunks."""
     crcs: Sequence[int]
     """CRC32C of the bytes that the writer gave, by chunk."""
+    is_pinned: bool = False
+    """Whether `buffer` is."""
     num_holders: int = 0
+    num_borrowers: int = 0
+    """Of the holders, those that count against the capacity and keep it from eviction."""
     alive: bool = True
+    is_erased: bool = False
+    """Its memory is not kept for the next one: what was deleted leaves DRAM."""
 
     def chunk(self, chunk_idx: int) -> memoryview:
         """Bytes of one chunk."""
@@ -39,7 +48,8 @@ class MemorySpan:
 
 
 class MemoryStore(ChunkStore):
-    """Bounded store in DRAM; nothing survives the process. Bytes are copied in and out and verified on every read.
+    """Bounded store in DRAM; nothing survives the process. Bytes are copied in, copied out or lent, and verified on
+    every read.
 
     One short lock, never held while bytes are copied. No method blocks on I/O; `put` and `get_into` take the time of
     their copies.
@@ -47,9 +57,13 @@ class MemoryStore(ChunkStore):
 
     name = "memory"
 
-    def __init__(self, capacity_bytes: int, *, num_threads: int = 4, evict: str = "lru") -> None:
+    def __init__(
+        self, capacity_bytes: int, *, num_threads: int = 4, evict: str = "lru", memory: SpanMemory | None = None
+    ) -> None:
         """`capacity_bytes`: payload. `num_threads` copy and verify one batch of reads; writes are copied by threads of
-        their own, which all stores share (`storage.copying`). `evict`: "lru" or "cost", see `eviction`."""
+        their own, which all stores share (`storage.copying`). `evict`: "lru" or "cost", see `eviction`. `memory`: where
+        the bytes lie, None for the system's."""
+        self._memory = memory or PlainMemory()
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._spans: dict[SpanId, MemorySpan] = {}
@@ -60,6 +74,8 @@ class MemoryStore(ChunkStore):
         self._closed = False
         self._used_bytes = 0
         self._reserved_bytes = 0
+        self._lent_bytes = 0
+        """Of spans that were removed while they were lent."""
         self._put_bytes = self._read_bytes = 0
         self._evicted_spans = self._dropped_spans = self._corrupt_chunks = 0
 
@@ -74,10 +90,13 @@ class MemoryStore(ChunkStore):
                 return False
             self._reserved_bytes += record.num_bytes
             buffer = self._spare.take(record.num_bytes)
-            self._spare.shrink(self._capacity_bytes - self._used_bytes - self._reserved_bytes)
+            self._spare.shrink(self._capacity_bytes - self._taken_bytes)
         span: MemorySpan | None = None
         try:
-            span = _copy_in(record, chunks, new_buffer(record.num_bytes) if buffer is None else buffer)
+            if buffer is None:
+                buffer = self._memory.new_buffer(record.num_bytes)
+            span = _copy_in(record, chunks, buffer)
+            span.is_pinned = self._memory.is_pinned(buffer)
         except (MemoryError, OSError) as error:
             _log.warning("no memory for a span of %d bytes (%s); not kept", record.num_bytes, error)
         finally:
@@ -95,16 +114,8 @@ class MemoryStore(ChunkStore):
             return self._reasons.of(span_id)
 
     def get_into(self, reads: Sequence[ChunkRead]) -> ReadOutcome:
-        found: list[tuple[MemorySpan, int]] = []
         with self._lock:
-            for read in reads:
-                span = self._spans.get(read.span_id)
-                chunk_idx = None if span is None else read.chunk_of(span.record)
-                if span is None or chunk_idx is None:
-                    break
-                span.num_holders += 1
-                found.append((span, chunk_idx))
-            self._order.use({span.record.span_id for span, _ in found})
+            found = self._hold(reads)
 
         def copy_out(idx: int) -> str | None:
             span, chunk_idx = found[idx]
@@ -121,11 +132,43 @@ class MemoryStore(ChunkStore):
         with self._lock:
             self._read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
             if reason is not None:
-                self._corrupt_chunks += 1
                 self._forget_damaged(*found[num_ok])
         if reason is None and num_ok < len(reads):
             reason = "missing"
         return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def borrow(self, wanted: Sequence[ChunkWanted], *, must_be_pinned: bool = False) -> BorrowedChunks | None:
+        with self._lock:
+            found = self._hold(wanted)
+            if must_be_pinned and not all(span.is_pinned for span, _ in found):
+                for span, _ in found:
+                    self._let_go(span)
+                return None
+            for span, _ in found:
+                span.num_borrowers += 1
+                self._order.pin([span.record.span_id])
+
+        def verify(idx: int) -> str | None:
+            span, chunk_idx = found[idx]
+            return None if crc32c(span.chunk(chunk_idx)) == span.crcs[chunk_idx] else "corrupt"
+
+        num_ok, reason = 0, None
+        try:
+            num_ok, reason = self._lanes.run(len(found), verify)
+        finally:
+            self._take_back(found[num_ok:])
+        with self._lock:
+            self._read_bytes += sum(one.num_bytes for one in wanted[:num_ok])
+            if reason is not None:
+                self._forget_damaged(*found[num_ok])
+        if reason is None and num_ok < len(wanted):
+            reason = "missing"
+        lent = found[:num_ok]
+        return BorrowedChunks(
+            [span.chunk(chunk_idx) for span, chunk_idx in lent],
+            ReadOutcome(num_ok=num_ok, reason=reason),
+            partial(self._take_back, lent),
+        )
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:
         with self._lock:
@@ -150,7 +193,7 @@ class MemoryStore(ChunkStore):
 
     def delete(self, span_ids: Iterable[SpanId]) -> int:
         with self._lock:
-            gone = [span_id for span_id in span_ids if self._remove(span_id)]
+            gone = [span_id for span_id in span_ids if self._remove(span_id, is_erased=True)]
             self._reasons.note(gone, "deleted")
             self._spare.shrink(0)  # deleted bytes leave DRAM, too
         return len(gone)
@@ -159,7 +202,7 @@ class MemoryStore(ChunkStore):
         with self._lock:
             gone = [SpanId(key) for key in self._order.unused_since(since_s)]
             for span_id in gone:
-                self._remove(span_id)
+                self._remove(span_id, is_erased=True)
             self._reasons.note(gone, "expired")
             self._spare.shrink(0)
         return gone
@@ -208,9 +251,37 @@ class MemoryStore(ChunkStore):
             self._spare.shrink(0)
         self._lanes.close()
 
+    @property
+    def _taken_bytes(self) -> int:
+        """Lock held."""
+        return self._used_bytes + self._reserved_bytes + self._lent_bytes
+
+    def _hold(self, reads: Sequence[ChunkRead] | Sequence[ChunkWanted]) -> list[tuple[MemorySpan, int]]:
+        """Take hold of the leading chunks that are here, each by itself. Lock held."""
+        found: list[tuple[MemorySpan, int]] = []
+        for read in reads:
+            span = self._spans.get(read.span_id)
+            chunk_idx = None if span is None else read.chunk_of(span.record)
+            if span is None or chunk_idx is None:
+                break
+            span.num_holders += 1
+            found.append((span, chunk_idx))
+        self._order.use({span.record.span_id for span, _ in found})
+        return found
+
+    def _take_back(self, lent: Sequence[tuple[MemorySpan, int]]) -> None:
+        """What was lent is not read any more."""
+        with self._lock:
+            for span, _ in lent:
+                self._order.unpin([span.record.span_id])
+                span.num_borrowers -= 1
+                if not span.alive and not span.num_borrowers:
+                    self._lent_bytes -= span.record.num_bytes
+                self._let_go(span)
+
     def _make_room(self, num_bytes: int) -> bool:
         """Evict until `num_bytes` fit; evicts nothing when that cannot be reached. Lock held."""
-        excess = self._used_bytes + self._reserved_bytes + num_bytes - self._capacity_bytes
+        excess = self._taken_bytes + num_bytes - self._capacity_bytes
         victims: list[SpanId] = []
         for span_id in self._order.victims():
             if excess <= 0:
@@ -241,14 +312,17 @@ class MemoryStore(ChunkStore):
             self._put_bytes += record.num_bytes
         return True
 
-    def _remove(self, span_id: SpanId) -> bool:
+    def _remove(self, span_id: SpanId, *, is_erased: bool = False) -> bool:
         """Lock held."""
         span = self._spans.pop(span_id, None)
         if span is None:
             return False
         self._order.remove(span_id)
         self._used_bytes -= span.record.num_bytes
+        if span.num_borrowers:
+            self._lent_bytes += span.record.num_bytes
         span.alive = False
+        span.is_erased = is_erased
         span.num_holders += 1
         self._let_go(span)
         return True
@@ -256,11 +330,12 @@ class MemoryStore(ChunkStore):
     def _let_go(self, span: MemorySpan) -> None:
         """One holder less; the last holder of a removed span gives its memory to the next one. Lock held."""
         span.num_holders -= 1
-        if not span.alive and not span.num_holders and not self._closed:
+        if not span.alive and not span.num_holders and not (self._closed or span.is_erased):
             self._spare.give(span.buffer)
 
     def _forget_damaged(self, span: MemorySpan, chunk_idx: int) -> None:
         """Lock held."""
+        self._corrupt_chunks += 1
         span_id = span.record.span_id
         if self._spans.get(span_id) is span:
             self._remove(span_id)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.borrowing import SpanMemory
 from mii_hcache.storage.expiry import Expiry
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
@@ -77,22 +78,23 @@ def open_state(
     durability: str = "relaxed",
     evict: str = "lru",
     expire_after_s: float | None = None,
+    memory: SpanMemory | None = None,
 ) -> OpenedState:
     """Open the state in `directory`: at most `capacity_bytes` of files, with `dram_capacity_bytes` of DRAM in front (0
     for none). Several directories, each on a disk of its own, are striped over, in equal shares; one that is missing
     is done without until it is back. Without a directory all lives in DRAM and ends with the process. `io`: see
     `storage.open_io`; `durability`: see `storage.format`; `evict`: see `storage.eviction`. A disk that takes longer
     than `deadline_s` is done without for as long as it hangs. What nobody used for `expire_after_s` is deleted; None
-    keeps it.
+    keeps it. `memory`: where what is in DRAM lies, None for the system's.
 
     Blocks on I/O. Raises StateDirBusyError, ConfigError. Damage does not raise: it is set aside, and `notes` say so.
     """
     if directory is None:
-        memory = MemoryStore(dram_capacity_bytes, evict=evict)
+        in_dram = MemoryStore(dram_capacity_bytes, evict=evict, memory=memory)
         transcripts = Transcripts(None)
-        pins = Pins(None, memory, memory.flush)
-        expiry = None if expire_after_s is None else Expiry(memory, transcripts, expire_after_s)
-        return OpenedState(store=memory, transcripts=transcripts, pins=pins, expiry=expiry)
+        pins = Pins(None, in_dram, in_dram.flush)
+        expiry = None if expire_after_s is None else Expiry(in_dram, transcripts, expire_after_s)
+        return OpenedState(store=in_dram, transcripts=transcripts, pins=pins, expiry=expiry)
     names = [directory] if isinstance(directory, (str, os.PathLike)) else directory
     paths = [Path(name).absolute() for name in names]
     stripes = StripeSet.of(paths)
@@ -125,7 +127,8 @@ def open_state(
         undo.callback(transcripts.close)
         store: ChunkStore = file
         if dram_capacity_bytes:
-            store = TieredStore(MemoryStore(dram_capacity_bytes, evict=evict), file, deadline_s=deadline_s)
+            in_dram = MemoryStore(dram_capacity_bytes, evict=evict, memory=memory)
+            store = TieredStore(in_dram, file, deadline_s=deadline_s)
         pins = Pins(None if home is None else home / PINS_FILE, file, store.flush)
         undo.callback(pins.close)
         # without the directory that keeps the pins nobody knows what must stay

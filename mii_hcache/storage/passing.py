@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class PassingStore(ChunkStore):
-    """Owns the store that it passes on to. Reads straight into a GPU are not passed on."""
+    """Owns the store that it passes on to. Reads straight into a GPU are not passed on, nor is what is borrowed: who
+    changes how bytes come changes `get_into` alone."""
 
     def __init__(self, inner: ChunkStore) -> None:
         self.name = inner.name

@@ -11,6 +11,8 @@ from functools import partial
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.borrowing import BorrowedChunks
+from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
@@ -128,6 +130,20 @@ class TieredStore(ChunkStore):
         with self._changed:
             self._read_bytes += sum(read.out.nbytes for read in reads[:num_ok])
         return ReadOutcome(num_ok=num_ok, reason=reason)
+
+    def borrow(self, wanted: Sequence[ChunkWanted], *, must_be_pinned: bool = False) -> BorrowedChunks | None:
+        if not all(self._memory.find(one.span_id) for one in wanted):
+            return None
+        borrowed = self._memory.borrow(wanted, must_be_pinned=must_be_pinned)
+        if borrowed is None:
+            return None
+        num_ok = borrowed.outcome.num_ok
+        if num_ok < len(wanted) and self._file.find(wanted[num_ok].span_id) is not None:
+            borrowed.give_back()  # files have what DRAM has lost a moment ago
+            return None
+        with self._changed:
+            self._read_bytes += sum(one.num_bytes for one in wanted[:num_ok])
+        return borrowed
 
     def lend(self, buffer: memoryview) -> None:
         self._file.lend(buffer)

@@ -16,6 +16,7 @@ from mii_hcache.errors import HCacheError
 from mii_hcache.runtime.lookup import look_up
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.storage.open import open_state
 from mii_hcache.tools.device_passes import drop_pages
@@ -59,7 +60,11 @@ class SavedState:
         payload_bytes = num_contexts * (1 + max_tokens // SPAN_TOKENS) * engine.geometry.span_bytes(kind)
         capacity_bytes = 4 * payload_bytes + (64 << 20)  # slots are larger than chunks; nothing is to be evicted
         self._state = open_state(
-            directory, capacity_bytes, (payload_bytes + (1 << 20)) if in_memory else 0, io=HCacheConfig().io
+            directory,
+            capacity_bytes,
+            (payload_bytes + (1 << 20)) if in_memory else 0,
+            io=HCacheConfig().io,
+            memory=span_memory(),
         )
         self._directory = directory
         counters = Counters()

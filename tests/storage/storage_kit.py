@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
+from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import slot_sizes
 from mii_hcache.storage.memory import MemoryStore
@@ -101,6 +102,21 @@ def reads_of(record: SpanRecord) -> list[ChunkRead]:
     return [
         record.read_of(chunk_idx, memoryview(bytearray(chunk.num_bytes)))
         for chunk_idx, chunk in enumerate(record.layout.chunks)
+    ]
+
+
+def wanted_of(record: SpanRecord) -> list[ChunkWanted]:
+    """All its chunks, to be borrowed."""
+    return [
+        ChunkWanted(
+            span_id=read.span_id,
+            layer_idx=read.layer_idx,
+            num_bytes=read.out.nbytes,
+            kind=read.kind,
+            shard=read.shard,
+            num_shards=read.num_shards,
+        )
+        for read in reads_of(record)
     ]
 
 

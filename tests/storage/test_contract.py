@@ -20,6 +20,7 @@ from tests.storage.storage_kit import (
     put,
     read_span,
     reads_of,
+    wanted_of,
 )
 
 
@@ -395,3 +396,118 @@ def test_close_waits_for_threads_that_still_use_the_store(kit):
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+# --- borrowing ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_borrowed_is_what_was_put_or_else_it_is_read(kit):
+    store = kit.open()
+    record, other = kit.record("a"), kit.record("b")
+    assert put(store, record)
+    borrowed = store.borrow(wanted_of(record))
+    assert (borrowed is not None) == (kit.kind in LENDERS)
+    if borrowed is not None:
+        assert borrowed.outcome == ReadOutcome(num_ok=record.layout.num_chunks)
+        assert [bytes(chunk) for chunk in borrowed.chunks] == [bytes(chunk) for chunk in make_chunks(record)]
+        assert all(chunk.c_contiguous and chunk.format == "B" for chunk in borrowed.chunks)
+        borrowed.give_back()
+        borrowed.give_back()  # nothing more
+        assert borrowed.chunks == ()
+    assert store.borrow(wanted_of(record), must_be_pinned=True) is None  # this memory is plain
+    unknown = store.borrow([*wanted_of(record)[:1], *wanted_of(other)])
+    if unknown is not None:
+        assert unknown.outcome == ReadOutcome(num_ok=1, reason="missing")
+        assert len(unknown.chunks) == 1
+        unknown.give_back()
+    assert holds(store, record)
+
+
+def test_what_is_lent_is_neither_evicted_nor_used_again_and_counts(kit):
+    store = kit.open_for(4)
+    first = kit.record("lent")
+    assert put(store, first)
+    borrowed = store.borrow(wanted_of(first))
+    if borrowed is None:
+        assert kit.kind not in LENDERS
+        return
+    for idx in range(8):
+        assert put(store, kit.record(idx))
+        store.flush()
+    assert borrowed_is_right(borrowed, first)
+    assert store.find(first.span_id) is not None
+    store.delete([first.span_id])
+    assert store.find(first.span_id) is None
+    for idx in range(8, 16):
+        put(store, kit.record(idx))
+        store.flush()
+        if kit.kind == "memory":
+            assert store.stats().num_bytes + SPAN_BYTES <= store.stats().capacity_bytes, "its bytes are still there"
+    assert borrowed_is_right(borrowed, first)
+    borrowed.give_back()
+    for idx in range(16, 24):
+        assert put(store, kit.record(idx))
+    if kit.kind == "memory":
+        assert store.stats().num_bytes == store.stats().capacity_bytes
+
+
+def test_what_is_lent_outlives_the_store(kit):
+    store = kit.open()
+    record = kit.record("a")
+    assert put(store, record)
+    borrowed = store.borrow(wanted_of(record))
+    kit.close()
+    if borrowed is not None:
+        assert borrowed_is_right(borrowed, record)
+        borrowed.give_back()
+    assert store.borrow(wanted_of(record)) is None or store.borrow(wanted_of(record)).outcome.reason == "missing"
+
+
+def test_threads_that_borrow_while_others_delete_never_see_a_wrong_byte(kit):
+    store = kit.open_for(6)
+    records = [kit.record(idx) for idx in range(10)]
+    stop_s = time.monotonic() + 0.5
+    wrong: list[str] = []
+
+    def churn(seed: int) -> None:
+        chooser = random.Random(seed)
+        while time.monotonic() < stop_s:
+            record = chooser.choice(records)
+            put(store, record)
+            if chooser.random() < 0.5:
+                store.delete([chooser.choice(records).span_id])
+
+    def borrow(seed: int) -> None:
+        chooser = random.Random(seed)
+        held = []
+        while time.monotonic() < stop_s:
+            record = chooser.choice(records)
+            borrowed = store.borrow(wanted_of(record))
+            if borrowed is not None:
+                held.append((borrowed, record))
+                if borrowed.outcome.reason not in (None, "missing"):
+                    wrong.append(str(borrowed.outcome))
+            if len(held) > chooser.randrange(4):
+                borrowed, record = held.pop(chooser.randrange(len(held)))
+                if not borrowed_is_right(borrowed, record):
+                    wrong.append("a byte")
+                borrowed.give_back()
+        for borrowed, _ in held:
+            borrowed.give_back()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2) for work in (churn, borrow)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    store.delete([record.span_id for record in records])
+    assert all(put(store, record) for record in records)  # nothing is left lent: all room is there
+
+
+LENDERS = ("memory", "tiered")
+
+
+def borrowed_is_right(borrowed, record) -> bool:
+    expected = make_chunks(record)[: borrowed.outcome.num_ok]
+    return [bytes(chunk) for chunk in borrowed.chunks] == [bytes(chunk) for chunk in expected]

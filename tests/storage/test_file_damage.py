@@ -25,6 +25,7 @@ from tests.storage.storage_kit import (
     make_record,
     put,
     reads_of,
+    wanted_of,
 )
 
 
@@ -152,6 +153,34 @@ def test_damage_in_dram_falls_back_to_files(tmp_path):
     assert store.get_into(reads) == ReadOutcome(num_ok=3)
     assert [read.out for read in reads] == [make_chunks(record)[2] for record in records]
     assert store.stats().corrupt_chunks == 1
+    store.close()
+    state_dir.close()
+
+
+def test_damage_in_what_dram_lends_falls_back_to_files_or_is_told(tmp_path, monkeypatch):
+    state_dir = StateDir(tmp_path)
+    memory = MemoryStore(10 * SPAN_BYTES)
+    file = FileStore(state_dir, 1 << 20, io=IO)
+    store = TieredStore(memory, file, promote=False)
+    records = [make_record(idx) for idx in range(3)]
+    for record in records:
+        put(store, record)
+    store.flush()
+    wanted = [wanted_of(record)[2] for record in records]
+    with memory.held(records[1].span_id) as span:
+        span.chunk(2)[17] ^= 1
+    assert store.borrow(wanted) is None  # now, and it will be read
+    assert store.borrow(wanted) is None  # for it lies in files only
+    reads = [reads_of(record)[2] for record in records]
+    assert store.get_into(reads) == ReadOutcome(num_ok=3)
+    assert [read.out for read in reads] == [make_chunks(record)[2] for record in records]
+    file.delete([records[2].span_id])
+    with memory.held(records[2].span_id) as span:
+        span.chunk(2)[17] ^= 1
+    borrowed = store.borrow([wanted[0], wanted[2]])
+    assert borrowed.outcome == ReadOutcome(num_ok=1, reason="corrupt")
+    borrowed.give_back()
+    assert store.stats().corrupt_chunks == 2 and memory._lent_bytes == 0
     store.close()
     state_dir.close()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.borrowing import PlainMemory
 from mii_hcache.storage.copying import copy_bytes
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.lanes import Lanes
@@ -21,7 +22,17 @@ from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.reasons import MAX_REASONS, Reasons
 from mii_hcache.storage.recency import Recency
 from mii_hcache.storage.tiered import TieredStore
-from tests.storage.storage_kit import SPAN_BYTES, holds, make_chunks, make_id, make_record, put, reads_of
+from tests.storage.storage_kit import (
+    CHUNK_BYTES,
+    SPAN_BYTES,
+    holds,
+    make_chunks,
+    make_id,
+    make_record,
+    put,
+    reads_of,
+    wanted_of,
+)
 
 
 def chain_in(recency: Recency, name: str, num: int) -> list[bytes]:
@@ -217,6 +228,62 @@ def test_damage_in_dram_is_corrupt_once_then_gone():
     assert store.why_missing(records[1].span_id) == "corrupt"
     assert put(store, records[1], writer=2)
     assert holds(store, records[1], writer=2)
+
+
+def test_damage_in_what_is_lent_is_corrupt_once_then_gone():
+    store = MemoryStore(3 * SPAN_BYTES)
+    records = [make_record(idx) for idx in range(3)]
+    for record in records:
+        put(store, record)
+    with store.held(records[1].span_id) as span:
+        span.chunk(0)[3] ^= 0x40
+    wanted = [wanted_of(record)[0] for record in records]
+    borrowed = store.borrow(wanted)
+    assert borrowed.outcome == ReadOutcome(num_ok=1, reason="corrupt")
+    assert list(borrowed.chunks) == make_chunks(records[0])[:1]
+    again = store.borrow(wanted)
+    assert again.outcome == ReadOutcome(num_ok=1, reason="missing")
+    assert store.stats().corrupt_chunks == 1 and store.why_missing(records[1].span_id) == "corrupt"
+    borrowed.give_back()
+    assert put(store, records[1])
+    assert not put(store, make_record("four", chunk_bytes=2 * SPAN_BYTES)), "one span is lent still"
+    again.give_back()
+    assert put(store, make_record("four", num_chunks=1, chunk_bytes=3 * SPAN_BYTES)), "none is"
+
+
+class _Pinned(PlainMemory):
+    """Pinned up to a number of buffers."""
+
+    def __init__(self, num_pinned: int) -> None:
+        self._num_pinned = num_pinned
+        self.made: list[memoryview] = []
+
+    def new_buffer(self, num_bytes: int) -> memoryview:
+        self.made.append(super().new_buffer(num_bytes))
+        return self.made[-1]
+
+    def is_pinned(self, buffer: memoryview) -> bool:
+        return any(buffer is one for one in self.made[: self._num_pinned])
+
+
+def test_spans_lie_in_the_memory_that_was_given_and_are_lent_as_pinned_only_if_all_are():
+    memory = _Pinned(2)
+    store = MemoryStore(10 * SPAN_BYTES, memory=memory)
+    records = [make_record(idx) for idx in range(3)]
+    for record in records:
+        put(store, record)
+    assert len(memory.made) == 3
+    first, second, third = (wanted_of(record) for record in records)
+    borrowed = store.borrow([*first, *second], must_be_pinned=True)
+    assert list(borrowed.chunks) == [*make_chunks(records[0]), *make_chunks(records[1])]
+    assert bytes(memory.made[0][:CHUNK_BYTES]) == make_chunks(records[0])[0]
+    borrowed.give_back()
+    assert store.borrow([*first, *third], must_be_pinned=True) is None
+    store.borrow([*first, *third]).give_back()
+    store.delete([record.span_id for record in records])
+    assert store._lent_bytes == 0 and not store._order._pins
+    for idx in range(10, 20):
+        assert put(store, make_record(idx))
 
 
 def test_memory_is_used_again_but_never_under_a_holder():
