@@ -41,6 +41,11 @@ class _Sequence:
             recompute_tokens=self.num_recomputed * SPAN_TOKENS,
             recompute_layers=self.num_layers,
         )
+        if chooser.random() < 0.6:
+            # Tiles that are there before anything is filled: who has seen a fill done knows what the main stream did
+            # before it, and misses no other wait for that.
+            self.restore.read_ahead()
+            time.sleep(0.008)
         if chooser.random() < 0.2:
             span_idx = chooser.randrange(len(self.kinds))
             layer_idx = chooser.choice(list(geometry.saved_layers(self.kinds[span_idx])))
