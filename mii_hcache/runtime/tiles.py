@@ -68,6 +68,27 @@ class TileSource(ABC):
         used, or the blocks may be given to somebody else. To be called however the restore ends. Does not block."""
 
 
+class Copies:
+    """One restore's host buffers that the device copies from. Engine thread only."""
+
+    def __init__(self, restorer: Restorer) -> None:
+        self._restorer = restorer
+        self._copies: deque[Event] = deque()
+
+    @property
+    def num_held(self) -> int:
+        """How many."""
+        while self._copies and self._copies[0].is_done:
+            self._copies.popleft()
+        return len(self._copies)
+
+    def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
+        """A buffer is needed no longer than until `copied`."""
+        if copied is not None:
+            self._copies.append(copied)
+        self._restorer.give_back(buffer, copied)
+
+
 class LocalTiles(TileSource):
     """From the store of this process, by its restorer's reader threads, through host buffers, by its placer."""
 
@@ -79,25 +100,21 @@ class LocalTiles(TileSource):
         self.span_ids = span_ids
         self.timeline = timeline
         self.placing = restorer.placer.open(target, timeline)
-        self._copies: deque[Event] = deque()
+        self._copies = Copies(restorer)
 
     def start(self, tile: Tile) -> TileRead:
         return _LocalRead(self, tile)
 
     @property
     def num_held(self) -> int:
-        while self._copies and self._copies[0].is_done:
-            self._copies.popleft()
-        return len(self._copies)
+        return self._copies.num_held
 
     def join(self) -> None:
         self.placing.join()
 
     def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
         """A buffer is needed no longer than until `copied`."""
-        if copied is not None:
-            self._copies.append(copied)
-        self.restorer.give_back(buffer, copied)
+        self._copies.give_back(buffer, copied)
 
 
 class _LocalRead(TileRead):
