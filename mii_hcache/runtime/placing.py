@@ -23,7 +23,8 @@ Memory that two streams touch is never the caching allocator's to hand out in be
 `Placer`, as does what is gathered; a target's tensors are allocated on `main`, outlive `join`, and so are handed out
 again only behind it; what a projection allocates stays on `compute`.
 
-Tested on a fake device where everything comes late (`tests/runtime/test_restore_races.py`); never run on a GPU yet.
+Tested on a fake device where everything comes late (`tests/runtime/test_restore_races.py`, `test_rank_races.py`
+beside it); never run on a GPU yet.
 """
 
 from __future__ import annotations
