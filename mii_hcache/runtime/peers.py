@@ -44,7 +44,7 @@ class Peers(Protocol):
 
 GatherRows = Callable[[torch.Tensor, torch.Tensor], None]
 """`gather(out, rows)`: rows `[n, ...]` of every rank, one behind the other, into out `[num_ranks * n, ...]`, on the
-engine's device and stream. Engine thread, all ranks."""
+engine's device and the current stream. Engine thread, all ranks, in the same order."""
 
 
 # --- orders: saving ---------------------------------------------------------------------------------------------------
