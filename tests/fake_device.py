@@ -139,6 +139,8 @@ class FakeStream(Stream):
         if not self.queue:
             return True
         kind, what, _ = self.queue[0]
+        if kind == "work":
+            return not getattr(getattr(what, "func", None), "can_run", True)
         return kind == "wait" and what.clock is None
 
     def run_one(self) -> None:

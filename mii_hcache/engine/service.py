@@ -106,6 +106,7 @@ class EngineService:
             # an emulated disk may be as slow as it likes
             read_deadline_s=math.inf if config.emulated_read_bytes_per_s else config.disk_deadline_s,
             open_tiles=LocalTiles if self.shared is None else self.shared.open_tiles,
+            gathering=None if self.shared is None else self.shared.gathering,
         )
         self._scheduler = HCacheScheduler(
             engine=engine,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
+from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
-from mii_hcache.runtime.gathering import gather_spans, part_bytes, place_tile, positions_of, rubbish
+from mii_hcache.runtime.buffers import SpanBuffers, as_bytes, host_empty
+from mii_hcache.runtime.gathering import Gathering, gather_now, place_now, positions_of, rubbish
 from mii_hcache.runtime.parts import PartsSink, Reply
 from mii_hcache.runtime.peers import (
     AbortStep,
@@ -25,6 +27,8 @@ from mii_hcache.runtime.peers import (
     GatherRows,
     GatherRubbish,
     HealSpan,
+    JoinRestore,
+    OpenRestore,
     OpenSequence,
     PlaceRubbish,
     PlaceTile,
@@ -33,10 +37,13 @@ from mii_hcache.runtime.peers import (
     TruncateSequence,
     WritePart,
 )
+from mii_hcache.runtime.placing import Placer, Placing
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.runtime.streams import Event, Streams, streams_of
+from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.track import SequenceTrack
 from mii_hcache.runtime.work import Tile
 from mii_hcache.storage.base import ReadOutcome
@@ -123,16 +130,30 @@ class _Part:
 
 
 class FollowingTiles:
-    """Reads this rank's parts of tiles, and places them. `read` and `forget`: any thread; `place`: engine thread."""
+    """Reads this rank's parts of tiles, and places them. `read` and `forget`: any thread; the rest: engine thread."""
 
     def __init__(
-        self, *, adapter: EngineAdapter, share: Share, gather: GatherRows, files: SlotFiles, counters: Counters
+        self,
+        *,
+        adapter: EngineAdapter,
+        gathering: Gathering,
+        files: SlotFiles,
+        counters: Counters,
+        streams: Streams | None = None,
     ) -> None:
+        """`streams`: the device's, None for torch's."""
         self._adapter = adapter
-        self._share = share
-        self._gather = gather
+        self._gathering = gathering
+        self._share = gathering.share
         self._files = files
         self._counters = counters
+        self._streams = streams or streams_of(adapter.device)
+        self._placer: Placer | None = None
+        self._placings: dict[int, Placing] = {}
+        """By uid, of restores that are open."""
+        self._held: deque[tuple[Event, _Part]] = deque()
+        """Parts whose memory the device still copies from, in the order of the copies."""
+        self._nothing: torch.Tensor | None = None
         self._readers = Workers(NUM_READERS, "hcache-read")
         self._lock = threading.Lock()
         """Guards what follows."""
@@ -185,36 +206,73 @@ class FollowingTiles:
         num_own = len(positions_of(self._share, tile))
         if part is None and num_own:
             raise RuntimeError(f"tile {order.read_id} was never read")
-        if part is None:  # a short tile: none of its spans is this rank's, which takes part in the gather all the same
-            buffer = torch.zeros(part_bytes(self._share, self._adapter.geometry, tile.kind), dtype=torch.uint8)
-        else:
-            buffer = part.buffer
+        placing = self._placings[order.uid]
         try:
-            target = self._adapter.target(order.uid)
-            place_tile(self._adapter, target, self._share, self._gather, tile, buffer)
+            placing.place_buffer(tile, self._no_rows() if part is None else part.buffer, tile.num_spans)
         finally:
             if part is not None:
-                part.pool.release(part.buffer)
+                self._give_back(part, placing.copied)
+
+    def open(self, order: OpenRestore) -> None:
+        """A restore begins."""
+        if self._placer is None or self._placer.tile_spans < order.tile_spans:
+            self._placer = Placer(
+                self._adapter,
+                self._streams,
+                tile_spans=order.tile_spans,
+                is_urgent=order.is_urgent,
+                gathering=self._gathering,
+            )
+        self._placings[order.uid] = self._placer.open(self._adapter.target(order.uid), RestoreTimeline())
+
+    def join(self, order: JoinRestore) -> None:
+        """It is over."""
+        self._placings.pop(order.uid).join()
+
+    def collect(self) -> None:
+        """Take back the memory that the device has copied. Does not block; to be called now and then."""
+        while self._held and self._held[0][0].is_done:
+            part = self._held.popleft()[1]
+            part.pool.release(part.buffer)
+
+    def _give_back(self, part: _Part, copied: Event | None) -> None:
+        if copied is None:
+            part.pool.release(part.buffer)
+        else:
+            self._held.append((copied, part))
+
+    def _no_rows(self) -> torch.Tensor:
+        """For a short tile none of whose spans is this rank's, which takes part in the gather all the same: a chunk of
+        nothing. Never written again, so nobody need wait for who copies from it."""
+        if self._nothing is None:
+            self._nothing = host_empty(self._adapter.geometry.chunk_bytes(ChunkKind.HIDDEN), dtype=torch.uint8).zero_()
+        return self._nothing
 
     def place_rubbish(self, order: PlaceRubbish) -> None:
         """For measuring."""
         tile = Tile(layer_idx=order.layer_idx, first_span=0, num_spans=order.num_spans, kind=order.kind)
         buffer = rubbish(self._share, self._adapter.geometry, order.num_spans)
-        place_tile(self._adapter, self._adapter.target(order.uid), self._share, self._gather, tile, buffer)
+        place_now(self._adapter, self._adapter.target(order.uid), self._gathering, tile, buffer)
 
     def gather_rubbish(self, order: GatherRubbish) -> None:
         """For measuring."""
         buffer = rubbish(self._share, self._adapter.geometry, order.num_spans)
-        gather_spans(self._adapter, self._share, self._gather, order.num_spans, buffer)
+        gather_now(self._adapter, self._gathering, order.num_spans, buffer)
 
     def stop(self) -> None:
-        """End the threads."""
+        """End the threads; memory that the device copies from is left to it until it is done."""
         self._readers.close(2.0)
+        try:
+            while self._held:
+                self._held[0][0].synchronize()
+                self.collect()
+        except RuntimeError:  # the device failed: memory that it copies from stays
+            _log.exception("the device did not say that it has copied %d parts of tiles", len(self._held))
 
     @property
     def num_held(self) -> int:
-        """Tiles that were read, or are being read, and neither placed nor forgotten."""
-        return len(self._parts)
+        """Tiles that were read, or are being read, and neither placed nor forgotten, or that are copied from."""
+        return len(self._parts) + len(self._held)
 
     def _pool(self, num_bytes: int) -> SpanBuffers:
         """Of buffers of at least so many bytes, in a few sizes."""
@@ -229,15 +287,29 @@ class FollowingState:
     """All of it: orders go to `obey`, on the engine thread, questions to `answer`, on any."""
 
     def __init__(
-        self, *, adapter: EngineAdapter, share: Share, gather: GatherRows, files: SlotFiles, counters: Counters
+        self,
+        *,
+        adapter: EngineAdapter,
+        share: Share,
+        gather: GatherRows,
+        files: SlotFiles,
+        counters: Counters,
+        streams: Streams | None = None,
     ) -> None:
-        """`adapter`: this rank's engine, whose `QkvInputTap` this is. Takes `files` over."""
+        """`adapter`: this rank's engine, whose `QkvInputTap` this is. Takes `files` over. `streams`: where tiles are
+        placed, None for the device's."""
         self._adapter = adapter
         self._share = share
         self._files = files
         self.counters = counters
         self.saver: FollowingSaver | None = None
-        self.tiles = FollowingTiles(adapter=adapter, share=share, gather=gather, files=files, counters=counters)
+        self.tiles = FollowingTiles(
+            adapter=adapter,
+            gathering=Gathering(share=share, gather=gather),
+            files=files,
+            counters=counters,
+            streams=streams,
+        )
 
     def rows_for(self, layer_idx: int, num_tokens: int) -> torch.Tensor | None:
         """See `QkvInputTap`."""
@@ -250,12 +322,17 @@ class FollowingState:
 
     def obey(self, order: object) -> None:
         """Carry an order out. Raises what it raises: then this rank is not what rank 0 takes it for."""
+        self.tiles.collect()
         if isinstance(order, StartSaving):
             self.saver = FollowingSaver(
                 adapter=self._adapter, share=self._share, start=order, files=self._files, counters=self.counters
             )
         elif isinstance(order, PlaceTile):
             self.tiles.place(order)
+        elif isinstance(order, OpenRestore):
+            self.tiles.open(order)
+        elif isinstance(order, JoinRestore):
+            self.tiles.join(order)
         elif isinstance(order, PlaceRubbish):
             self.tiles.place_rubbish(order)
         elif isinstance(order, GatherRubbish):

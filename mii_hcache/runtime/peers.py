@@ -44,7 +44,7 @@ class Peers(Protocol):
 
 GatherRows = Callable[[torch.Tensor, torch.Tensor], None]
 """`gather(out, rows)`: rows `[n, ...]` of every rank, one behind the other, into out `[num_ranks * n, ...]`, on the
-engine's device and stream. Engine thread, all ranks."""
+engine's device and the current stream. Engine thread, all ranks, in the same order."""
 
 
 # --- orders: saving ---------------------------------------------------------------------------------------------------
@@ -171,8 +171,27 @@ class ForgetPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpenRestore:
+    """An order: tiles come into the blocks of a sequence from now on, and nothing else behind what is filled."""
+
+    uid: int
+    tile_spans: int
+    """Most spans of a tile."""
+    is_urgent: bool
+    """As in `Placer`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinRestore:
+    """An order: no more tiles come; what was placed comes before whatever the engine's own calls do from now on."""
+
+    uid: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlaceTile:
-    """An order: bring the first spans of a tile, which all ranks have read, into the blocks; then forget it."""
+    """An order: launch what brings the first spans of a tile, which all ranks have read, into the blocks; then forget
+    it. Between `OpenRestore` and `JoinRestore` of its sequence."""
 
     read_id: int
     uid: int

@@ -4,11 +4,15 @@
     compute   wait for main, tile 0 ┴ project, write blocks, free slot 0 │ ...
     main      the engine's forwards, and fills ······························· wait for both, then use the blocks
 
+Where several ranks hold a model, a slot has the spans that this rank has read, and `compute` gathers those of all ranks
+before it projects (`gathering.py`): all ranks place the same tiles in the same order, so their gathers meet.
+
 Who waits for whom:
 
 - Before they first write a restore's blocks, `load` and `compute` wait for what `main` had been given when it was
   opened: the blocks may have been another sequence's a moment ago, and tables of its target are written there.
-- A projection waits for its tile's copy; the copy into a slot of the ring waits for the projection that used it last.
+- A projection, or a gather, waits for its tile's copy; the copy into a slot of the ring waits for the one that used it
+  last. What is gathered needs no ring: `compute` alone writes and reads it.
 - However a restore ends, `main` waits for its last copy and its last projection before anything else is launched there
   (`join`): what is in the blocks may be used then, or the blocks may be given to somebody else.
 - Fills run on `main` while tiles come and wait for none: by plan (`work.plan_fills`) they write other cells, and attend
@@ -17,10 +21,11 @@ Who waits for whom:
   store's own, that it lends.
 
 Memory that two streams touch is never the caching allocator's to hand out in between: the ring lives as long as the
-`Placer`; a target's tensors are allocated on `main`, outlive `join`, and so are handed out again only behind it; what a
-projection allocates stays on `compute`.
+`Placer`, as does what is gathered; a target's tensors are allocated on `main`, outlive `join`, and so are handed out
+again only behind it; what a projection allocates stays on `compute`.
 
-Tested on a fake device where everything comes late (`tests/runtime/test_restore_races.py`); never run on a GPU yet.
+Tested on a fake device where everything comes late (`tests/runtime/test_restore_races.py`, `test_rank_races.py`
+beside it); never run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ from functools import partial
 import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
+from mii_hcache.runtime.gathering import Gathering, num_own_spans, part_bytes
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
+from mii_hcache.runtime.share import WHOLE
 from mii_hcache.runtime.streams import Event, Stream, Streams
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
@@ -46,25 +53,42 @@ more for whoever is late."""
 class Placing(ABC):
     """One restore's tiles on their way into its blocks. Engine thread only; never waits for the device."""
 
-    def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline) -> None:
+    def __init__(
+        self,
+        adapter: EngineAdapter,
+        target: KVTarget,
+        timeline: RestoreTimeline,
+        gathering: Gathering | None,
+    ) -> None:
         self._geometry = adapter.geometry
         self._dtype = adapter.dtype
+        self._gathering = gathering
+        self._share = WHOLE if gathering is None else gathering.share
         self._target = target
         self._timeline = timeline
 
-    def place(self, tile: Tile, pieces: Sequence[torch.Tensor]) -> None:
-        """Launch what brings the first spans of a tile into the blocks. `pieces`: their rows in host memory, all in one
-        piece or a span in each: `[num_tokens, row_elements]`, contiguous, the engine's dtype. They must stay as they
-        are until `copied`."""
-        start = tile.first_span * SPAN_TOKENS
+    def place(self, tile: Tile, num_spans: int, pieces: Sequence[torch.Tensor]) -> None:
+        """Launch what brings the first `num_spans` spans of a tile into the blocks. `pieces`: this rank's rows of them
+        in host memory, all in one piece or a span in each: `[num_rows, row_elements]`, contiguous, the engine's dtype;
+        of hidden states that are gathered one piece, as long as any rank's. They must stay as they are until `copied`.
+        """
+        start, num_tokens = tile.first_span * SPAN_TOKENS, num_spans * SPAN_TOKENS
         if tile.kind is ChunkKind.HIDDEN:
-            self._project(tile, start, pieces)
+            self._project(tile, start, num_tokens, pieces)
         else:
-            row_shape = 2, self._geometry.num_kv_heads, self._geometry.head_size
+            row_shape = 2, self._geometry.shard_kv_heads(self._share.num_ranks), self._geometry.head_size
             self._write(tile, start, [rows.view(rows.shape[0], *row_shape) for rows in pieces])
 
+    def place_buffer(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
+        """`place` of what lies in a host buffer, `[num_bytes]`, uint8: this rank's chunks of the tile, one after the
+        other, with room for as many as any rank has."""
+        num_chunks = num_own_spans(self._share, num_spans) if tile.kind is ChunkKind.HIDDEN else num_spans
+        rows = buffer[: num_chunks * part_bytes(self._share, self._geometry, tile.kind)].view(self._dtype)
+        self.place(tile, num_spans, [rows.view(num_chunks * SPAN_TOKENS, -1)])
+
     @abstractmethod
-    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None: ...
+    def _project(self, tile: Tile, start: int, num_tokens: int, own: Sequence[torch.Tensor]) -> None:
+        """`own`: the rows of the spans that this rank has."""
 
     @abstractmethod
     def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None: ...
@@ -84,27 +108,43 @@ class Placer:
     """The streams and the ring that restores on one engine share. Engine thread only."""
 
     def __init__(
-        self, adapter: EngineAdapter, streams: Streams, *, tile_spans: int, is_urgent: bool, num_slots: int = RING_SLOTS
+        self,
+        adapter: EngineAdapter,
+        streams: Streams,
+        *,
+        tile_spans: int,
+        is_urgent: bool,
+        num_slots: int = RING_SLOTS,
+        gathering: Gathering | None = None,
     ) -> None:
         """`tile_spans`: most spans of a tile. `is_urgent`: restores before the engine's forwards, where the device can
-        choose; else neither comes first."""
+        choose; else neither comes first. `gathering`: with whom tiles are read, None: by this process alone."""
         self._adapter = adapter
         self.streams = streams
+        self.tile_spans = tile_spans
+        self.gathering = gathering
         if not streams.has_own_memory:
             return
         self.load = streams.new(is_urgent=is_urgent)
         self.compute = streams.new(is_urgent=is_urgent)
-        slot_bytes = tile_spans * adapter.geometry.chunk_bytes(ChunkKind.HIDDEN)
+        share = WHOLE if gathering is None else gathering.share
+        slot_bytes = num_own_spans(share, tile_spans) * adapter.geometry.chunk_bytes(ChunkKind.HIDDEN)
         self._slots = [
             _Slot(memory=torch.empty(slot_bytes, dtype=torch.uint8, device=adapter.device)) for _ in range(num_slots)
         ]
         self._turn = 0
+        self._joint: list[torch.Tensor] = []
+        """As gathered, and in order."""
+        if gathering is not None:
+            num_rows = gathering.num_gathered(tile_spans * SPAN_TOKENS)
+            shape = (num_rows, adapter.geometry.hidden_size)
+            self._joint = [torch.empty(shape, dtype=adapter.dtype, device=adapter.device) for _ in range(2)]
         self.load.wait(streams.main.record())  # whoever had this memory before may still use it there
 
     def open(self, target: KVTarget, timeline: RestoreTimeline) -> Placing:
         """For one restore into `target`, whose blocks are its own from now on. Work is noted in `timeline`."""
         if not self.streams.has_own_memory:
-            return _HostPlacing(self._adapter, target, timeline, self.streams.main)
+            return _HostPlacing(self._adapter, target, timeline, self)
         return _StreamPlacing(self._adapter, target, timeline, self)
 
     def next_slot(self) -> _Slot:
@@ -112,6 +152,12 @@ class Placer:
         slot = self._slots[self._turn]
         self._turn = (self._turn + 1) % len(self._slots)
         return slot
+
+    def joint_memory(self, num_tokens: int) -> list[torch.Tensor]:
+        """Room for the rows that are gathered for a tile of so many tokens, and for them in order. One tile's on
+        `compute`, until the next one's there."""
+        assert self.gathering is not None
+        return [memory[: self.gathering.num_gathered(num_tokens)] for memory in self._joint]
 
 
 @dataclass(kw_only=True)
@@ -128,16 +174,22 @@ class _HostPlacing(Placing):
 
     copied = None
 
-    def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline, main: Stream) -> None:
-        super().__init__(adapter, target, timeline)
-        self._main = main
+    def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline, placer: Placer) -> None:
+        super().__init__(adapter, target, timeline, placer.gathering)
+        self._main = placer.streams.main
 
-    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
+    def _project(self, tile: Tile, start: int, num_tokens: int, own: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
-        for rows in hidden:
+        if self._gathering is not None:
+            (rows,) = own
+            gathered = rows.new_empty(self._gathering.num_gathered(num_tokens), rows.shape[1])
+            ordered = torch.empty_like(gathered)
+            self._gathering.launch(self._main, rows, tile.first_span, gathered, ordered)
+            own = [ordered[:num_tokens]]
+        for rows in own:
             self._target.project_hidden(tile.layer_idx, start, rows)
             start += len(rows)
-        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, _num_bytes(hidden))
+        self._timeline.add_tile_work("project", began, self._main.record(is_timed=True), tile, _num_bytes(own))
 
     def _write(self, tile: Tile, start: int, kv: Sequence[torch.Tensor]) -> None:
         began = self._main.record(is_timed=True)
@@ -154,7 +206,7 @@ class _StreamPlacing(Placing):
     """The engine has a device."""
 
     def __init__(self, adapter: EngineAdapter, target: KVTarget, timeline: RestoreTimeline, placer: Placer) -> None:
-        super().__init__(adapter, target, timeline)
+        super().__init__(adapter, target, timeline, placer.gathering)
         self._placer = placer
         self._main, self._load, self._compute = placer.streams.main, placer.load, placer.compute
         target.prepare()
@@ -174,24 +226,29 @@ class _StreamPlacing(Placing):
             self._has_waited.add(stream)
         return stream
 
-    def _project(self, tile: Tile, start: int, hidden: Sequence[torch.Tensor]) -> None:
+    def _project(self, tile: Tile, start: int, num_tokens: int, own: Sequence[torch.Tensor]) -> None:
         load, compute = self._load, self._after_main(self._compute)
         slot = self._placer.next_slot()
-        num_bytes = _num_bytes(hidden)
+        num_bytes = _num_bytes(own)
         staged = slot.memory[:num_bytes].view(self._dtype).view(-1, self._geometry.hidden_size)
-        parts = staged.split([len(rows) for rows in hidden])  # type: ignore[no-untyped-call]
+        parts = staged.split([len(rows) for rows in own])  # type: ignore[no-untyped-call]
         if slot.free is not None:
             load.wait(slot.free)
         began = load.record(is_timed=True)
         try:
-            load.copy_many(zip(parts, hidden, strict=True))
+            load.copy_many(zip(parts, own, strict=True))
         finally:
             copied = self._copied = load.record(is_timed=True)
         self._timeline.add_tile_work("load", began, copied, tile, num_bytes)
         compute.wait(copied)
         began = compute.record(is_timed=True)
+        hidden = staged
         try:
-            compute.launch(partial(self._target.project_hidden, tile.layer_idx, start, staged))
+            if self._gathering is not None:
+                gathered, ordered = self._placer.joint_memory(num_tokens)
+                self._gathering.launch(compute, staged, tile.first_span, gathered, ordered)
+                hidden = ordered[:num_tokens]
+            compute.launch(partial(self._target.project_hidden, tile.layer_idx, start, hidden))
         finally:
             projected = slot.free = self._projected = compute.record(is_timed=True)
         self._timeline.add_tile_work("project", began, projected, tile, num_bytes)

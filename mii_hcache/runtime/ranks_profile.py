@@ -11,7 +11,7 @@ import torch
 
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.runtime.gathering import gather_spans, place_tile, rubbish
+from mii_hcache.runtime.gathering import Gathering, gather_now, place_now, rubbish
 from mii_hcache.runtime.peers import ForgetPart, GatherRows, GatherRubbish, Peers, PlaceRubbish, ReadPart
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier
@@ -36,9 +36,8 @@ class RanksTarget(KVTarget):
         self._target = target
         self._uid = uid
         self._peers = peers
-        self._gather = gather
-        self._share = Share(rank=0, num_ranks=peers.num_ranks)
-        self._buffer = rubbish(self._share, adapter.geometry, _TILE_SPANS)
+        self._gathering = Gathering(share=Share(rank=0, num_ranks=peers.num_ranks), gather=gather)
+        self._buffer = rubbish(self._gathering.share, adapter.geometry, _TILE_SPANS)
 
     def fill(self, start: int, token_ids: torch.Tensor, num_layers: int) -> None:
         self._target.fill(start, token_ids, num_layers)
@@ -66,7 +65,7 @@ class RanksTarget(KVTarget):
         self._peers.order(PlaceRubbish(uid=self._uid, layer_idx=layer_idx, num_spans=num_spans, kind=kind))
         tile = Tile(layer_idx=layer_idx, first_span=0, num_spans=num_spans, kind=kind)
         own = self._adapter.target(self._uid)
-        place_tile(self._adapter, own, self._share, self._gather, tile, self._buffer)
+        place_now(self._adapter, own, self._gathering, tile, self._buffer)
 
     def gather_s(self) -> float:
         """Seconds per token that gathering a tile takes: the least of a few."""
@@ -75,7 +74,7 @@ class RanksTarget(KVTarget):
             self._settle()
             started_s = time.perf_counter()
             self._peers.order(GatherRubbish(num_spans=_TILE_SPANS))
-            gather_spans(self._adapter, self._share, self._gather, _TILE_SPANS, self._buffer)
+            gather_now(self._adapter, self._gathering, _TILE_SPANS, self._buffer)
             self._settle()
             times_s.append(time.perf_counter() - started_s)
         return min(times_s) / (_TILE_SPANS * SPAN_TOKENS)

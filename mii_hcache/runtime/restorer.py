@@ -13,6 +13,7 @@ import torch
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
+from mii_hcache.runtime.gathering import Gathering
 from mii_hcache.runtime.pieces import pieces_on
 from mii_hcache.runtime.placing import Placer
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
@@ -50,11 +51,12 @@ class Restorer:
         open_tiles: OpenTiles = LocalTiles,
         streams: Streams | None = None,
         is_urgent: bool = False,
+        gathering: Gathering | None = None,
     ) -> None:
         """`tile_spans`, `read_ahead_bytes`: as in `Pieces`, None for what suits the device. `read_deadline_s`: a tile's
         read that takes longer hangs, and its restore does without it. `open_tiles`: where tiles come from. `streams`:
         the device's, None for torch's. `is_urgent`: restores before the engine's forwards, where a GPU can choose; to
-        be measured, and until then not."""
+        be measured, and until then not. `gathering`: as in `Placer`; `open_tiles` fits it."""
         pieces = pieces_on(adapter.device)
         self.adapter = adapter
         self.store = store
@@ -76,7 +78,10 @@ class Restorer:
         self._held: deque[tuple[Event, Callable[[], None]]] = deque()
         """What gives memory back that the device still copies from, in the order of the copies."""
         self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20, on_made=self._lend)
-        self.placer = Placer(adapter, self.streams, tile_spans=self.pieces.tile_spans, is_urgent=is_urgent)
+        self.is_urgent = is_urgent
+        self.placer = Placer(
+            adapter, self.streams, tile_spans=self.pieces.tile_spans, is_urgent=is_urgent, gathering=gathering
+        )
         self._readers = Workers(self.pieces.num_readers, "hcache-read")
 
     @property

@@ -1,8 +1,9 @@
 """Tiles that every rank reads its part of: rank 0's side (paper section 5).
 
 Each rank reads its spans' hidden rows, or its heads' K and V, into its own host memory, all at the same time; what all
-have read is placed by an order to all. Rank 0 alone knows the store, and says where chunks lie. A tile that one rank
-could not read to the end is cut there for all of them: they place the same spans or none.
+have read is placed by an order to all, on the same streams as in one process (`placing.py`). Rank 0 alone knows the
+store, and says where chunks lie. A tile that one rank could not read to the end is cut there for all of them: they
+place the same spans or none.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
+from mii_hcache.errors import RankLostError
 from mii_hcache.runtime.buffers import as_bytes
-from mii_hcache.runtime.gathering import part_bytes, place_tile, positions_of
-from mii_hcache.runtime.peers import Failed, ForgetPart, GatherRows, Peers, PlaceTile, ReadPart
+from mii_hcache.runtime.gathering import part_bytes, positions_of
+from mii_hcache.runtime.peers import Failed, ForgetPart, JoinRestore, OpenRestore, Peers, PlaceTile, ReadPart
 from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.share import Share
-from mii_hcache.runtime.tiles import TileRead, TileSource
-from mii_hcache.runtime.timeline import Activity, RestoreTimeline
+from mii_hcache.runtime.streams import Event
+from mii_hcache.runtime.tiles import Copies, TileRead, TileSource
+from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
 from mii_hcache.storage.base import ChunkRead, ReadOutcome
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections
@@ -58,27 +62,35 @@ class ShardedTiles(TileSource):
         *,
         uid_of: UidOf,
         peers: Peers,
-        gather: GatherRows,
     ) -> None:
-        """Give all but the first four by `functools.partial`: then it is a `restorer.OpenTiles`."""
+        """Give all but the first four by `functools.partial`: then it is a `restorer.OpenTiles`. The restorer knows
+        with whom to gather. Raises HCacheError when a rank is gone."""
         self.restorer = restorer
         self.uid = uid_of(target)
         self.span_ids = span_ids
         self.timeline = timeline
         self.peers = peers
-        self.gather = gather
         self.share = Share(rank=0, num_ranks=peers.num_ranks)
-        self.own_target = restorer.adapter.target(self.uid)
+        self._copies = Copies(restorer)
+        order = OpenRestore(uid=self.uid, tile_spans=restorer.pieces.tile_spans, is_urgent=restorer.is_urgent)
+        peers.order(order)
+        self.placing = restorer.placer.open(restorer.adapter.target(self.uid), timeline)
 
     def start(self, tile: Tile) -> TileRead:
         return _ShardedRead(self, tile)
 
     @property
     def num_held(self) -> int:
-        return 0
+        return self._copies.num_held
 
     def join(self) -> None:
-        pass
+        with suppress(RankLostError):  # the engine is lost, and says so to whoever uses it again
+            self.peers.order(JoinRestore(uid=self.uid))
+        self.placing.join()
+
+    def give_back(self, buffer: torch.Tensor, copied: Event | None) -> None:
+        """A buffer is needed no longer than until `copied`."""
+        self._copies.give_back(partial(self.restorer.buffers.release, buffer), copied)
 
 
 @dataclass(kw_only=True)
@@ -98,6 +110,7 @@ class _ShardedRead(TileRead):
         self.tile = tile
         self._source = source
         self._buffer = buffer
+        self._copied: Event | None = None
         self._read_id = next_read_id()
         self._lock = threading.Lock()
         """Guards what follows."""
@@ -193,7 +206,6 @@ class _ShardedRead(TileRead):
         return answer
 
     def place(self, num_spans: int) -> None:
-        started_s = time.perf_counter()
         source, tile = self._source, replace(self.tile, num_spans=num_spans)
         with self._lock:
             self._is_over = True
@@ -207,23 +219,26 @@ class _ShardedRead(TileRead):
                 kind=tile.kind,
             )
         )
-        adapter = source.restorer.adapter
-        place_tile(adapter, source.own_target, source.share, source.gather, tile, self._buffer)
-        activity: Activity = "project" if tile.kind is ChunkKind.HIDDEN else "place"
-        num_bytes = num_spans * adapter.geometry.chunk_bytes(tile.kind)
-        source.timeline.add_tile(activity, started_s, tile, num_bytes)
+        try:
+            source.placing.place_buffer(tile, self._buffer, num_spans)
+        finally:
+            self._copied = source.placing.copied
 
     def release(self) -> None:
-        if not self.outcome.done() and not self.outcome.cancel():
-            self._source.restorer.let_go(self.outcome)  # it goes on, or hangs: another thread reads in its place
         with self._lock:
             was_over, self._is_over = self._is_over, True
             asked = [] if was_over else self._asked
         for rank in asked:
             self._source.peers.ask(rank, ForgetPart(read_id=self._read_id))
+        if self.outcome.done():
+            self._source.give_back(self._buffer, self._copied)
+            return
+        if not self.outcome.cancel():
+            self._source.restorer.let_go(self.outcome)  # it goes on, or hangs: another thread reads in its place
         self.outcome.add_done_callback(partial(self._give_back, self._buffer))
 
     def _give_back(self, buffer: torch.Tensor, _: Future[ReadOutcome]) -> None:
+        """On any thread: nothing was placed."""
         self._source.restorer.buffers.release(buffer)
 
 

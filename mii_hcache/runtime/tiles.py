@@ -70,6 +70,27 @@ class TileSource(ABC):
         used, or the blocks may be given to somebody else. To be called however the restore ends. Does not block."""
 
 
+class Copies:
+    """One restore's host memory that the device copies from, tile by tile. Engine thread only."""
+
+    def __init__(self, restorer: Restorer) -> None:
+        self._restorer = restorer
+        self._copies: deque[Event] = deque()
+
+    @property
+    def num_held(self) -> int:
+        """How many."""
+        while self._copies and self._copies[0].is_done:
+            self._copies.popleft()
+        return len(self._copies)
+
+    def give_back(self, release: Callable[[], None], copied: Event | None) -> None:
+        """`release` gives memory back, that is needed no longer than until `copied`."""
+        if copied is not None:
+            self._copies.append(copied)
+        self._restorer.give_back(release, copied)
+
+
 class LocalTiles(TileSource):
     """From the store of this process, by its restorer's reader threads and its placer: from where the store has the
     bytes in memory, if it lends them, else through host buffers."""
@@ -82,25 +103,21 @@ class LocalTiles(TileSource):
         self.span_ids = span_ids
         self.timeline = timeline
         self.placing = restorer.placer.open(target, timeline)
-        self._copies: deque[Event] = deque()
+        self._copies = Copies(restorer)
 
     def start(self, tile: Tile) -> TileRead:
         return _LocalRead(self, tile)
 
     @property
     def num_held(self) -> int:
-        while self._copies and self._copies[0].is_done:
-            self._copies.popleft()
-        return len(self._copies)
+        return self._copies.num_held
 
     def join(self) -> None:
         self.placing.join()
 
     def give_back(self, release: Callable[[], None], copied: Event | None) -> None:
         """`release` gives memory back, that is needed no longer than until `copied`."""
-        if copied is not None:
-            self._copies.append(copied)
-        self.restorer.give_back(release, copied)
+        self._copies.give_back(release, copied)
 
 
 class _LocalRead(TileRead):
@@ -177,7 +194,7 @@ class _LocalRead(TileRead):
             pieces = self._pieces[:num_spans]
             if len(pieces[0]) > num_spans * SPAN_TOKENS:  # all are in one
                 pieces = [pieces[0][: num_spans * SPAN_TOKENS]]
-            self._source.placing.place(self.tile, pieces)
+            self._source.placing.place(self.tile, num_spans, pieces)
         finally:
             self._copied = self._source.placing.copied
 

@@ -15,6 +15,7 @@ import torch
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.core.plans import StoragePlan, uniform_storage
 from mii_hcache.runtime.following import FollowingState
+from mii_hcache.runtime.gathering import Gathering
 from mii_hcache.runtime.peers import Counted, PeerLostError
 from mii_hcache.runtime.restore import RestoreOutcome
 from mii_hcache.runtime.restorer import Restorer
@@ -283,7 +284,8 @@ class Ranks:
                 adapter=self.engines[0],
                 store=store,
                 counters=self.counters[0],
-                open_tiles=partial(ShardedTiles, uid_of=lambda target: target.uid, peers=self, gather=self.gather),
+                open_tiles=partial(ShardedTiles, uid_of=lambda target: target.uid, peers=self),
+                gathering=Gathering(share=self.shares[0], gather=self.gather),
                 **settings,
             )
 

@@ -25,11 +25,19 @@ class RankGroup:
     The NCCL side has not run on GPUs yet.
     """
 
-    def __init__(self, backend: Any, rank: int, size: int) -> None:
-        """`backend`: torch's process group (`join` makes one); None for a group of one."""
+    beside: RankGroup
+    """The same ranks over a communicator of its own, for what is launched beside the forwards: restores gather on it.
+
+    What one communicator is given runs in order, whatever the streams it comes from. Over the one that forwards sum on,
+    a gather that waits for its tile's copy would hold up the next forward, and that the gather."""
+
+    def __init__(self, backend: Any, rank: int, size: int, beside: RankGroup | None = None) -> None:
+        """`backend`: torch's process group (`join` makes one); None for a group of one. `beside` None: there is no
+        other, and this is it."""
         self._backend = backend
         self.rank = rank
         self.size = size
+        self.beside = beside or self
 
     @classmethod
     def join(
@@ -39,12 +47,15 @@ class RankGroup:
         there. `name`: groups of other names may be used beside this one, from other threads or streams."""
         if size == 1:
             return cls(None, rank, size)
-        store = torch_dist.PrefixStore(name, torch_dist.FileStore(str(directory / "meeting"), size))
-        store.set_timeout(timedelta(seconds=timeout_s))
+        meeting = torch_dist.FileStore(str(directory / "meeting"), size)
+        meeting.set_timeout(timedelta(seconds=timeout_s))
         try:
-            if device.type == "cuda":
-                return cls(_nccl(store, rank, size, device), rank, size)
-            return cls(_gloo(store, rank, size), rank, size)
+            stores = [torch_dist.PrefixStore(one, meeting) for one in (name, f"{name}, beside")]
+            backends = [
+                _nccl(store, rank, size, device) if device.type == "cuda" else _gloo(store, rank, size)
+                for store in stores
+            ]
+            return cls(backends[0], rank, size, cls(backends[1], rank, size))
         except RuntimeError as error:
             raise RankLostError(f"rank {rank} of {size} did not meet the others: {_first_line(error)}") from error
 
@@ -82,8 +93,9 @@ class RankGroup:
 
     def abort(self) -> None:
         """End what waits in a collective, on whichever thread, as far as the backend can. Idempotent."""
-        if self._backend is not None:
-            self._backend.abort()
+        for group in {self, self.beside}:
+            if group._backend is not None:
+                group._backend.abort()
 
     def _lost(self, what: str, error: RuntimeError) -> RankLostError:
         return RankLostError(f"rank {self.rank} of {self.size}: {what} failed: {_first_line(error)}")

@@ -12,6 +12,7 @@ from mii_hcache.engine.parallel.follower import Follower
 from mii_hcache.engine.parallel.peers import ORDER, RankPeers, start_answering
 from mii_hcache.errors import ConfigError, HCacheError
 from mii_hcache.runtime.following import FollowingState
+from mii_hcache.runtime.gathering import Gathering
 from mii_hcache.runtime.peers import Counted
 from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.ranks_profile import RanksStore, RanksTarget
@@ -47,7 +48,7 @@ class SharedState:
             )
         engine.tell(OPEN, io, emulated_read_bytes_per_s)
         self.peers = RankPeers(engine)
-        self._gather = engine.group.all_gather_rows
+        self._gather = engine.group.beside.all_gather_rows
 
     def open_saver(self, **settings: Any) -> Saver:
         """As `Saver`."""
@@ -56,7 +57,12 @@ class SharedState:
     @property
     def open_tiles(self) -> OpenTiles:
         """For `Restorer`."""
-        return partial(ShardedTiles, uid_of=_uid_of, peers=self.peers, gather=self._gather)
+        return partial(ShardedTiles, uid_of=_uid_of, peers=self.peers)
+
+    @property
+    def gathering(self) -> Gathering:
+        """For `Restorer`."""
+        return Gathering(share=Share(rank=0, num_ranks=self.peers.num_ranks), gather=self._gather)
 
     def target_of(self, engine: ParallelEngine, uid: int) -> RanksTarget:
         """A sequence's blocks on all ranks, to measure with."""
@@ -87,7 +93,7 @@ def _open(follower: Follower, io: str, emulated_read_bytes_per_s: float | None) 
     state = FollowingState(
         adapter=follower.engine,
         share=Share(rank=follower.group.rank, num_ranks=follower.group.size),
-        gather=follower.group.all_gather_rows,
+        gather=follower.group.beside.all_gather_rows,
         files=SlotFiles(open_io(io)[0], throttle=throttle),
         counters=Counters(),
     )

@@ -1,0 +1,124 @@
+"""Several ranks restore on devices whose streams run late and out of order: every byte is there on each of them, also
+where a restore is cut or cancelled, and every wait is needed."""
+
+from __future__ import annotations
+
+import random
+from contextlib import closing
+from functools import partial
+from unittest import mock
+
+import pytest
+
+from mii_hcache.core.geometry import SPAN_TOKENS
+from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.state_dir import StateDir
+from tests.fake_device import FakeStreams
+from tests.races import RaceError
+from tests.runtime.device_kit import waits_in
+from tests.runtime.kit import path, wait_until
+from tests.runtime.rank_devices import AllBlocks, RankDevices, buffers_of
+from tests.runtime.ranks_kit import Ranks, spans_in
+from tests.runtime.test_sharded import MHA, PLANS, save
+
+LENGTHS = (1, 3, 4, 7, 9)
+"""Of the histories, in spans."""
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def saved(request, tmp_path_factory):
+    """A store that so many ranks have saved in, and what."""
+    ranks = Ranks(MHA, request.param)
+    state_dir = StateDir(tmp_path_factory.mktemp("state"))
+    store = FileStore(state_dir, 64 << 20)
+    histories = [path(branch, 0, length * SPAN_TOKENS) for branch, length in enumerate(LENGTHS)]
+    save(ranks, store, PLANS["mixed"], histories)
+    ranks.close()
+    yield store, histories, request.param
+    store.close()
+    state_dir.close()
+
+
+def _source(records, layer_idx, position):
+    """Some spans were healed, and are K and V in all layers."""
+    kind = records[position // SPAN_TOKENS].layout.kinds[layer_idx]
+    return "tokens" if kind is None else kind.value
+
+
+def _talk(saved, seed: int, ignored=None) -> FakeStreams:
+    store, histories, num_ranks = saved
+    chooser = random.Random(seed)
+    streams = FakeStreams(seed, ignored=ignored, haste=chooser.choice([0.02, 0.1, 0.4]))
+    with mock.patch("mii_hcache.runtime.following.SpanBuffers", buffers_of(streams)), streams.watching():
+        devices = RankDevices(store, MHA, num_ranks, streams, chooser)
+        with closing(_Stopper(devices)):
+            live, num_begun = [], 0
+            while num_begun < 4 or live:
+                if num_begun < 4 and len(live) < 2:
+                    num_begun += 1
+                    tokens = chooser.choice(histories)
+                    records = spans_in(store, tokens)
+                    blocks = AllBlocks(devices.engines, num_begun, len(tokens))
+                    devices.store.unreadable.clear()
+                    if chooser.random() < 0.3:
+                        devices.store.unreadable.add(chooser.choice(records).span_id)
+                    live.append((devices.restorer.start(blocks, records, tokens), blocks, tokens, records))
+                for one in list(live):
+                    restore, blocks, tokens, records = one
+                    if chooser.random() < 0.03:
+                        restore.cancel()
+                    else:
+                        outcome = restore.step(0.0, wait=chooser.random() < 0.5)
+                        if outcome is None:
+                            continue
+                        assert {own.committed for own in blocks.each} == {outcome.num_tokens}, "not all ranks agree"
+                        blocks.check(tokens, partial(_source, records))
+                    blocks.give_back()
+                    live.remove(one)
+            streams.run_all()
+            devices.collect()
+            wait_until(lambda: devices.restorer.buffers.num_in_use == 0)
+            wait_until(lambda: all(follower.tiles.num_held == 0 for follower in devices.followers))
+            assert devices.meeting.num_met
+            assert all(engine.pool.rows.isnan().all() for engine in devices.engines)
+    assert not streams.checker.races
+    return streams
+
+
+class _Stopper:
+    def __init__(self, devices: RankDevices) -> None:
+        self._devices = devices
+
+    def close(self) -> None:
+        self._devices.streams._ignored = None
+        self._devices.stop()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_byte_is_there_on_every_rank(saved, seed):
+    assert _talk(saved, seed).checker.num_accesses > 100
+
+
+WAITS = [*waits_in("placing.py", {"wait"}), *waits_in("following.py", {"is_done"})]
+
+
+def _is_race(error: BaseException | None) -> bool:
+    """Also one in a gather, after which the others' streams never go on, and cancelling fails."""
+    return error is not None and (isinstance(error, RaceError) or _is_race(error.__context__))
+
+
+def test_there_are_waits_to_be_left_out():
+    assert len(WAITS) == 7
+
+
+@pytest.mark.parametrize(("file", "line"), WAITS)
+def test_no_wait_can_be_left_out(saved, file, line):
+    for seed in range(40):
+        try:
+            streams = _talk(saved, seed, (file, line, ""))
+        except AssertionError as error:
+            if _is_race(error):
+                return
+            raise
+        assert streams.num_ignored or seed < 39
+    pytest.fail(f"nobody misses the wait in {file}, line {line}")
