@@ -19,6 +19,7 @@ from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import Saver
+from mii_hcache.runtime.tiles import LocalTiles
 from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import VOCAB, Client, Conversation, answers, interleave, open_client, poisoned_engine, restorable
 from tests.fake_device import FakeStreams
@@ -62,7 +63,8 @@ def on_a_device(monkeypatch):
         streams.checker.watch(blocks, "the blocks", streams.main.actor)
         made: list[Restorer] = []
 
-        def make(*, adapter, store, counters, read_deadline_s):
+        def make(*, adapter, store, counters, read_deadline_s, open_tiles, gathering):
+            assert open_tiles is LocalTiles and gathering is None  # one rank, whose tiles are this process's
             with streams.watching():
                 made.append(device_restorer(streams, adapter, store, counters=counters, tile_spans=tile_spans))
             return made[-1]

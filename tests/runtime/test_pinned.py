@@ -309,7 +309,7 @@ def test_the_driver_registers_in_the_devices_context():
 
 
 def test_no_driver_is_an_os_error():
-    with pytest.raises(OSError, match="libcuda"):
+    with pytest.raises(OSError, match=r"libcuda|cuDeviceGet"):  # other tests of this process may have loaded a fake one
         DriverRegistrar(0)
 
 
