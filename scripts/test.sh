@@ -4,7 +4,8 @@
 #   scripts/test.sh
 #   scripts/test.sh tests/storage -k catalog
 #
-# Needs no GPU, no compiler and, after the first use, no network.
+# Needs no GPU, no compiler and, after the first use, no network. MII_HCACHE_TEST_WORKERS: processes that run tests side
+# by side, as many as there are cores by default, 4 at most.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -20,13 +21,17 @@ if [ $# -gt 0 ]; then
 fi
 
 cd "$root"
+# whole files side by side: tests of one file share what is slow to make
+workers="${MII_HCACHE_TEST_WORKERS:-$(nproc 2>/dev/null || echo 2)}"
+[ "$workers" -le 4 ] || workers=4
+run_pytest() { "$venv/bin/python" -m pytest -n "$workers" --dist loadfile "$@"; }
 status=0
 SECONDS=0
 "$root/scripts/check.sh" || status=$?
 check_s=$SECONDS
-"$venv/bin/python" -m pytest || status=$?
+run_pytest || status=$?
 # what keeps bytes once more, with the backend that needs no compiler and no io_uring
-MII_HCACHE_IO=threads "$venv/bin/python" -m pytest tests/storage tests/engine/test_restart.py || status=$?
+MII_HCACHE_IO=threads run_pytest tests/storage tests/engine/test_restart.py || status=$?
 printf 'checks %d s, tests %d s: ' "$check_s" $((SECONDS - check_s))
 if [ "$status" -eq 0 ]; then echo "all passed"; else echo "FAILED (exit status $status)"; fi
 exit "$status"
