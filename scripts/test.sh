@@ -22,7 +22,7 @@ fi
 
 cd "$root"
 # whole files side by side: tests of one file share what is slow to make
-workers="${MII_HCACHE_TEST_WORKERS:-$(nproc 2>/dev/null || echo 2)}"
+workers="${MII_HCACHE_TEST_WORKERS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}"  # nproc heeds that setting
 [ "$workers" -le 4 ] || workers=4
 run_pytest() { "$venv/bin/python" -m pytest -n "$workers" --dist loadfile "$@"; }
 status=0
