@@ -34,6 +34,8 @@ def test_a_setting_and_a_device_name_the_modules(monkeypatch, caplog):
 class LateEvent(Event):
     """Done once somebody has waited for it."""
 
+    passed_s = 0.0
+
     def __init__(self, late: LateStream) -> None:
         self._late, self._num_copies = late, len(late.copies)
 
@@ -55,7 +57,7 @@ class LateStream(HostStream):
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self.copies.append((target, source))
 
-    def record(self) -> Event:
+    def record(self, *, is_timed: bool = False) -> Event:
         return LateEvent(self)
 
     def run_to(self, num_copies: int) -> None:
@@ -119,7 +121,7 @@ def test_a_plan_says_where_every_row_is():
 class Watched(Event):
     """Says what it sees when it is waited for."""
 
-    is_done = False
+    is_done, passed_s = False, 0.0
 
     def __init__(self, look: Callable[[], None]) -> None:
         self.synchronize = look  # type: ignore[method-assign]

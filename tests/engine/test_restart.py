@@ -158,11 +158,15 @@ def test_damage_is_never_served(tiny_model, tmp_path, expected, damage, seed):
                 assert report.miss_reason is not None or report.restored_tokens > 0
         if must_be_noticed:
             assert cut > 0
-        # Whatever was lost has been saved again, and is restored from now on.
+        # What a restore stumbled on has been saved again. It does not look at what lies behind, which the next may
+        # stumble on; each gets further, so that all of it is whole after a few.
         for prompt, tokens in zip(PROMPTS, expected, strict=True):
-            again = client.ask([*prompt, 7, 8, 9], 12)
-            assert again.token_ids == tokens
-            assert again.report.restored_tokens == 64 * (len(prompt) // 64)
+            num_whole, restored = 64 * (len(prompt) // 64), -1
+            while restored < num_whole:
+                again = client.ask([*prompt, 7, 8, 9], 12)
+                assert again.token_ids == tokens
+                assert again.report.restored_tokens > restored, "what was damaged was not saved again"
+                restored = again.report.restored_tokens
             assert again.report.miss_reason is None
 
 
