@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.runtime.gathering import Gathering, gather_now, place_now, rubbish
 from mii_hcache.runtime.peers import ForgetPart, GatherRows, GatherRubbish, Peers, PlaceRubbish, ReadPart
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
-from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier
+from mii_hcache.runtime.profiler import TILE_TOKENS
 from mii_hcache.runtime.sharded_tiles import next_read_id
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.streams import Stream
@@ -129,8 +129,3 @@ class RanksStore(PassingStore):
             num_ok = theirs.num_ok if isinstance(theirs, ReadOutcome) else 0
             is_whole = is_whole and num_ok == len(reads[rank::num_ranks])
         return ReadOutcome(num_ok=len(reads)) if is_whole else ReadOutcome(num_ok=0, reason="missing")
-
-
-def ranks_tier(store: ChunkStore, forget: Callable[[], None], peers: Peers) -> ProfiledTier:
-    """A tier that all ranks read."""
-    return ProfiledTier(store=RanksStore(store, peers), forget=forget)

@@ -26,21 +26,18 @@ is there where a set of modules has something faster than `norm.norm_heads`, wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase
 
 from mii_hcache.engine.modules.attend import attend_gathered, attend_in_place, can_attend_in_place
-from mii_hcache.engine.modules.batch_plan import BatchPlan, make_plan
+from mii_hcache.engine.modules.bases import AttentionModule
 from mii_hcache.engine.modules.norm import rms_norm
 from mii_hcache.engine.modules.rope import rotary_tables, rotate
-from mii_hcache.engine.modules.upload import StepUpload
 
 
-class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
-    """One ragged batch at a time: `build_atoms` plans it, then each layer calls `forward`."""
+class PagedAttention(AttentionModule):
+    """In plain torch, and the base of the Triton one."""
 
     block_size: int = 16
     """Tokens per KV block; set before an engine is built."""
@@ -48,19 +45,6 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
         self._block_size = type(self).block_size
-        self.plan: BatchPlan | None = None
-        self._upload: StepUpload | None = None
-
-    def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
-        pass
-
-    @staticmethod
-    def name() -> str:
-        return "dense_blocked_attention"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
 
     @property
     def kv_block_size(self) -> int:
@@ -69,15 +53,6 @@ class PagedAttention(DSSelfAttentionBase):  # type: ignore[misc]
     @property
     def q_block_size(self) -> int:
         return self._block_size
-
-    def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
-        """Plan a finalized `StepBatch`. `block_tables[i]`: host block ids of sequence `i` of the batch."""
-        assert block_tables is not None
-        if self._upload is None:
-            self._upload = StepUpload(ragged_batch.input_ids().device)
-        self.plan = make_plan(
-            ragged_batch.descriptors, block_tables, self._block_size, self._upload, token_ids=ragged_batch.token_ids
-        )
 
     def place(
         self,

@@ -1,30 +1,16 @@
-"""Token (and learned position) embedding, and the output head."""
+"""Token (and learned position) embedding, and the output head, in plain torch."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from deepspeed.inference.v2.modules.interfaces import DSEmbeddingBase, DSUnembedBase
 
+from mii_hcache.engine.modules.bases import EmbeddingModule, UnembeddingModule
 from mii_hcache.engine.modules.norm import rms_norm
 
 
-class Embedding(DSEmbeddingBase):  # type: ignore[misc]
+class Embedding(EmbeddingModule):
     """Rows of the embedding table, plus learned positions where the model has them (OPT)."""
-
-    @staticmethod
-    def name() -> str:
-        return "ragged_embedding"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
-
-    @property
-    def output(self) -> torch.Tensor:
-        raise NotImplementedError("the portable embedding returns fresh tensors")
 
     def embed(
         self,
@@ -40,19 +26,11 @@ class Embedding(DSEmbeddingBase):  # type: ignore[misc]
         return embedded
 
 
-class Unembedding(DSUnembedBase):  # type: ignore[misc]
+class Unembedding(UnembeddingModule):
     """Final norm and output head for chosen rows."""
 
     norm_eps: float = 1e-5
     """Set by the model from its config: the host has no field for it."""
-
-    @staticmethod
-    def name() -> str:
-        return "ragged_unembed"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
 
     def forward(
         self,

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from deepspeed.inference.v2.inference_parameter import InferenceParameter
 from deepspeed.inference.v2.inference_utils import ActivationType, is_gated
-from deepspeed.inference.v2.modules.interfaces import DSLinearBase
 
-from mii_hcache.engine.modules import torch_dtype
+from mii_hcache.engine.modules.bases import LinearModule
 
 ACTIVATIONS: dict[ActivationType, Callable[[torch.Tensor], torch.Tensor]] = {
     ActivationType.GELU: F.gelu,
@@ -24,12 +23,9 @@ ACTIVATIONS: dict[ActivationType, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Linear(DSLinearBase):  # type: ignore[misc]
-    """`activation(x @ weight.T + bias)`; gated: `activation(gate) * up`.
-
-    DeepSpeed interleaves the rows of gate and up projections; `transform_param` parts them again, so that the halves
-    of the product are contiguous.
-    """
+class Linear(LinearModule):
+    """In plain torch. `transform_param` parts the rows of gate and up projections again, so that the halves of the
+    product are contiguous."""
 
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
@@ -38,22 +34,10 @@ class Linear(DSLinearBase):  # type: ignore[misc]
         self.activation = ACTIVATIONS[activation]
         """Replaceable by families whose activation the host has no name for."""
 
-    @staticmethod
-    def name() -> str:
-        return "blas_fp_linear"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
-
-    @property
-    def output(self) -> torch.Tensor:
-        raise NotImplementedError("the portable linear layer returns fresh tensors")
-
     def transform_param(self, param: torch.Tensor) -> InferenceParameter:
         if self._is_gated:
             param = torch.cat([param[0::2], param[1::2]])
-        return InferenceParameter.initialize(param.to(torch_dtype(self._config.output_dtype)))
+        return super().transform_param(param)
 
     def forward(self, hidden_states: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
         product = F.linear(hidden_states, w, b)

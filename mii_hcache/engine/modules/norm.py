@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.inference.v2.inference_parameter import InferenceParameter
-from deepspeed.inference.v2.modules.interfaces import DSPreNormBase
 
-from mii_hcache.engine.modules import torch_dtype
+from mii_hcache.engine.modules.bases import LayerNormModule, NormModule, RMSNormModule
 
 
 def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,13 +29,10 @@ def norm_heads(
     return torch.cat([rms_norm(q, q_gamma, eps), rms_norm(k, k_gamma, eps), v], dim=1).flatten(1)
 
 
-class _PreNorm(DSPreNormBase):  # type: ignore[misc]
-    """`residual += hidden_states; return residual, norm(residual)`.
-
-    The returned hidden states lie in `out`, if the caller gave it (`[num_tokens, channels]`, contiguous), else in one
-    buffer per module that the next call overwrites: whoever keeps them must copy first. This is what the CUDA modules
-    do, so that a copy made too late is caught on CPU as well.
-    """
+class _PreNorm(NormModule):
+    """What is returned lies in `out`, if the caller gave it (`[num_tokens, channels]`, contiguous), else in one buffer
+    per module that the next call overwrites: whoever keeps it must copy first. This is what the host's CUDA modules do,
+    so that a copy made too late is caught on CPU as well."""
 
     reuse_output: bool = True
     """False returns fresh tensors (one smoke test runs so)."""
@@ -45,19 +40,6 @@ class _PreNorm(DSPreNormBase):  # type: ignore[misc]
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
         self._output: torch.Tensor | None = None
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
-
-    def transform_param(self, param: torch.Tensor) -> InferenceParameter:
-        return InferenceParameter.initialize(param.to(torch_dtype(self._config.output_dtype)))
-
-    def normalize(
-        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`[num_tokens, channels]` to the same, in `out` or in memory of its own."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -76,12 +58,8 @@ class _PreNorm(DSPreNormBase):  # type: ignore[misc]
         return residual, self.normalize(residual, gamma, beta, out)
 
 
-class PreRMSNorm(_PreNorm):
-    """RMSNorm with the epsilon of the model's config."""
-
-    @staticmethod
-    def name() -> str:
-        return "cuda_pre_rms"
+class PreRMSNorm(_PreNorm, RMSNormModule):
+    """RMSNorm in plain torch."""
 
     def normalize(
         self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
@@ -89,12 +67,8 @@ class PreRMSNorm(_PreNorm):
         return rms_norm(x, gamma, self._config.eps, out)
 
 
-class PreLayerNorm(_PreNorm):
-    """LayerNorm with the epsilon of the model's config."""
-
-    @staticmethod
-    def name() -> str:
-        return "cuda_pre_ln"
+class PreLayerNorm(_PreNorm, LayerNormModule):
+    """LayerNorm in plain torch."""
 
     def normalize(
         self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None

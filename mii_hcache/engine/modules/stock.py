@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deepspeed.inference.v2.inference_parameter import InferenceParameter
 from deepspeed.inference.v2.inference_utils import ActivationType, is_gated
 from deepspeed.inference.v2.kernels.core_ops import (
     CUDAFPLN,
@@ -30,6 +29,14 @@ from deepspeed.inference.v2.kernels.ragged_ops import RaggedEmbeddingKernel
 from deepspeed.inference.v2.modules import interfaces
 
 from mii_hcache.engine.modules import torch_dtype
+from mii_hcache.engine.modules.bases import (
+    EmbeddingModule,
+    LayerNormModule,
+    LinearModule,
+    NormModule,
+    RMSNormModule,
+    UnembeddingModule,
+)
 from mii_hcache.engine.modules.stock_attention import StockAttention
 from mii_hcache.engine.modules.stock_limits import why_not_stock
 from mii_hcache.engine.modules.stock_rows import batch_of_rows
@@ -50,31 +57,20 @@ def register_stock() -> None:
     interfaces.DSPreNormRegistry.register_module(StockPreRMSNorm)
 
 
-class StockPreRMSNorm(interfaces.DSPreNormBase):  # type: ignore[misc]
-    """`residual += hidden_states; return residual, rms_norm(residual)`."""
+class _StockNorm(NormModule):
+    """By two kernels: the norm alone, and the norm of a sum that stays in the residual."""
+
+    kernels: tuple[type, type]
 
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
         dtype = torch_dtype(config.residual_dtype)
-        self._norm = CUDARMSNorm(config.channels, dtype, epsilon=config.eps)
-        self._add_and_norm = CUDARMSPreNorm(config.channels, dtype, epsilon=config.eps)
-
-    @staticmethod
-    def name() -> str:
-        return "cuda_pre_rms"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
-
-    def transform_param(self, param: torch.Tensor) -> InferenceParameter:
-        return InferenceParameter.initialize(param.to(torch_dtype(self._config.input_dtype)))
+        self._norm, self._add_and_norm = (kernel(config.channels, dtype, epsilon=config.eps) for kernel in self.kernels)
 
     def normalize(
         self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`[num_tokens, channels]` to the same, in `out` or in memory of its own."""
-        return self._norm(torch.empty_like(x) if out is None else out, x, gamma)  # type: ignore[no-any-return]
+        return self._norm(torch.empty_like(x) if out is None else out, x, *_given(gamma, beta))  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -87,46 +83,30 @@ class StockPreRMSNorm(interfaces.DSPreNormBase):  # type: ignore[misc]
         if hidden_states is None:
             return residual, self.normalize(residual, gamma, beta, out)
         normed = torch.empty_like(residual) if out is None else out
-        self._add_and_norm(residual, normed, residual, hidden_states, gamma)
+        self._add_and_norm(residual, normed, residual, hidden_states, *_given(gamma, beta))
         return residual, normed
 
 
-class StockPreLayerNorm(StockPreRMSNorm):
-    """`residual += hidden_states; return residual, layer_norm(residual)`."""
+class StockPreRMSNorm(_StockNorm, RMSNormModule):
+    """RMSNorm by DeepSpeed's kernels."""
 
-    def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
-        interfaces.DSPreNormBase.__init__(self, config, implementation_config)
-        dtype = torch_dtype(config.residual_dtype)
-        self._norm = CUDAFPLN(config.channels, dtype, epsilon=config.eps)
-        self._add_and_norm = CUDAFPPreLN(config.channels, dtype, epsilon=config.eps)
-
-    @staticmethod
-    def name() -> str:
-        return "cuda_pre_ln"
-
-    def normalize(
-        self, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return self._norm(torch.empty_like(x) if out is None else out, x, gamma, beta)  # type: ignore[no-any-return]
-
-    def forward(
-        self,
-        residual: torch.Tensor,
-        hidden_states: torch.Tensor | None,
-        gamma: torch.Tensor,
-        beta: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if hidden_states is None:
-            return residual, self.normalize(residual, gamma, beta, out)
-        normed = torch.empty_like(residual) if out is None else out
-        self._add_and_norm(residual, normed, residual, hidden_states, gamma, beta)
-        return residual, normed
+    kernels = (CUDARMSNorm, CUDARMSPreNorm)
 
 
-class StockLinear(interfaces.DSLinearBase):  # type: ignore[misc]
-    """`activation(x @ weight.T + bias)`; gated: `activation(gate) * up`, with the rows of both interleaved in the
-    weight, as the host's loader leaves them. GELU is the tanh approximation, gated or not."""
+class StockPreLayerNorm(_StockNorm, LayerNormModule):
+    """LayerNorm by DeepSpeed's kernels."""
+
+    kernels = (CUDAFPLN, CUDAFPPreLN)
+
+
+def _given(gamma: torch.Tensor, beta: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """A norm's parameters, as many as it has."""
+    return (gamma,) if beta is None else (gamma, beta)
+
+
+class StockLinear(LinearModule):
+    """By cuBLAS and DeepSpeed's activations, which want the rows of gate and up interleaved, as the host's loader
+    leaves them. GELU is the tanh approximation, gated or not."""
 
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
@@ -136,21 +116,6 @@ class StockLinear(interfaces.DSLinearBase):  # type: ignore[misc]
         self._multiply = BlasLibLinear(dtype)
         kernel = CUDAGatedActivation if self._is_gated else CUDABiasActivation
         self._activate = kernel(config.out_channels, dtype, activation)
-
-    @staticmethod
-    def name() -> str:
-        return "blas_fp_linear"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
-
-    @property
-    def output(self) -> torch.Tensor:
-        raise NotImplementedError("a linear layer returns fresh tensors here")
-
-    def transform_param(self, param: torch.Tensor) -> InferenceParameter:
-        return InferenceParameter.initialize(param.to(torch_dtype(self._config.output_dtype)))
 
     def forward(self, hidden_states: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
         product = hidden_states.new_empty(hidden_states.shape[0], w.shape[0])
@@ -163,25 +128,13 @@ class StockLinear(interfaces.DSLinearBase):  # type: ignore[misc]
         return out
 
 
-class StockEmbedding(interfaces.DSEmbeddingBase):  # type: ignore[misc]
+class StockEmbedding(EmbeddingModule):
     """Rows of the embedding table, plus learned positions where the model has them (OPT)."""
 
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
         dtype = torch_dtype(config.residual_dtype)
         self._embed = RaggedEmbeddingKernel(dtype, torch.int32, config.embedding_dim)
-
-    @staticmethod
-    def name() -> str:
-        return "ragged_embedding"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
-
-    @property
-    def output(self) -> torch.Tensor:
-        raise NotImplementedError("the embedding returns fresh tensors here")
 
     def embed(
         self,
@@ -198,7 +151,7 @@ class StockEmbedding(interfaces.DSEmbeddingBase):  # type: ignore[misc]
         return out
 
 
-class StockUnembedding(interfaces.DSUnembedBase):  # type: ignore[misc]
+class StockUnembedding(UnembeddingModule):
     """Final norm and output head for chosen rows."""
 
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
@@ -208,14 +161,6 @@ class StockUnembedding(interfaces.DSUnembedBase):  # type: ignore[misc]
         norm = {"rms_norm": CUDARMSNorm, "layer_norm": CUDAFPLN, None: None}[norm_type]
         self._norm = None if norm is None else norm(config.model_dim, dtype)
         self._multiply = BlasLibLinear(dtype)
-
-    @staticmethod
-    def name() -> str:
-        return "ragged_unembed"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
 
     @property
     def norm_eps(self) -> float:
@@ -238,7 +183,8 @@ class StockUnembedding(interfaces.DSUnembedBase):  # type: ignore[misc]
         """hidden_states: `[num_tokens, hidden_size]`; rows: `[num_rows]`, int64. Returns `[num_rows, vocab_size]`."""
         chosen = hidden_states[rows]
         if self._norm is not None:
-            self._norm(chosen, chosen, gamma, *([] if beta is None else [beta]))
+            assert gamma is not None
+            self._norm(chosen, chosen, *_given(gamma, beta))
         out = chosen.new_empty(chosen.shape[0], vocab_embedding.shape[0])
         self._multiply(out, chosen, vocab_embedding)
         return out

@@ -16,7 +16,6 @@ Not known without a GPU: whether FlashAttention reads rows behind the end of a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,21 +28,19 @@ from deepspeed.inference.v2.kernels.ragged_ops import (
     get_q_block_size,
 )
 from deepspeed.inference.v2.modules.configs import PositionalEmbeddingType
-from deepspeed.inference.v2.modules.interfaces import DSSelfAttentionBase
 
-from mii_hcache.engine.modules.batch_plan import BatchPlan, make_plan
+from mii_hcache.engine.modules.bases import AttentionModule
 from mii_hcache.engine.modules.norm import rms_norm
 from mii_hcache.engine.modules.stock_rows import batch_of_rows
-from mii_hcache.engine.modules.upload import StepUpload
 from mii_hcache.errors import HCacheError
 
 _ATOM_INTS = 8
 """int32 of one atom, the unit of work of the host's FlashAttention: at most `q_block_size` queries of a sequence."""
 
 
-class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
-    """One ragged batch at a time: `build_atoms` plans it, then each layer calls `forward`. Outputs are fresh tensors,
-    so a restore on another stream shares no buffer with it."""
+class StockAttention(AttentionModule):
+    """Outputs are fresh tensors, so a restore on another stream shares no buffer with it. `prepare` has nothing to do:
+    `stock_limits.refusal_of` has seen to what the kernels cannot do of windows and positions."""
 
     def __init__(self, config: Any, implementation_config: dict[str, Any]) -> None:
         super().__init__(config, implementation_config)
@@ -54,20 +51,7 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
         self._build_atoms = AtomBuilder()
         self._kv_block_size = int(get_kv_block_size(config.head_size))
         self._q_block_size = int(get_q_block_size(config.head_size))
-        self._upload: StepUpload | None = None
         self._longest = 0
-        self.plan: BatchPlan | None = None
-
-    def prepare(self, inv_freq: torch.Tensor | None, num_positions: int, windows: Sequence[int | None]) -> None:
-        """Nothing to do: `stock_limits.refusal_of` has seen to what the kernels cannot do of these."""
-
-    @staticmethod
-    def name() -> str:
-        return "dense_blocked_attention"
-
-    @staticmethod
-    def supports_config(config: Any) -> bool:
-        return True
 
     @property
     def kv_block_size(self) -> int:
@@ -77,11 +61,7 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
     def q_block_size(self) -> int:
         return self._q_block_size
 
-    def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
-        """Plan a finalized batch. `block_tables[i]`: host block ids of sequence `i` of the batch."""
-        assert block_tables is not None
-        if self._upload is None:
-            self._upload = StepUpload(ragged_batch.input_ids().device)
+    def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor]) -> None:
         rows = ragged_batch.descriptors
         self._longest = max(seen + count for _, count, seen in rows)
         # The host's module has room for one atom a sequence, which a few long prompts overrun.
@@ -89,14 +69,7 @@ class StockAttention(DSSelfAttentionBase):  # type: ignore[misc]
         atoms = torch.zeros(most, _ATOM_INTS, dtype=torch.int32)
         _, num_atoms = self._build_atoms(atoms, ragged_batch, self._q_block_size, self._kv_block_size)
         assert num_atoms == most
-        self.plan = make_plan(
-            rows,
-            block_tables,
-            self._kv_block_size,
-            self._upload,
-            token_ids=ragged_batch.token_ids,
-            extra=[atoms],
-        )
+        self.plan = self._plan_of(ragged_batch, block_tables, extra=[atoms])
 
     def forward(
         self,

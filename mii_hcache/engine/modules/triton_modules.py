@@ -23,10 +23,8 @@ from mii_hcache.engine.kernels.split_merge import merge_splits
 from mii_hcache.engine.kernels.work import MERGE_FIELDS, Work, plan_work, tile_shapes
 from mii_hcache.engine.modules.attend import attend_gathered
 from mii_hcache.engine.modules.attention import PagedAttention
-from mii_hcache.engine.modules.batch_plan import make_plan
 from mii_hcache.engine.modules.linear import Linear
 from mii_hcache.engine.modules.norm import PreLayerNorm, PreRMSNorm
-from mii_hcache.engine.modules.upload import StepUpload
 from mii_hcache.errors import ConfigError
 
 PROGRAMS_PER_SM = 2
@@ -76,24 +74,15 @@ class TritonAttention(PagedAttention):
             partials = torch.zeros(1, num_kv_heads, shape.rows, head_size, device=kv_cache.device)
             merge_splits(merges, partials, partials[..., 0].contiguous(), out, group=self._group)
 
-    def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor] | None = None) -> None:
-        assert block_tables is not None
+    def build_atoms(self, ragged_batch: Any, block_tables: list[torch.Tensor]) -> None:
         device = ragged_batch.input_ids().device
-        if self._upload is None:
-            self._upload = StepUpload(device)
+        if not self._num_programs:
             self._num_programs = INTERPRETED_PROGRAMS
             if device.type == "cuda":
                 self._num_programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
         works = {window: self._plan_work(ragged_batch.descriptors, window) for window in self._windows}
         flat = [array for pair in works.values() for work in pair for array in (work.items, work.merges)]
-        self.plan = make_plan(
-            ragged_batch.descriptors,
-            block_tables,
-            self._block_size,
-            self._upload,
-            token_ids=ragged_batch.token_ids,
-            extra=flat,
-        )
+        self.plan = self._plan_of(ragged_batch, block_tables, extra=flat)
         sent = iter(self.plan.extra)
         self._work = {window: [(next(sent), next(sent)) for _ in pair] for window, pair in works.items()}
         self._make_partials(
