@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -42,8 +43,13 @@ def environment_api_keys() -> list[str]:
 
 
 def quiet_libraries() -> None:
-    """Have libraries that are imported from here on say only what is wrong, unless the environment says otherwise."""
+    """Have libraries that are imported from here on say only what is wrong. `$TRANSFORMERS_VERBOSITY` is honoured."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets its level when it is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @dataclass(frozen=True, kw_only=True)

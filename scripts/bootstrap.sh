@@ -241,7 +241,7 @@ install() {
     step "preparing $("$base_python" -V) from $base_python" prepare_python
     install_torch
     pin_triton
-    step "installing DeepSpeed, transformers and the rest" \
+    step "installing DeepSpeed, transformers and the rest (a minute or two)" \
         pip install -q -c "$venv/constraints.txt" --build-constraint "$constraints" -e "$root$extras"
     step "installing DeepSpeed-MII without its CUDA kernels" \
         pip install -q -c "$constraints" --no-deps deepspeed-mii

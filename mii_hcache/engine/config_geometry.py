@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mii_hcache.core.geometry import DTYPE_BYTES, ModelGeometry
+from mii_hcache.engine.checkpoint import why_no_folder
 from mii_hcache.engine.rotary import head_size_of
 from mii_hcache.errors import ConfigError
 
 _GATED = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma", "gemma2"}
 """Model types whose feed-forward part has gate, up and down: three matrices."""
+_NO_MODEL = "model must be a folder with a config.json, that file, or a hub id, got {model!r}: {reason}"
 
 
 def read_config(model: str) -> Any:
@@ -19,13 +21,14 @@ def read_config(model: str) -> Any:
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
+    reason = why_no_folder(model)
+    if reason is not None:
+        raise ConfigError(_NO_MODEL.format(model=model, reason=reason))
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else model, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"model must be a folder with a config.json, that file, or a hub id, got {model!r}: {reason}"
-        ) from error
+        raise ConfigError(_NO_MODEL.format(model=model, reason=reason)) from error
 
 
 def dtype_of_config(config: Any) -> str:

@@ -23,6 +23,7 @@ from mii_hcache.engine.tokenizer import Tokenizer
 from mii_hcache.errors import ConfigError, RankLostError
 from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.disk_space import why_scarce
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.throttled import ThrottledStore
 
@@ -174,7 +175,9 @@ def open_service(config: HCacheConfig, progress: Progress = _quiet, on_lost: OnL
         state_dir = state.directories[0]
         loaded = load_engine(config, state_dir, progress, lost)
         opening.callback(loaded.engine.close)
-        notes = [*state.notes, *loaded.notes]
+        share_bytes = config.state_capacity_bytes // len(config.state_dirs)
+        scarce = [why_scarce(directory, share_bytes) for directory in state.directories]
+        notes = [*state.notes, *filter(None, scarce), *loaded.notes]
         if config.tensor_parallel > 1:
             notes.append(
                 "Saved state is not kept in DRAM in front of the files: ranks share only files. A --state-dir on a "
@@ -261,7 +264,7 @@ def _choose_method(
     )
     if profile.is_doubtful:
         notes.append(
-            f"The machine was busy when it was measured (runs differ {profile.spread:.1f} times): plans may be poor. "
-            "It is measured again at the next start, or with `python -m mii_hcache profile`."
+            f"The machine was busy when it was measured (the same work took up to {profile.spread:.1f} times as long): "
+            "plans may be poor. It is measured again at the next start, or with `python -m mii_hcache profile`."
         )
     return method, f"{why}, planned from what this machine measured on {profile.date[:10]}", profile

@@ -13,6 +13,7 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
+from mii_hcache.engine.checkpoint import why_no_folder
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.one import OneProcess
 from mii_hcache.engine.ragged_batch import StepBatch
@@ -334,6 +335,9 @@ def open_checkpoint(model_path: str) -> Any:
     from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
     from huggingface_hub.errors import StrictDataclassError
 
+    reason = why_no_folder(model_path)
+    if reason is not None:
+        raise ConfigError(f"model {model_path!r} cannot be loaded: {reason}")
     folder = Path(model_path)
     if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")

@@ -81,7 +81,7 @@ def api_error_of(error: Exception) -> ApiError:
         retry_after_s = max(1, math.ceil(error.retry_after_s))
         return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(retry_after_s)})
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
+        return ApiError(error.status_code, str(error.detail))
     if isinstance(error, HCacheError):
         _log.error("request failed: %s", error)
         return ApiError(500, str(error))
@@ -108,7 +108,11 @@ def _of_validation(error: ValidationError) -> ApiError:
 def install_error_answers(app: FastAPI) -> None:
     """Every error that leaves `app` has OpenAI's shape: those of routing (404, 405) and of bugs (500) too."""
 
-    async def answer(_request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            paths = sorted({path for route in app.routes if "{" not in (path := getattr(route, "path", "{"))})
+            words = f"There is nothing at {request.url.path}. This server has {', '.join(paths)}."
+            return answer_to(ApiError(404, words, code="not_found"))
         return answer_to(error)
 
     for kind in (ApiError, ClientGoneError, HCacheError, ValidationError, HTTPException):

@@ -9,6 +9,8 @@ import time
 import traceback
 from typing import Any
 
+import huggingface_hub.utils.logging as _hub
+
 from mii_hcache.config import quiet_libraries
 
 REQUESTS = "mii_hcache.serve.requests"
@@ -54,6 +56,7 @@ def set_up_logging(*, verbose: bool, as_json: bool) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if verbose else logging.ERROR)  # other people's
     logging.captureWarnings(True)
+    logging.getLogger(_hub.__name__.partition(".")[0]).handlers.clear()  # it hands its records on as well
     for name in _OWN_WRITERS:
         logging.getLogger(name).addFilter(_OurWay())
     if not verbose:

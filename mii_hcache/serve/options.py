@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults = HCacheConfig()
     parser = argparse.ArgumentParser(
         prog="python -m mii_hcache.serve",
+        usage="%(prog)s [options]; --help lists them",  # all of them would hide the line that says what is wrong
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -205,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=IO_NAMES,
         default=defaults.io,
         help="how it gets to the disk and back: by the native engine on io_uring, by Python's threads, or by the first "
-        "that works here; cufile adds GPUDirect Storage (experimental: its authors never ran it on a GPU); the "
+        "that works here; cufile adds GPUDirect Storage (experimental: never run on a GPU); the "
         "files are the same (default: %(default)s)",
     )
     state.add_argument(
@@ -284,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.kernels,
         help="what computes on a GPU: our kernels in Triton, which need nothing but torch (portable), or DeepSpeed's "
         "in CUDA, which want deepspeed-kernels, a matching nvcc and a GPU from A100 to H200 (stock); auto is "
-        "portable. Their authors ran neither on a GPU yet. On a CPU there is only portable, in plain torch. State that "
+        "portable. Neither has run on a GPU yet. On a CPU there is only portable, in plain torch. State that "
         "one saved is not restored under the other (default: %(default)s)",
     )
     engine.add_argument(

@@ -157,7 +157,7 @@ def _lines(report: dict[str, Any], memory: Sequence[Row]) -> list[str]:
     notes = list(report["notes"])
     spread = max(row.median.spread for row in everything)
     if spread > 2:
-        notes.append(f"passes of one row differ by up to {spread:.1f} times: the machine or its disk was busy")
+        notes.append(f"the same pass took up to {spread:.1f} times as long: the machine or its disk was busy")
     return [*lines, *(["", *(f"note  {note}" for note in notes)] if notes else [])]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mii_hcache import __version__
+from mii_hcache.config import quiet_libraries
 from mii_hcache.tools.directories import add_state_dir, chosen_dirs
 from mii_hcache.tools.findings import Finding, find_out
 from mii_hcache.tools.machine_checks import machine_checks
@@ -37,6 +38,7 @@ exit status: 0 a server can run, 1 something prevents it
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 when something prevents serving."""
     options = _parser().parse_args(arguments)
+    quiet_libraries()
     directories = chosen_dirs(options.state_dir)
     progress = Progress()
     findings: list[Finding] = []

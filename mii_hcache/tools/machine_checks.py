@@ -61,11 +61,11 @@ def _ranks() -> Finding:
         reason = f"this torch has no {backend}: a model cannot be split over processes (--tensor-parallel)"
         return off("ranks", reason)
     if not on_gpus:
-        return ok("ranks", f"gloo: --tensor-parallel may be 2 to {max(2, num_usable_cpus())} on these cores")
+        return ok("ranks", f"gloo: --tensor-parallel up to {max(2, num_usable_cpus())} on these cores")
     count = torch.cuda.device_count()
     if count < 2:
         return off("ranks", "NCCL, and one GPU: --tensor-parallel needs one for each rank")
-    return ok("ranks", f"NCCL: --tensor-parallel may be 2 to {count}; it has not run on GPUs yet")
+    return ok("ranks", f"NCCL: --tensor-parallel up to {count}; it has not run on GPUs yet")
 
 
 def _cpu() -> Finding:

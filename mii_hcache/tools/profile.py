@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from mii_hcache.config import DTYPE_NAMES, HCacheConfig
+from mii_hcache.config import DTYPE_NAMES, HCacheConfig, quiet_libraries
 from mii_hcache.core.cost import LayerCost, MeasuredProfile
 from mii_hcache.core.geometry import ChunkKind, ModelGeometry
 from mii_hcache.errors import ConfigError
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing:
             raise ConfigError(f"not all directories of the set are there ({'; '.join(missing)})")
         directories = [seat.path for seat in seats]
+    quiet_libraries()
     progress = Progress()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
         profile, geometry = _measure(options, directories, progress)
@@ -108,7 +109,7 @@ def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -
         *rates,
         *([f"and copied to the GPU at {size(profile.h2d_bytes_per_s)}/s"] if profile.h2d_bytes_per_s else []),
         *(
-            [f"The machine was busy: runs differ {profile.spread:.1f} times. Measure again."]
+            [f"The machine was busy: the same work took up to {profile.spread:.1f} times as long. Measure again."]
             if profile.is_doubtful
             else []
         ),

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mii_hcache.config import DTYPE_NAMES
+from mii_hcache.config import DTYPE_NAMES, quiet_libraries
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import default_method
 from mii_hcache.errors import ConfigError, HCacheError
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 when all is within its bounds, else 1. Raises HCacheError when it could not be run."""
     options = _parser().parse_args(arguments)
     injection = Injection.parse(options.inject) if options.inject else None
+    quiet_libraries()
     progress = Progress()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed writes to stdout, which may be read by a script
         report = _check(options, injection, progress)

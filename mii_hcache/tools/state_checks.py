@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.storage.cufile import open_proven
 from mii_hcache.storage.disk_io import ThreadsIO
+from mii_hcache.storage.disk_space import disk_space_of
 from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
 from mii_hcache.storage.native import how_cufile_moves_bytes, why_no_cufile
 from mii_hcache.storage.open_io import choose_io
@@ -110,14 +110,18 @@ def _directory(directory: Path) -> Finding:
 
 def _disk(directory: Path, num_shares: int = 1) -> Finding:
     standing = _standing(directory)
-    kind, usage, capacity = filesystem_of(standing), shutil.disk_usage(standing), _share_bytes(num_shares)
-    held = sum(path.stat().st_blocks * 512 for path in (directory / "segments").glob("*.seg"))
-    reason = f"{kind}, {size(usage.free)} of {size(usage.total)} free, {size(held)} taken by saved state"
+    kind, space, capacity = filesystem_of(standing), disk_space_of(standing), _share_bytes(num_shares)
+    if standing != directory.absolute():
+        space = replace(space, held_bytes=0)  # what lies there is not this directory's
+    reason = (
+        f"{kind}, {size(space.free_bytes)} of {size(space.total_bytes)} free, {size(space.held_bytes)} taken by saved "
+        "state"
+    )
     if kind in ("tmpfs", "ramfs"):
         return problem(
             "disk", f"{reason}; all of it is memory", "choose a --state-dir on a disk: this one survives nothing"
         )
-    if usage.free + held < capacity:
+    if space.usable_bytes < capacity:
         reason += f"; a server takes up to {size(capacity)}"
         return problem("disk", reason, "take a smaller --state-capacity, or another --state-dir")
     return ok("disk", reason)
@@ -153,7 +157,7 @@ def _io() -> Finding:
 
 def _cufile(directory: Path) -> Finding:
     """Whether chunks could go from the disk to the first GPU past the CPU, tried where they would lie."""
-    untried = "experimental: its authors never ran it on a GPU"
+    untried = "experimental: never run on a GPU"
     why_not = why_no_cufile()
     if why_not is not None:
         return off("cuFile", f"{why_not}; state reaches a GPU through host memory")
@@ -199,7 +203,9 @@ def _profile(directory: Path) -> Finding:
     if profile.h2d_bytes_per_s:
         computing += f", copy to the GPU {profile.h2d_bytes_per_s / 1e9:.1f} GB/s"
     if profile.is_doubtful:
-        reason = f"the machine was busy when it was measured: runs differ {profile.spread:.1f} times"
+        reason = (
+            f"the machine was busy when it was measured: the same work took up to {profile.spread:.1f} times as long"
+        )
         return problem("profile", reason, f"{advice}, when nothing else runs")
     return ok("profile", f"measured {profile.date[:10]} on {profile.machine}; {'; '.join(costs)}; {computing}")
 

@@ -117,7 +117,9 @@ def test_home_directories_are_found(monkeypatch, tmp_path):
 def test_mistakes_that_argparse_sees(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         parse_options(arguments.split())
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and message in told
+    assert len(told.splitlines()) == 2 and "--help" in told, "forty options would hide what is wrong"
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,11 @@ def test_a_body_that_is_announced_too_large_is_refused_unread(live):
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/completions", 405)])
 def test_routes_that_are_not_there(http, method, path, status):
     response = http.request(method, path)
-    assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert response.status_code == status and error["type"] == "invalid_request_error"
+    if status == 404:
+        assert error["code"] == "not_found"
+        assert "/nothing" in error["message"] and "/v1/chat/completions, " in error["message"]
 
 
 _JSON = st.recursive(

@@ -21,7 +21,7 @@ from mii_hcache.runtime import pinned
 from mii_hcache.runtime.machine import filesystem_of
 from mii_hcache.runtime.pinned import PinnedMemory
 from mii_hcache.runtime.registrar import Registrar
-from mii_hcache.storage import open_io
+from mii_hcache.storage import disk_space, open_io
 from mii_hcache.storage.open import open_state
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.tools import machine_checks, nvme_checks, software_checks, state_checks
@@ -227,7 +227,7 @@ def test_a_directory_that_cannot_be_written(doctor):
 
 def test_a_small_disk_and_one_that_is_memory(monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(state_checks.shutil, "disk_usage", lambda path: usage(100 << 30, 99 << 30, 1 << 30))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage(100 << 30, 99 << 30, 1 << 30))
     finding = one(state_checks.state_checks([tmp_path]), "disk")
     assert (finding.state, finding.prevents_serving) == ("problem", False)
     assert "1.0 GiB of 100.0 GiB free" in finding.reason and "--state-capacity" in finding.advice
