@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+from mii_hcache.errors import ConfigError
 
 
 def why_no_folder(model: str) -> str | None:
@@ -26,3 +29,23 @@ def why_no_folder(model: str) -> str | None:
 def _is_path(model: str) -> bool:
     """Hub ids have at most one slash, and begin with a letter or a digit."""
     return model.startswith((".", "~", os.sep)) or model.endswith(os.sep) or model.count(os.sep) > 1
+
+
+def open_checkpoint(model_path: str) -> Any:
+    """The host's view of a checkpoint, which is fetched if need be. Raises ConfigError."""
+    from mii_hcache.engine import compat
+
+    compat.install()
+    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
+    from huggingface_hub.errors import StrictDataclassError
+
+    reason = why_no_folder(model_path)
+    if reason is not None:
+        raise ConfigError(f"model {model_path!r} cannot be loaded: {reason}")
+    folder = Path(model_path)
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
+    try:
+        return HuggingFaceCheckpointEngine(model_path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error

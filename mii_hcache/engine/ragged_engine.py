@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 from deepspeed.inference.v2.scheduling_utils import SchedulingResult
 
 from mii_hcache.core.geometry import ModelGeometry
-from mii_hcache.engine.checkpoint import why_no_folder
+from mii_hcache.engine.checkpoint import open_checkpoint
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.one import OneProcess
+from mii_hcache.engine.pool_size import default_num_blocks, stock_block_size
 from mii_hcache.engine.ragged_batch import StepBatch
 from mii_hcache.engine.sequence_blocks import SequenceBlocks
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
@@ -26,10 +26,6 @@ _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 64}
 """Tokens per block by device. On a GPU a block is a span: one layer's chunk is one contiguous piece of the cache."""
-DEFAULT_POOL_BYTES = 2 << 30
-"""Most that the block pool takes on a CPU unless told otherwise."""
-GPU_POOL_SHARE = 0.85
-"""Share of the GPU memory left after loading the model that the block pool takes unless told otherwise."""
 
 
 class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
@@ -290,9 +286,9 @@ def build_engine(
     if kernels == "stock":
         if group is not None:
             raise ConfigError("kernels='stock' computes on one rank only: take kernels='portable'")
-        block_size = _stock_block_size(config, model_path, max_context_tokens, num_blocks)
+        block_size = stock_block_size(config, model_path, max_context_tokens, num_blocks)
     if num_blocks is None:
-        num_blocks = _default_num_blocks(config, block_size, max_context_tokens, kernels, group)
+        num_blocks = default_num_blocks(config, block_size, max_context_tokens, kernels, group)
     engine_config = RaggedInferenceEngineConfig(
         state_manager={
             "max_tracked_sequences": max(max_sequences * 2, max_sequences + 8),
@@ -311,83 +307,12 @@ def build_engine(
     return engine
 
 
-def _stock_block_size(config: Any, model_path: str, max_context_tokens: int, num_blocks: int | None) -> int:
-    """Tokens per block with DeepSpeed's kernels, which leave no choice. Raises when they cannot compute the model."""
-    from mii_hcache.engine.modules import stock_limits
-
-    reason = stock_limits.refusal_of(config, max_context_tokens)
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"model {model_path!r} cannot be computed by DeepSpeed's kernels (kernels='stock'): {reason}; take "
-            "kernels='portable'"
-        )
-    most = stock_limits.most_blocks(config)
-    if num_blocks is not None and num_blocks > most:
-        raise ConfigError(f"kv_blocks is {num_blocks}; with kernels='stock' and this model at most {most} are found")
-    return stock_limits.block_size_of(config)
-
-
-def open_checkpoint(model_path: str) -> Any:
-    """The host's view of a checkpoint, which is fetched if need be. Raises ConfigError."""
-    from mii_hcache.engine import compat
-
-    compat.install()
-    from deepspeed.inference.v2.checkpoint import HuggingFaceCheckpointEngine
-    from huggingface_hub.errors import StrictDataclassError
-
-    reason = why_no_folder(model_path)
-    if reason is not None:
-        raise ConfigError(f"model {model_path!r} cannot be loaded: {reason}")
-    folder = Path(model_path)
-    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]):
-        raise ConfigError(f"model {model_path!r} has no weights: neither *.safetensors nor pytorch_model*.bin is there")
-    try:
-        return HuggingFaceCheckpointEngine(model_path)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"model {model_path!r} cannot be loaded: {error}") from error
-
-
 def _pick_dtype(name: str, configured: Any) -> torch.dtype:
     if name != "auto":
         if name not in DTYPES:
             raise ConfigError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {name!r}")
         return DTYPES[name]
     return configured if configured in DTYPES.values() else torch.float32
-
-
-def _default_num_blocks(
-    config: Any, block_size: int, max_context_tokens: int, kernels: str, group: RankGroup | None
-) -> int:
-    """As many blocks as the memory set aside holds, on every rank."""
-    size = 1 if group is None else group.size
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    num_kv_heads = -(-(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // size)
-    block_bytes = config.num_hidden_layers * block_size * 2 * num_kv_heads * head_size * config.dtype.itemsize
-    if torch.cuda.is_available():
-        free_bytes, _ = torch.cuda.mem_get_info()
-        weights_bytes = _weights_bytes(config) // size
-        budget_bytes = int((free_bytes - weights_bytes) * GPU_POOL_SHARE)
-        # Offsets into a layer of the pool: the host's kernels have 32 bits for them, ours 64 (and 31 for block ids).
-        most = 2**31 - 1
-        if kernels == "stock":
-            most //= block_size * 2 * num_kv_heads * head_size
-    else:
-        budget_bytes = DEFAULT_POOL_BYTES // size
-        most = -(-64 * max_context_tokens // block_size)
-    num_blocks = int(min(budget_bytes // block_bytes, most))
-    if group is not None:
-        num_blocks = group.least(num_blocks)
-    if num_blocks < 1:
-        raise ConfigError(f"no memory for KV blocks: {budget_bytes} bytes left, a block takes {block_bytes}")
-    return num_blocks
-
-
-def _weights_bytes(config: Any) -> int:
-    per_layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * getattr(
-        config, "intermediate_size", getattr(config, "ffn_dim", 4 * config.hidden_size)
-    )
-    elements = config.num_hidden_layers * per_layer + 2 * config.vocab_size * config.hidden_size
-    return int(elements * config.dtype.itemsize)
 
 
 def token_tensors(batch: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mii_hcache.engine.checkpoint import why_no_folder
+from mii_hcache.engine.checkpoint import open_checkpoint, why_no_folder
 from mii_hcache.engine.config_geometry import read_config
-from mii_hcache.engine.ragged_engine import open_checkpoint
 from mii_hcache.errors import ConfigError
 
 
