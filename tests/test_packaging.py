@@ -59,6 +59,11 @@ def test_import_needs_neither_torch_nor_an_engine():
     assert done.stdout.strip() == "[]"
 
 
+def test_an_editable_install_is_found_from_the_folder_around_the_checkout():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert settings["package-dir"] == {"": "."}, "else a folder `mii_hcache` in the working directory comes first"
+
+
 def test_every_requirement_is_pinned_within_its_range():
     pinned = pins()
     for requirement in requirements():
