@@ -33,15 +33,17 @@ _BEYOND = """## Beyond the paper
 """
 
 
-def overview(items: Sequence[Item], rows: Mapping[str, Sequence[Row]], images: Sequence[str]) -> str:
-    """Markdown."""
+def overview(
+    items: Sequence[Item], rows: Mapping[str, Sequence[Row]], images: Sequence[str], checkout: str = ".."
+) -> str:
+    """Markdown. `checkout`: the way to the repository from the folder that the page goes to."""
     of_paper = [item for item in items if not item.is_beyond]
     beyond = [item for item in items if item.is_beyond]
     lines = [line for item in of_paper for line in _table_lines(item, rows[item.folder])]
     text = _HEAD + "\n".join(lines) + "\n\n"
     if beyond:
         text += _BEYOND + "\n".join(_beyond_line(item, rows[item.folder]) for item in beyond) + "\n\n"
-    return text + "\n".join(_section(item, rows[item.folder], images) for item in items)
+    return text + "\n".join(_section(item, rows[item.folder], images, checkout) for item in items)
 
 
 def _table_lines(item: Item, ours: Sequence[Row]) -> list[str]:
@@ -96,7 +98,7 @@ def _span(check: Check, rows: Sequence[Row]) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def _section(item: Item, ours: Sequence[Row], images: Sequence[str]) -> str:
+def _section(item: Item, ours: Sequence[Row], images: Sequence[str], checkout: str) -> str:
     names = {panel.image or item.folder for panel in item.panels} or {item.folder}
     pictures = [f"![{item.title}]({name})" for name in images if name.removesuffix(".png") in names]
     machines = ", ".join(dict.fromkeys(row.machine for row in ours if row.machine))
@@ -107,6 +109,6 @@ def _section(item: Item, ours: Sequence[Row], images: Sequence[str]) -> str:
         f"How: {item.how}" + (f" On the machine at hand: {item.here}" if item.here else ""),
         *([f"Machines: {machines}."] if machines else []),
         *(f"- {note}" for note in notes),
-        f"Run: `scripts/reproduce.sh {item.key}`; [its folder](../experiments/{item.folder}/README.md).",
+        f"Run: `scripts/reproduce.sh {item.key}`; [its folder]({checkout}/experiments/{item.folder}/README.md).",
     ]
     return "\n\n".join(paragraphs) + "\n"

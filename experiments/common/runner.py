@@ -25,6 +25,7 @@ from experiments.common.item import Cell, Context, Item
 from experiments.common.report import overview
 from experiments.common.rows import ROOT, Row, provenance, read_rows, stamped, write_rows
 from experiments.common.workloads import MissingData, data_folder
+from mii_hcache.config import quiet_libraries
 
 SCALES = ("smoke", "small", "paper")
 
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only.add_argument("--no-plots", action="store_true", help="results only")
     only.add_argument("--only-plots", action="store_true", help="images from results that are there")
     options = parser.parse_args(argv)
+    quiet_libraries()
     if options.record and options.scale == "smoke" and not options.no_here and not options.only_plots:
         parser.error("--record keeps no smoke results of this machine: add --scale small, or --no-here")
     if options.model:
@@ -211,7 +213,9 @@ def write_overview(place: Place) -> None:
     items = [item_of(folder) for folder in folders()]
     rows = {item.folder: place.read(item) for item in items}
     images = sorted(path.name for path in place.images.glob("*.png"))
-    (place.images / "README.md").write_text(overview(items, rows, images), encoding="utf-8")
+    (place.images / "README.md").write_text(
+        overview(items, rows, images, os.path.relpath(ROOT, place.images)), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

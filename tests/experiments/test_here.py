@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -158,3 +159,10 @@ def test_smoke_on_the_real_engine(key, tmp_path, capsys):
     assert rows and {one.how for one in rows} <= {"emulated", "measured"} and all(one.y is not None for one in rows)
     if key == "fig12":
         assert {one.series for one in rows} >= {"KV Offload", "HCache", "Recomputation"} <= set(METHOD_OF)
+
+
+def test_an_overview_leads_back_to_the_experiments_from_wherever_it_lies(tmp_path):
+    runner.write_overview(runner.Place(out=tmp_path / "any" / "where", is_record=False))
+    page = tmp_path / "any" / "where" / "README.md"
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text()) if "://" not in link]
+    assert len(links) >= len(runner.folders()) and not [link for link in links if not (page.parent / link).exists()]
