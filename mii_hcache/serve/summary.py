@@ -105,7 +105,10 @@ class Summary:
         if on_disk is None:
             return "nothing will be saved"
         disk, dram = format_size(config.state_capacity_bytes), format_size(config.dram_capacity_bytes)
-        return f"for {on_disk:,} tokens on disk ({disk}), {in_memory:,} of them in memory as well ({dram})"
+        text = f"for {on_disk:,} tokens on disk ({disk})"
+        if config.tensor_parallel > 1:  # ranks share files only
+            return text
+        return f"{text}, {in_memory:,} of them in memory as well ({dram})"
 
     def _tokens_in(self, num_bytes: int) -> int | None:
         """Whole spans; None when nothing is saved."""
