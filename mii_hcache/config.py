@@ -32,11 +32,6 @@ def default_state_dirs() -> tuple[str, ...]:
     return (str(Path(cache_home) / "mii_hcache" / "state"),)
 
 
-def default_state_dir() -> str:
-    """The first of `default_state_dirs`."""
-    return default_state_dirs()[0]
-
-
 def environment_api_keys() -> list[str]:
     """Keys in `$MII_HCACHE_API_KEY`, separated by commas or white space."""
     return os.environ.get("MII_HCACHE_API_KEY", "").replace(",", " ").split()

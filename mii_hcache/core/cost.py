@@ -256,20 +256,6 @@ def custom_cost(text: str) -> LayerCost:
     return cost
 
 
-def custom_json(cost: LayerCost, num_tokens: int) -> str:
-    """The costs of `num_tokens` tokens as a custom profile; what does not fit in it (latencies, slow-downs) is lost."""
-    return json.dumps(
-        {
-            "tokens": num_tokens,
-            "io_hidden": cost.io_hidden_s * num_tokens,
-            "io_kv": cost.io_kv_s * num_tokens,
-            "c_hidden": cost.c_hidden_s * num_tokens,
-            "c_token": cost.forward_s(0, num_tokens),
-            "c_kv": cost.c_kv_s * num_tokens,
-        }
-    )
-
-
 _CUSTOM = ("io_hidden", "io_kv", "c_hidden", "c_token")
 
 

@@ -132,7 +132,7 @@ class _Shelf:
 class SlotPool:
     """Bookkeeping of slots under a bound on disk bytes. No I/O. Not thread-safe: the owner's lock covers it.
 
-    `taken_bytes` and the bound count what files occupy: a header per segment, and every slot that is taken or free.
+    `disk_bytes` and the bound count what files occupy: a header per segment, and every slot that is taken or free.
     A span may need slots of several sizes: all are taken at once or none, so that nobody waits holding some. Free slots
     of one size serve another size only after their bytes were given back to the disk (`take_spare`, punch,
     `give(..., blank=True)`), so that the bound holds at every moment.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mii_hcache.config import HCacheConfig, default_state_dir
+from mii_hcache.config import HCacheConfig, default_state_dirs
 from mii_hcache.errors import ConfigError
 
 
@@ -97,11 +97,11 @@ def test_state_dir_by_environment(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("MII_HCACHE_STATE_DIR", raising=False)
-    assert default_state_dir() == "/home/someone/.cache/mii_hcache/state"
+    assert default_state_dirs() == ("/home/someone/.cache/mii_hcache/state",)
     monkeypatch.setenv("XDG_CACHE_HOME", "/fast/cache")
-    assert default_state_dir() == "/fast/cache/mii_hcache/state"
+    assert default_state_dirs() == ("/fast/cache/mii_hcache/state",)
     monkeypatch.setenv("MII_HCACHE_STATE_DIR", "/nvme/state")
-    assert default_state_dir() == "/nvme/state"
+    assert default_state_dirs() == ("/nvme/state",)
     monkeypatch.setenv("MII_HCACHE_STATE_DIR", "/nvme0/state:/nvme1/state")
     assert HCacheConfig().state_dirs == ("/nvme0/state", "/nvme1/state")
     assert HCacheConfig(state_dir="/a").state_dirs == ("/a",)

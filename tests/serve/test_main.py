@@ -15,7 +15,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from mii_hcache.config import default_state_dir
+from mii_hcache.config import default_state_dirs
 from mii_hcache.serve.listening import Server
 
 _HERE = Path(__file__).resolve().parent
@@ -118,7 +118,7 @@ def test_a_start_says_where_what_and_how(start):
         "method   hidden, chosen by --method; saves 3 of 4 layers as hidden states, 3KiB a token "
         "(all hidden 3KiB, all K and V 8KiB)",
         "KV pool  1,600 tokens in 100 blocks; they stay after a turn until they are needed (--keep lru)",
-        f"state    {default_state_dir()}: 192 tokens in 3 spans are there",
+        f"state    {default_state_dirs()[0]}: 192 tokens in 3 spans are there",
         "room     for 6,990,464 tokens on disk (20GiB), 699,008 of them in memory as well (2GiB)",
         "access   this machine only, without a key",
         "note     a note",
