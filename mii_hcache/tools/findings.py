@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-STATES = ("ok", "off", "problem")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
