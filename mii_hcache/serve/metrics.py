@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mii_hcache.runtime.generation import GenerationService, RestoreReport
+from mii_hcache.serve.metric_words import WORDS
 
 PREFIX = "mii_hcache_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,15 +20,17 @@ _REQUEST_BUCKETS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 
 class ServiceCollector(Collector):
-    """A service's metrics under our prefix: names that end in `_total` are counters, others gauges."""
+    """A service's metrics under our prefix: names that end in `_total` are counters, others gauges. Counters are there
+    from the beginning, so that whoever watches sees the first step of each."""
 
     def __init__(self, service: GenerationService) -> None:
         self._service = service
 
     def collect(self) -> Iterable[Metric]:
         """Asks the service, at each scrape."""
-        for name, value in sorted(self._service.metrics().items()):
-            help_text = name.replace("_", " ")
+        counters = {name: 0.0 for name in WORDS if name.endswith("_total")}
+        for name, value in sorted({**counters, **self._service.metrics()}.items()):
+            help_text = WORDS.get(name, name.replace("_", " "))
             if name.endswith("_total"):
                 yield CounterMetricFamily(PREFIX + name.removesuffix("_total"), help_text, value=value)
             else:
