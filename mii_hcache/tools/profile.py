@@ -28,6 +28,8 @@ restores really take. A server without one measures for itself when it first sta
 _EXAMPLES = """\
 examples:
   python -m mii_hcache profile --model ./llama --state-dir /nvme/state
+  python -m mii_hcache profile --model ./llama --tensor-parallel 2
+      for a server over two ranks; a profile of one rank says nothing about them
   python -m mii_hcache profile --model ./llama --json > here.json
       for `plan --profile here.json`, on any machine
 
@@ -62,12 +64,21 @@ def _measure(
     progress.show(f"loading {options.model or 'the demo model'}")
     from mii_hcache.engine.measuring import measured_profile
     from mii_hcache.engine.open import load_engine
+    from mii_hcache.engine.parallel.engine import ParallelEngine
+    from mii_hcache.engine.parallel.state import SharedState
 
     with ExitStack() as stack:
         for directory in directories:  # nobody else may read or write there meanwhile
             stack.callback(StateDir(directory).close)
-        config = HCacheConfig(model=options.model, dtype=options.dtype, max_batch_tokens=options.max_batch_tokens)
+        config = HCacheConfig(
+            model=options.model,
+            dtype=options.dtype,
+            max_batch_tokens=options.max_batch_tokens,
+            tensor_parallel=options.tensor_parallel,
+        )
         loaded = load_engine(config, directories[0])
+        stack.callback(loaded.engine.close)
+        is_parallel = isinstance(loaded.engine, ParallelEngine)
         profile = measured_profile(
             loaded.engine,
             directories,
@@ -76,6 +87,7 @@ def _measure(
             repeats=options.repeats,
             anew=True,
             io=config.io,
+            shared=SharedState(loaded.engine, io=config.io) if is_parallel else None,
             on_progress=progress.show,
         )
         return profile, loaded.engine.geometry
@@ -108,6 +120,11 @@ def _lines(profile: MeasuredProfile, geometry: ModelGeometry, directory: Path) -
         "K and V are read at",
         *rates,
         *([f"and copied to the GPU at {size(profile.h2d_bytes_per_s)}/s"] if profile.h2d_bytes_per_s else []),
+        *[
+            f"Projecting takes {1e3 * _TOKENS * cost.c_gather_s:.3f} ms of that to gather rows from all ranks ({tier})."
+            for tier, cost in profile.tiers.items()
+            if cost.c_gather_s
+        ],
         *(
             [f"The machine was busy: the same work took up to {profile.spread:.1f} times as long. Measure again."]
             if profile.is_doubtful
@@ -155,6 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-batch-tokens", type=int, default=768, metavar="N", help="as for the server (default: 768)"
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="as for the server: all ranks read, gather and place together (default: 1)",
     )
     parser.add_argument("--json", action="store_true", help="print the profile as JSON")
     return parser

@@ -10,6 +10,7 @@ from mii_hcache.__main__ import main
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.cost import MeasuredProfile
 from mii_hcache.core.geometry import ChunkKind
+from mii_hcache.engine.demo_model import ensure_demo_model
 from mii_hcache.engine.measuring import measured_profile
 from mii_hcache.engine.open import open_service
 from mii_hcache.storage.state_dir import PROFILE_FILE, StateDir
@@ -34,6 +35,24 @@ def test_a_profile_is_kept_and_planned_with(tiny_model, tmp_path, capsys):
     assert main(["doctor", "--state-dir", state_dir, "--json"]) in (0, 1)
     (finding,) = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["name"] == "profile"]
     assert finding["state"] == "ok" and kept.date[:10] in finding["reason"]
+
+
+def test_ranks_are_measured_together_for_a_server_over_as_many(tmp_path, capsys):
+    model, state_dir = str(ensure_demo_model(tmp_path / "demo-model")), tmp_path / "state"
+    arguments = ["profile", "--model", model, "--state-dir", str(state_dir), "--tensor-parallel", "2", *BRIEF]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    kept = MeasuredProfile.from_json((state_dir / PROFILE_FILE).read_text())
+    assert kept.machine.endswith(", 2 ranks") and list(kept.tiers) == ["file"]
+    assert 0 < kept.tiers["file"].c_gather_s <= kept.tiers["file"].c_hidden_s
+    assert "gather rows from all ranks" in out
+    config = HCacheConfig(model=model, state_dir=str(state_dir), tensor_parallel=2, kv_blocks=200)
+    opened = open_service(config)
+    try:
+        assert kept.date[:10] in opened.why_method
+        assert MeasuredProfile.from_json((state_dir / PROFILE_FILE).read_text()) == kept, "measured again"
+    finally:
+        opened.close()
 
 
 def test_json_is_what_is_kept(tiny_model, tmp_path, capsys):

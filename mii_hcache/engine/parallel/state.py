@@ -36,12 +36,18 @@ class SharedState:
     """Rank 0's way to the state of all ranks. One for an engine; before any order or question."""
 
     def __init__(
-        self, engine: ParallelEngine, store: ChunkStore, *, io: str, emulated_read_bytes_per_s: float | None
+        self,
+        engine: ParallelEngine,
+        store: ChunkStore | None = None,
+        *,
+        io: str,
+        emulated_read_bytes_per_s: float | None = None,
     ) -> None:
-        """`io`, `emulated_read_bytes_per_s`: of each rank (see HCacheConfig). Raises ConfigError for a store that only
-        one process can read, RankLostError."""
+        """`store`: the one whose state all ranks save and restore; None to measure only. `io`,
+        `emulated_read_bytes_per_s`: of each rank (see HCacheConfig). Raises ConfigError for a store that only one
+        process can read, RankLostError."""
         assert engine.group is not None
-        if store.directions([]) is None:
+        if store is not None and store.directions([]) is None:
             raise ConfigError(
                 f"tensor_parallel is {engine.group.size}, and state_dir keeps state where only one process can read it "
                 "(a raw namespace, or memory): choose directories of files, or method recompute"
