@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from mii_hcache.runtime.following_saver import FollowingSaver
+from mii_hcache.runtime.following_saver import NUM_WRITERS, FollowingSaver
 from mii_hcache.runtime.following_tiles import FollowingTiles
 from mii_hcache.runtime.gathering import Gathering
-from mii_hcache.runtime.parts import Reply
+from mii_hcache.runtime.parts import PartsSink, Reply
 from mii_hcache.runtime.peers import (
     AbortStep,
     BeginStep,
@@ -36,6 +38,8 @@ from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Streams
 from mii_hcache.storage.slot_files import SlotFiles
 
+_log = logging.getLogger(__name__)
+
 
 class FollowingState:
     """All of it: orders go to `obey`, on the engine thread, questions to `answer`, on any."""
@@ -56,6 +60,8 @@ class FollowingState:
         self._share = share
         self._files = files
         self.counters = counters
+        self.parts = PartsSink(counters=counters, files=files, num_threads=NUM_WRITERS)
+        """Before there is a saver: rank 0 may ask for a put before this rank has heard that saving began."""
         self.saver: FollowingSaver | None = None
         self.tiles = FollowingTiles(
             adapter=adapter,
@@ -79,7 +85,7 @@ class FollowingState:
         self.tiles.collect()
         if isinstance(order, StartSaving):
             self.saver = FollowingSaver(
-                adapter=self._adapter, share=self._share, start=order, files=self._files, counters=self.counters
+                adapter=self._adapter, share=self._share, start=order, parts=self.parts, counters=self.counters
             )
         elif isinstance(order, PlaceTile):
             self.tiles.place(order)
@@ -116,25 +122,33 @@ class FollowingState:
             raise RuntimeError(f"an order that nobody knows: {order!r}")
 
     def answer(self, question: object, reply: Reply) -> None:
-        """`reply` is called once, on any thread. Does not block for long."""
+        """`reply` is called once, on any thread. Does not block for long, and does not raise: what cannot be done is
+        `Failed`, as nobody would answer any question after it."""
+        try:
+            self._answer(question, reply)
+        except Exception as error:
+            _log.exception("a question could not be taken up")
+            reply(Failed(what=f"{type(error).__name__}: {error}"))
+
+    def _answer(self, question: object, reply: Reply) -> None:
+        """What it raises, it raises before it replies."""
         if isinstance(question, ReadPart):
             self.tiles.read(question, reply)
-        elif isinstance(question, WritePart) and self.saver is not None:
-            self.saver.parts.ask(question, reply)
+        elif isinstance(question, WritePart):
+            self.parts.ask(question, reply)
         elif isinstance(question, ForgetPart):
             self.tiles.forget(question.read_id)
             reply(None)
-        elif isinstance(question, DropPart) and self.saver is not None:
-            self.saver.parts.drop(question.put_id)
+        elif isinstance(question, DropPart):
+            self.parts.drop(question.put_id)
             reply(None)
         elif isinstance(question, Counted):
             reply(self.counters.snapshot())
         else:
-            reply(Failed(what=f"nobody can answer {question!r} now"))
+            raise RuntimeError(f"a question that nobody knows: {question!r}")
 
     def stop(self) -> None:
         """The end: what nobody asked for is not written."""
-        if self.saver is not None:
-            self.saver.stop()
+        self.parts.stop()
         self.tiles.stop()
         self._files.close()

@@ -10,7 +10,6 @@ from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import SequenceTrack
-from mii_hcache.storage.slot_files import SlotFiles
 
 NUM_WRITERS = 2
 
@@ -22,9 +21,10 @@ class FollowingSaver(Saver):
     """
 
     def __init__(
-        self, *, adapter: EngineAdapter, share: Share, start: StartSaving, files: SlotFiles, counters: Counters
+        self, *, adapter: EngineAdapter, share: Share, start: StartSaving, parts: PartsSink, counters: Counters
     ) -> None:
-        self.parts = PartsSink(counters=counters, files=files, num_threads=NUM_WRITERS)
+        """`parts`: where rank 0 asks for what is kept; the caller's to stop."""
+        self._parts = parts
         self._wanted: dict[tuple[int, int], int] = {}
         """(uid, span_idx) to put_id, of what is being put."""
         self._taken: set[int] = set()
@@ -37,7 +37,7 @@ class FollowingSaver(Saver):
             save_wait=start.save_wait,
             ring_batches=start.ring_batches,
             share=share,
-            sink=self.parts,
+            sink=parts,
         )
         self._geometry = adapter.geometry
 
@@ -70,7 +70,7 @@ class FollowingSaver(Saver):
         lost = set(self._wanted.values()) - self._taken
         self._wanted.clear()
         self._taken.clear()
-        self.parts.lose(lost)
+        self._parts.lose(lost)
 
     def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
         return (track.uid, span_idx) not in self._wanted

@@ -71,7 +71,7 @@ def save(ranks, store, plan, histories, **settings):
         uid = ranks.engines[0].open()
         saver.open(uid, seed=SEED, token_ids=[])
         run(ranks, saver, uid, tokens)
-        assert saver.heal(uid)
+        assert saver.heal(uid, 30.0)
         saver.close(uid)
         ranks.engines[0].evict(uid)
     assert saver.drain(30.0)
@@ -102,7 +102,7 @@ def test_what_ranks_save_together_they_restore_together(store, make_ranks, geome
         uid, outcome = ranks.restore(store, records, tokens)
         assert outcome.num_tokens == len(records) * SPAN_TOKENS
         ranks.expect_restored(uid, tokens, outcome, records)
-    assert all(state.tiles.num_held == 0 and state.saver.parts.num_kept == 0 for state in ranks.states[1:])
+    assert all(state.tiles.num_held == 0 and state.parts.num_kept == 0 for state in ranks.states[1:])
     assert all(engine.hashes.keys() == ranks.engines[0].hashes.keys() for engine in ranks.engines)
 
 
@@ -327,7 +327,7 @@ def test_orders_that_come_late_are_waited_for(store, make_ranks):
     ranks.settle()
     ranks.held_orders.clear()
     ranks.engines[0].step(saver, {uid: tokens})
-    wait_until(lambda: len(ranks.states[1].saver.parts._asked) >= 2)
+    wait_until(lambda: len(ranks.states[1].parts._asked) >= 2)
     assert not spans_in(store, tokens)
     ranks.held_orders.set()
     assert saver.drain(30.0)
@@ -346,3 +346,55 @@ def test_shares_tile_every_span():
             assert sorted(idxs) == list(range(layout.num_chunks))
     with pytest.raises(ValueError, match="rank must be 0 to 1, got 2"):
         Share(rank=2, num_ranks=2)
+
+
+def test_chunks_that_are_asked_for_before_saving_began_are_waited_for(store, make_ranks):
+    """Followers that are slow to start lose nothing, and no disk is taken for broken."""
+    ranks = make_ranks(MHA, 2)
+    ranks.held_orders.clear()
+    saver = ranks.open_saver(store, MIXED)
+    tokens = path(1, 0, 64 * 4)
+    uid = ranks.engines[0].open()
+    saver.open(uid, seed=SEED, token_ids=[])
+    ranks.engines[0].step(saver, {uid: tokens})
+    wait_until(lambda: len(ranks.states[1].parts._asked) >= 2)
+    assert ranks.states[1].saver is None
+    ranks.held_orders.set()
+    assert saver.drain(30.0)
+    saver.stop()
+    check_saved(store, tokens, MHA)
+    assert ranks.counters[0].get("lost_parts_total") == 0
+
+
+def test_a_question_that_fails_leaves_those_after_it_answered(store, make_ranks, monkeypatch):
+    """No memory for a part of a tile: the tile is cut there, on all ranks, and the next restore is whole."""
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 9)
+    save(ranks, store, PLANS["hidden"], [tokens])
+    records = spans_in(store, tokens)
+    tiles = ranks.states[1].tiles
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "_pool", lambda num_bytes: 1 // 0)
+        uid, outcome = ranks.restore(store, records, tokens)
+    assert (outcome.num_tokens, outcome.cut_reason) == (64, "unavailable"), "the first span is rank 0's"
+    ranks.expect_restored(uid, tokens, outcome, records)
+    uid, outcome = ranks.restore(store, records, tokens)
+    assert outcome.num_tokens == len(tokens)
+    ranks.expect_restored(uid, tokens, outcome, records)
+
+
+def test_a_rank_that_fails_for_itself_costs_a_span_and_no_disk(store, make_ranks, monkeypatch):
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks.states[1]._files, "write", lambda payloads, chunks: 1 // 0)
+        saver = ranks.open_saver(store, PLANS["hidden"])
+        uid = ranks.engines[0].open()
+        saver.open(uid, seed=SEED, token_ids=[])
+        ranks.engines[0].step(saver, {uid: tokens})
+        assert saver.drain(30.0)
+    assert [store.find(span_id) is not None for span_id, _ in spans_of(SEED, tokens)] == [True, False, True, False]
+    assert saver.heal(uid) and saver.drain(30.0)
+    saver.stop()
+    check_saved(store, tokens, MHA)
+    assert store.stats().num_away == 0
