@@ -223,7 +223,7 @@ class ShardedFlusher(Flusher):
         if self._store.find(record.span_id) is not None:
             self._store.touch([record.span_id])
             return True
-        draft = self._store.share_draft(record)
+        draft = self._store.share_draft(record, self._shares[0].writer_of(record.span_idx, record.layout))
         if draft is None:
             return False
         try:
