@@ -62,7 +62,8 @@ class HCacheConfig:
     DeepSpeed's CUDA kernels; `auto` is `portable` until both were measured on GPUs."""
     state_dir: str | Sequence[str] | None = None
     """Where state is kept; None is `default_state_dirs()`. One server at a time. Several directories, each on a disk of
-    its own, are striped over."""
+    its own, are striped over; with `tensor_parallel`, each rank has some of them for its hidden states, as far as there
+    are enough (`storage/turns.py`)."""
     state_capacity_bytes: int = 20 << 30
     """Most that saved state may take on disk, in all directories together, each having an equal share; what goes first
     is `evict`'s to say."""

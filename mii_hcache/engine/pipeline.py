@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
+import os
 import sys
+import weakref
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -94,6 +97,17 @@ class _Answer:
         return text[len(head) :]
 
 
+_live: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """The interpreter must not end under an engine's thread that is in native code, which would abort the process; and
+    what was accepted for saving is to be there the next time."""
+    for pipe in list(_live):
+        pipe._end()
+
+
 class Pipeline:
     """Answers prompts, as MII's pipeline does; conversations that come back are restored. Any thread may call."""
 
@@ -104,6 +118,8 @@ class Pipeline:
         self._texts = opened.state.transcripts
         self._tenant = b"pipeline\0" + opened.tokenizer.fingerprint()
         self._numbers = itertools.count()
+        self._pid = os.getpid()
+        _live.add(self)
 
     def __call__(
         self,
@@ -165,8 +181,16 @@ class Pipeline:
         return responses
 
     def destroy(self) -> None:
-        """Finish what runs, make saved state durable, release the state directory. Idempotent."""
+        """Finish what runs, make saved state durable, release the state directory. Idempotent; after a rank of several
+        was lost it returns within seconds. A pipeline that lives when the interpreter ends is destroyed then, and what
+        runs on it is cancelled."""
+        _live.discard(self)
         self._opened.close()
+
+    def _end(self) -> None:
+        """The interpreter ends, in the process that opened this or in one that it forked."""
+        if os.getpid() == self._pid:
+            self._opened.close(drain=False)
 
     def __enter__(self) -> Pipeline:
         return self

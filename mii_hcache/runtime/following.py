@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import deque
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
-from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.core.layout import SpanLayout
-from mii_hcache.runtime.buffers import SpanBuffers, as_bytes, host_empty
-from mii_hcache.runtime.gathering import Gathering, gather_now, place_now, positions_of, rubbish
+from mii_hcache.runtime.following_saver import NUM_WRITERS, FollowingSaver
+from mii_hcache.runtime.following_tiles import FollowingTiles
+from mii_hcache.runtime.gathering import Gathering
 from mii_hcache.runtime.parts import PartsSink, Reply
 from mii_hcache.runtime.peers import (
     AbortStep,
@@ -37,250 +32,13 @@ from mii_hcache.runtime.peers import (
     TruncateSequence,
     WritePart,
 )
-from mii_hcache.runtime.placing import Placer, Placing
 from mii_hcache.runtime.ports import EngineAdapter
-from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.runtime.streams import Event, Streams, streams_of
-from mii_hcache.runtime.timeline import RestoreTimeline
-from mii_hcache.runtime.track import SequenceTrack
-from mii_hcache.runtime.work import Tile
-from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.runtime.streams import Streams
 from mii_hcache.storage.slot_files import SlotFiles
-from mii_hcache.storage.workers import Workers
 
 _log = logging.getLogger(__name__)
-
-NUM_WRITERS = 2
-NUM_READERS = 3
-
-
-class FollowingSaver(Saver):
-    """Captures this rank's share of what runs, and keeps what rank 0 puts. Engine thread only.
-
-    It knows lengths and no tokens, so the names of its spans mean nothing.
-    """
-
-    def __init__(
-        self, *, adapter: EngineAdapter, share: Share, start: StartSaving, files: SlotFiles, counters: Counters
-    ) -> None:
-        self.parts = PartsSink(counters=counters, files=files, num_threads=NUM_WRITERS)
-        self._wanted: dict[tuple[int, int], int] = {}
-        """(uid, span_idx) to put_id, of what is being put."""
-        self._taken: set[int] = set()
-        super().__init__(
-            adapter=adapter,
-            store=None,
-            plan=start.plan,
-            max_batch_tokens=start.max_batch_tokens,
-            counters=counters,
-            save_wait=start.save_wait,
-            ring_batches=start.ring_batches,
-            share=share,
-            sink=self.parts,
-        )
-        self._geometry = adapter.geometry
-
-    def open_sequence(self, order: OpenSequence) -> None:
-        self.open(order.uid, seed=b"", token_ids=[0] * order.num_tokens)
-
-    def begin(self, order: BeginStep) -> None:
-        self.begin_step([StepSegment(uid=uid, token_ids=[0] * num_tokens) for uid, num_tokens in order.segments])
-
-    def end(self, order: EndStep) -> None:
-        """What is not named is not kept."""
-        assert self.plan is not None
-        for uid, span_idx, put_id in order.puts:
-            layout = SpanLayout.of(self._geometry, self.plan.kinds_of(span_idx), self._share.num_ranks)
-            if self._share.chunks(span_idx, layout):
-                self._wanted[uid, span_idx] = put_id
-        self.end_step()
-        self._lose_rest()
-
-    def heal_one(self, order: HealSpan) -> None:
-        """Rank 0 had a buffer for it; so has this rank, unless it is late, and then the span is not healed."""
-        self._wanted[order.uid, order.span_idx] = order.put_id
-        track = self._tracks.get(order.uid)
-        if track is not None:
-            self._healer.heal_span(track, order.span_idx, 0.0)
-        self._lose_rest()
-
-    def _lose_rest(self) -> None:
-        """Puts whose rows this rank has not got."""
-        lost = set(self._wanted.values()) - self._taken
-        self._wanted.clear()
-        self._taken.clear()
-        self.parts.lose(lost)
-
-    def _is_settled(self, track: SequenceTrack, span_idx: int) -> bool:
-        return (track.uid, span_idx) not in self._wanted
-
-    def _name_put(self, track: SequenceTrack, span_idx: int) -> int:
-        put_id = self._wanted[track.uid, span_idx]
-        self._taken.add(put_id)
-        return put_id
-
-
-@dataclass(eq=False, kw_only=True)
-class _Part:
-    buffer: torch.Tensor
-    pool: SpanBuffers
-    ended: Future[ReadOutcome]
-
-
-class FollowingTiles:
-    """Reads this rank's parts of tiles, and places them. `read` and `forget`: any thread; the rest: engine thread."""
-
-    def __init__(
-        self,
-        *,
-        adapter: EngineAdapter,
-        gathering: Gathering,
-        files: SlotFiles,
-        counters: Counters,
-        streams: Streams | None = None,
-    ) -> None:
-        """`streams`: the device's, None for torch's."""
-        self._adapter = adapter
-        self._gathering = gathering
-        self._share = gathering.share
-        self._files = files
-        self._counters = counters
-        self._streams = streams or streams_of(adapter.device)
-        self._placer: Placer | None = None
-        self._placings: dict[int, Placing] = {}
-        """By uid, of restores that are open."""
-        self._held: deque[tuple[Event, _Part]] = deque()
-        """Parts whose memory the device still copies from, in the order of the copies."""
-        self._nothing: torch.Tensor | None = None
-        self._readers = Workers(NUM_READERS, "hcache-read")
-        self._lock = threading.Lock()
-        """Guards what follows."""
-        self._parts: dict[int, _Part] = {}
-        self._pools: dict[int, SpanBuffers] = {}
-
-    def read(self, question: ReadPart, reply: Reply) -> None:
-        """`reply` says how far it got."""
-        sizes = [slot.header.num_bytes for slot in question.slots]
-        pool = self._pool(sum(sizes) + max(sizes, default=0))  # some ranks have one chunk more, which all must hold
-        buffer = pool.acquire()
-        assert buffer is not None
-        view, start = as_bytes(buffer), 0
-        outs = []
-        for size in sizes:
-            outs.append(view[start : start + size])
-            start += size
-        part = _Part(buffer=buffer, pool=pool, ended=Future())
-        with self._lock:
-            self._parts[question.read_id] = part
-
-        def work() -> None:
-            try:
-                outcome = self._files.read(question.slots, outs)
-                self._counters.add("shard_read_bytes_total", sum(sizes[: outcome.num_ok]))
-            except Exception as error:
-                _log.exception("this rank's part of a tile could not be read")
-                part.ended.set_result(ReadOutcome(num_ok=0))
-                reply(Failed(what=str(error)))
-                return
-            part.ended.set_result(outcome)
-            reply(outcome)
-
-        self._readers.submit(work)
-
-    def forget(self, read_id: int) -> None:
-        """The tile will not be placed; its memory comes back when the read has ended."""
-        with self._lock:
-            part = self._parts.pop(read_id, None)
-        if part is not None:
-            part.ended.add_done_callback(lambda _: part.pool.release(part.buffer))
-
-    def place(self, order: PlaceTile) -> None:
-        """Raises what the engine raises, and RuntimeError for a tile that this rank has not read."""
-        tile = Tile(layer_idx=order.layer_idx, first_span=order.first_span, num_spans=order.num_spans, kind=order.kind)
-        with self._lock:
-            part = self._parts.pop(order.read_id, None)
-        if part is not None and not part.ended.done():
-            raise RuntimeError(f"tile {order.read_id} is placed before it was read")
-        num_own = len(positions_of(self._share, tile))
-        if part is None and num_own:
-            raise RuntimeError(f"tile {order.read_id} was never read")
-        placing = self._placings[order.uid]
-        try:
-            placing.place_buffer(tile, self._no_rows() if part is None else part.buffer, tile.num_spans)
-        finally:
-            if part is not None:
-                self._give_back(part, placing.copied)
-
-    def open(self, order: OpenRestore) -> None:
-        """A restore begins."""
-        if self._placer is None or self._placer.tile_spans < order.tile_spans:
-            self._placer = Placer(
-                self._adapter,
-                self._streams,
-                tile_spans=order.tile_spans,
-                is_urgent=order.is_urgent,
-                gathering=self._gathering,
-            )
-        self._placings[order.uid] = self._placer.open(self._adapter.target(order.uid), RestoreTimeline())
-
-    def join(self, order: JoinRestore) -> None:
-        """It is over."""
-        self._placings.pop(order.uid).join()
-
-    def collect(self) -> None:
-        """Take back the memory that the device has copied. Does not block; to be called now and then."""
-        while self._held and self._held[0][0].is_done:
-            part = self._held.popleft()[1]
-            part.pool.release(part.buffer)
-
-    def _give_back(self, part: _Part, copied: Event | None) -> None:
-        if copied is None:
-            part.pool.release(part.buffer)
-        else:
-            self._held.append((copied, part))
-
-    def _no_rows(self) -> torch.Tensor:
-        """For a short tile none of whose spans is this rank's, which takes part in the gather all the same: a chunk of
-        nothing. Never written again, so nobody need wait for who copies from it."""
-        if self._nothing is None:
-            self._nothing = host_empty(self._adapter.geometry.chunk_bytes(ChunkKind.HIDDEN), dtype=torch.uint8).zero_()
-        return self._nothing
-
-    def place_rubbish(self, order: PlaceRubbish) -> None:
-        """For measuring."""
-        tile = Tile(layer_idx=order.layer_idx, first_span=0, num_spans=order.num_spans, kind=order.kind)
-        buffer = rubbish(self._share, self._adapter.geometry, order.num_spans)
-        place_now(self._adapter, self._adapter.target(order.uid), self._gathering, tile, buffer)
-
-    def gather_rubbish(self, order: GatherRubbish) -> None:
-        """For measuring."""
-        buffer = rubbish(self._share, self._adapter.geometry, order.num_spans)
-        gather_now(self._adapter, self._gathering, order.num_spans, buffer)
-
-    def stop(self) -> None:
-        """End the threads; memory that the device copies from is left to it until it is done."""
-        self._readers.close(2.0)
-        try:
-            while self._held:
-                self._held[0][0].synchronize()
-                self.collect()
-        except RuntimeError:  # the device failed: memory that it copies from stays
-            _log.exception("the device did not say that it has copied %d parts of tiles", len(self._held))
-
-    @property
-    def num_held(self) -> int:
-        """Tiles that were read, or are being read, and neither placed nor forgotten, or that are copied from."""
-        return len(self._parts) + len(self._held)
-
-    def _pool(self, num_bytes: int) -> SpanBuffers:
-        """Of buffers of at least so many bytes, in a few sizes."""
-        size = 1 << max(12, (num_bytes - 1).bit_length())
-        with self._lock:
-            if size not in self._pools:
-                self._pools[size] = SpanBuffers(shape=(size,), dtype=torch.uint8, max_buffers=1 << 20)
-            return self._pools[size]
 
 
 class FollowingState:
@@ -302,6 +60,8 @@ class FollowingState:
         self._share = share
         self._files = files
         self.counters = counters
+        self.parts = PartsSink(counters=counters, files=files, num_threads=NUM_WRITERS)
+        """Before there is a saver: rank 0 may ask for a put before this rank has heard that saving began."""
         self.saver: FollowingSaver | None = None
         self.tiles = FollowingTiles(
             adapter=adapter,
@@ -325,7 +85,7 @@ class FollowingState:
         self.tiles.collect()
         if isinstance(order, StartSaving):
             self.saver = FollowingSaver(
-                adapter=self._adapter, share=self._share, start=order, files=self._files, counters=self.counters
+                adapter=self._adapter, share=self._share, start=order, parts=self.parts, counters=self.counters
             )
         elif isinstance(order, PlaceTile):
             self.tiles.place(order)
@@ -362,25 +122,33 @@ class FollowingState:
             raise RuntimeError(f"an order that nobody knows: {order!r}")
 
     def answer(self, question: object, reply: Reply) -> None:
-        """`reply` is called once, on any thread. Does not block for long."""
+        """`reply` is called once, on any thread. Does not block for long, and does not raise: what cannot be done is
+        `Failed`, as nobody would answer any question after it."""
+        try:
+            self._answer(question, reply)
+        except Exception as error:
+            _log.exception("a question could not be taken up")
+            reply(Failed(what=f"{type(error).__name__}: {error}"))
+
+    def _answer(self, question: object, reply: Reply) -> None:
+        """What it raises, it raises before it replies."""
         if isinstance(question, ReadPart):
             self.tiles.read(question, reply)
-        elif isinstance(question, WritePart) and self.saver is not None:
-            self.saver.parts.ask(question, reply)
+        elif isinstance(question, WritePart):
+            self.parts.ask(question, reply)
         elif isinstance(question, ForgetPart):
             self.tiles.forget(question.read_id)
             reply(None)
-        elif isinstance(question, DropPart) and self.saver is not None:
-            self.saver.parts.drop(question.put_id)
+        elif isinstance(question, DropPart):
+            self.parts.drop(question.put_id)
             reply(None)
         elif isinstance(question, Counted):
             reply(self.counters.snapshot())
         else:
-            reply(Failed(what=f"nobody can answer {question!r} now"))
+            raise RuntimeError(f"a question that nobody knows: {question!r}")
 
     def stop(self) -> None:
         """The end: what nobody asked for is not written."""
-        if self.saver is not None:
-            self.saver.stop()
+        self.parts.stop()
         self.tiles.stop()
         self._files.close()

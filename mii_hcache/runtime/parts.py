@@ -42,6 +42,7 @@ class PartsSink(Flusher):
         self._asked: dict[int, tuple[WritePart, Reply]] = {}
         self._lost: set[int] = set()
         self._dropped: set[int] = set()
+        self._is_stopping = False
 
     @property
     def num_kept(self) -> int:
@@ -85,11 +86,13 @@ class PartsSink(Flusher):
                 asked[1](PartLost())
 
     def stop(self) -> None:
-        super().stop()
+        """What was asked for is written; what was not is let go of."""
         with self._lock:
+            self._is_stopping = True
             kept, self._kept = self._kept, {}
         for put in kept.values():
             self._finish(put)
+        super().stop()
         self._writers.close(10.0)
 
     def _hand_over(self, put: SpanPut, *, is_sound: bool) -> None:
@@ -101,7 +104,7 @@ class PartsSink(Flusher):
             asked = self._asked.pop(put.put_id, None)
             is_dropped = put.put_id in self._dropped
             self._dropped.discard(put.put_id)
-            if asked is None and not is_dropped:
+            if asked is None and not is_dropped and not self._is_stopping:
                 self._kept[put.put_id] = put
                 return
         if asked is None:

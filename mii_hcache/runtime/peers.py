@@ -150,6 +150,7 @@ class Failed:
 
     what: str
     errno: int | None = None
+    """Of a disk that failed; None when it was something else."""
 
 
 # --- restoring --------------------------------------------------------------------------------------------------------

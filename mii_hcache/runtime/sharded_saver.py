@@ -8,7 +8,6 @@ the blocks of all ranks.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
@@ -55,6 +54,8 @@ WRITE_DEADLINE_S = 30.0
 
 
 _LOOK_S = 0.001
+_put_ids = itertools.count(1)
+"""Of all savers: followers remember puts that came to nothing."""
 
 
 class ShardedSaver(Saver):
@@ -78,7 +79,6 @@ class ShardedSaver(Saver):
     ) -> None:
         """`settings`: more of `Saver`. Raises HCacheError when a rank is gone."""
         self._peers = peers
-        self._put_ids = itertools.count(1)
         self._puts: list[tuple[int, int, int]] = []
         """(uid, span_idx, put_id) of what is being put and the others do not know yet."""
         self._is_in_step = False
@@ -166,7 +166,7 @@ class ShardedSaver(Saver):
         self._order(EndStep(puts=tuple(puts)))
 
     def _name_put(self, track: SequenceTrack, span_idx: int) -> int:
-        put_id = next(self._put_ids)
+        put_id = next(_put_ids)
         self._puts.append((track.uid, span_idx, put_id))
         return put_id
 
@@ -223,7 +223,7 @@ class ShardedFlusher(Flusher):
         if self._store.find(record.span_id) is not None:
             self._store.touch([record.span_id])
             return True
-        draft = self._store.share_draft(record)
+        draft = self._store.share_draft(record, self._shares[0].writer_of(record.span_idx, record.layout))
         if draft is None:
             return False
         try:
@@ -256,7 +256,8 @@ class ShardedFlusher(Flusher):
                 _fill_in(crcs, idxs[rank], reply.crcs)
             elif isinstance(reply, Failed):
                 _log.warning("rank %d could not write its part of a span: %s", rank, reply.what)
-                error = error or OSError(reply.errno or errno.EIO, os.strerror(reply.errno or errno.EIO))
+                if reply.errno is not None:  # else it is no fault of the disk's
+                    error = error or OSError(reply.errno, os.strerror(reply.errno))
         if error is None and all(isinstance(reply, Written) for reply in replies.values()):
             return draft.publish(crcs)
         self._counters.add("lost_parts_total", sum(not isinstance(reply, Written) for reply in replies.values()))

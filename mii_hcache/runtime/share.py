@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import LayoutChunk, SpanLayout
+from mii_hcache.storage.directions import Writer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,13 @@ class Share:
     def chunks(self, span_idx: int, layout: SpanLayout) -> list[int]:
         """Indexes of the chunks that are this rank's, in order."""
         return [idx for idx, chunk in enumerate(layout.chunks) if self.has(span_idx, chunk)]
+
+    def writer_of(self, span_idx: int, layout: SpanLayout) -> Writer | None:
+        """The rank that hidden rows of the span at this position are of; None where it has none, so that all ranks
+        write as much of it."""
+        if ChunkKind.HIDDEN not in layout.kind_counts:
+            return None
+        return Writer(idx=span_idx % self.num_ranks, num_writers=self.num_ranks)
 
 
 WHOLE = Share()

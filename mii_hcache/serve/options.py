@@ -172,7 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="DIR",
         help="where it is kept; one server at a time; given several times, each on a disk of its own, it is striped "
-        f"over all of them (default: {os.pathsep.join(default_state_dirs())})",
+        "over all of them; of several ranks each writes and reads its hidden states on directories of its own, as far "
+        f"as there are enough (default: {os.pathsep.join(default_state_dirs())})",
     )
     state.add_argument(
         "--state-capacity",

@@ -18,7 +18,7 @@ from mii_hcache.core.layout import SpanLayout
 
 if TYPE_CHECKING:
     from mii_hcache.storage.borrowing import BorrowedChunks
-    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
+    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft, Writer
     from mii_hcache.storage.drafts import FileDrafts
 
 
@@ -236,9 +236,10 @@ class ChunkStore(ABC):
         them. None where only this process can read. Does not block on I/O."""
         return None
 
-    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
-        """Room for a span whose chunks several processes write; as `put`, it may evict, and block on I/O. None when no
-        room could be made, the device is away, or only this process can write."""
+    def share_draft(self, record: SpanRecord, writer: Writer | None = None) -> SharedDraft | None:
+        """Room for a span whose chunks several processes write; as `put`, it may evict, and block on I/O. `writer`
+        writes most of it, None: all write as much; a store on several devices gives each writer devices of its own, as
+        far as there are enough. None when no room could be made, the device is away, or only this process can write."""
         return None
 
     def lend(self, buffer: memoryview) -> None:  # noqa: B027, a hint may be ignored

@@ -110,6 +110,14 @@ class JoinedDirections:
             part.end(ReadOutcome(num_ok=num_ok, reason=outcome.reason if failed else None))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Writer:
+    """The one of several processes that writes most of a span, and reads it when it comes back."""
+
+    idx: int
+    num_writers: int
+
+
 class SharedDraft(ABC):
     """Room for a span whose chunks several processes write. Belongs to its writer until it is published,
     dropped or abandoned. Any thread; methods block on I/O."""

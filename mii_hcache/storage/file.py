@@ -14,7 +14,7 @@ from mii_hcache.storage.base import ChunkRead, ChunkStore, DeviceReader, ReadOut
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.commits import Commits
 from mii_hcache.storage.device_reads import DeviceReaders, FileDeviceReader
-from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
+from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft, Writer
 from mii_hcache.storage.drafts import FileDrafts
 from mii_hcache.storage.file_directions import FileDirections, begin_shared
 from mii_hcache.storage.format import SlotHeader
@@ -211,7 +211,7 @@ class FileStore(ChunkStore):
                 return ReadDirections((), "unavailable")
             return self._directions.of(wanted) if is_open else ReadDirections((), "missing")
 
-    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+    def share_draft(self, record: SpanRecord, writer: Writer | None = None) -> SharedDraft | None:
         if not self._space.takes_parts:
             return None
         draft = self._call(lambda: begin_shared(self._drafts, record), 1)

@@ -9,7 +9,7 @@ from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
 
 if TYPE_CHECKING:
-    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft
+    from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft, Writer
     from mii_hcache.storage.drafts import FileDrafts
 
 
@@ -37,8 +37,8 @@ class PassingStore(ChunkStore):
     def directions(self, wanted: Sequence[ChunkWanted]) -> ReadDirections | None:
         return self._inner.directions(wanted)
 
-    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
-        return self._inner.share_draft(record)
+    def share_draft(self, record: SpanRecord, writer: Writer | None = None) -> SharedDraft | None:
+        return self._inner.share_draft(record, writer)
 
     def find(self, span_id: SpanId) -> SpanRecord | None:
         return self._inner.find(span_id)

@@ -9,13 +9,12 @@ from contextlib import ExitStack, contextmanager
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
-from mii_hcache.storage.directions import ChunkWanted, JoinedDirections, ReadDirections, SharedDraft
+from mii_hcache.storage.directions import ChunkWanted, JoinedDirections, ReadDirections, SharedDraft, Writer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.stripe_path import StripePath
+from mii_hcache.storage.turns import Turns
 
-_MAX_TURNS = 65_536
-"""Spans whose path is remembered for the sake of the next ones of their contexts."""
 _MAX_DELETED = 1 << 20
 """Spans deleted while a path was missing that are remembered until it is back."""
 _NUM_BATCHES = 8
@@ -26,10 +25,10 @@ class StripedStore(ChunkStore):
     """Several FileStores as one; owns them. Safe from any thread.
 
     Consecutive spans of a context lie on consecutive paths, so the chunks of a layer are spread round robin, as in the
-    paper (section 4.2). The first span's path is drawn from its id, so that short contexts and system prompts spread,
-    too. Nothing on disk says so: a span is looked for on every path, and where it is put is policy. Each path has a
-    catalog of its own and survives alone. While one is missing or away, each context is cut at its first span there and
-    the rest is computed again, and saved elsewhere; when it is back, so are its spans.
+    paper (section 4.2); those that several processes write lie on paths of their writers' own, as far as there are
+    enough (`turns.py`). Nothing on disk says so: a span is looked for on every path, and where it is put is policy.
+    Each path has a catalog of its own and survives alone. While one is missing or away, each context is cut at its
+    first span there and the rest is computed again, and saved elsewhere; when it is back, so are its spans.
 
     Every path has an equal share of the capacity and evicts by itself: a context's spans may go a little out of order
     between paths, which costs their use and nothing else. A path that fails a put, or is full of what is pinned, hands
@@ -46,8 +45,7 @@ class StripedStore(ChunkStore):
         """Spans that are being put: two writers of one must not choose two paths."""
         self._placed = threading.Condition()
         """Guards `_placing` and what follows."""
-        self._turns: OrderedDict[SpanId, int] = OrderedDict()
-        """On which path a span was put, or is being put."""
+        self._turns = Turns(len(self.paths))
         self._num_refusals = 0
         """Puts that one path dropped and another one took, or dropped as well: not to be counted again."""
         self._num_dropped = 0
@@ -96,8 +94,7 @@ class StripedStore(ChunkStore):
             if holder is not None:
                 return holder.put_checked(record, chunks, crcs)
             num_refused = 0
-            for idx, store in self._turn_of(record):
-                self._remember_turn(record.span_id, idx)
+            for store in self._turn_of(record):
                 if store.put_checked(record, chunks, crcs):
                     self._count(num_refusals=num_refused)
                     return True
@@ -159,10 +156,9 @@ class StripedStore(ChunkStore):
             joined.add(idxs, directions)
         return joined.join()
 
-    def share_draft(self, record: SpanRecord) -> SharedDraft | None:
+    def share_draft(self, record: SpanRecord, writer: Writer | None = None) -> SharedDraft | None:
         num_refused = 0
-        for idx, store in self._turn_of(record):
-            self._remember_turn(record.span_id, idx)
+        for store in self._turn_of(record, writer):
             draft = store.share_draft(record)
             if draft is not None:
                 self._count(num_refusals=num_refused)
@@ -264,33 +260,18 @@ class StripedStore(ChunkStore):
         stores = (path.store for path in self.paths)
         return next((store for store in stores if store is not None and store.find(span_id) is not None), None)
 
-    def _turn_of(self, record: SpanRecord) -> Iterator[tuple[int, FileStore]]:
-        """The path whose turn it is, then the others; those that are missing are passed over."""
-        before = self._turn_before(record)
-        first = int.from_bytes(record.span_id[:8], "little") if before is None else before + 1
-        for step in range(len(self.paths)):
-            idx = (first + step) % len(self.paths)
+    def _turn_of(self, record: SpanRecord, writer: Writer | None = None) -> Iterator[FileStore]:
+        """The store whose turn it is, then the others; those that are missing are passed over."""
+        for idx in self._turns.of(record, writer, self._path_of):
             store = self.paths[idx].store
             if store is not None:
-                yield idx, store
+                self._turns.take(record, idx)
+                yield store
 
-    def _turn_before(self, record: SpanRecord) -> int | None:
-        """Where the span before this one lies, or is being put: also while that path is away."""
-        if record.parent_id is None:
-            return None
-        with self._placed:
-            turn = self._turns.get(record.parent_id)
-        if turn is not None:
-            return turn
+    def _path_of(self, span_id: SpanId) -> int | None:
+        """Where a span lies: also while that path is away."""
         stores = enumerate(path.store for path in self.paths)
-        return next((idx for idx, store in stores if store is not None and store.knows(record.parent_id)), None)
-
-    def _remember_turn(self, span_id: SpanId, idx: int) -> None:
-        with self._placed:
-            self._turns[span_id] = idx
-            self._turns.move_to_end(span_id)
-            if len(self._turns) > _MAX_TURNS:
-                self._turns.popitem(last=False)
+        return next((idx for idx, store in stores if store is not None and store.knows(span_id)), None)
 
     def _count(self, *, num_refusals: int = 0, num_dropped: int = 0) -> None:
         with self._placed:

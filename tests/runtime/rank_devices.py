@@ -193,7 +193,7 @@ class AllBlocks:
 
 class RankDevices:
     """`Peers` whose followers obey at once; what they launch is late. Within `streams.watching()`, and with
-    `following.SpanBuffers` as `buffers_of` makes it."""
+    `following_tiles.SpanBuffers` as `buffers_of` makes it."""
 
     def __init__(
         self, store: ChunkStore, geometry: ModelGeometry, num_ranks: int, streams: FakeStreams, chooser: random.Random

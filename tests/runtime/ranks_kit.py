@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +27,7 @@ from mii_hcache.runtime.sharded_tiles import ShardedTiles
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Stream
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
 from mii_hcache.storage.disk_io import ThreadsIO
 from mii_hcache.storage.slot_files import SlotFiles
 from tests.runtime.kit import (
@@ -131,6 +133,29 @@ class LeadBlocks:
         self._ranks.engines[0].target(self.uid).commit(num_tokens)
 
 
+class CountingFiles(SlotFiles):
+    """Counts the bytes that go to and from each directory of segments, for one rank."""
+
+    def __init__(self, moved: Counter[tuple[int, str]], rank: int) -> None:
+        super().__init__(ThreadsIO())
+        self._moved = moved
+        self._rank = rank
+
+    def read(self, slots: Any, outs: Any) -> ReadOutcome:
+        outcome = super().read(slots, outs)
+        self._count(slots[: outcome.num_ok], outs[: outcome.num_ok])
+        return outcome
+
+    def write(self, payloads: Any, chunks: Any) -> list[int]:
+        crcs = super().write(payloads, chunks)
+        self._count(payloads, chunks)
+        return crcs
+
+    def _count(self, places: Any, buffers: Any) -> None:
+        for place, buffer in zip(places, buffers, strict=True):
+            self._moved[self._rank, Path(place.path).parent.parent.name] += buffer.nbytes
+
+
 class Ranks:
     """`runtime.peers.Peers` over threads. Order and question really race; what is late, is late at random."""
 
@@ -141,6 +166,8 @@ class Ranks:
         self.engines = [RankEngine(self, share, geometry, max_batch_tokens) for share in self.shares]
         self.lost: set[int] = set()
         self.errors: list[BaseException] = []
+        self.moved: Counter[tuple[int, str]] = Counter()
+        """Bytes that each follower wrote to, and read from, each state directory."""
         self.held_orders = threading.Event()
         """Followers carry out orders while it is set."""
         self.held_orders.set()
@@ -160,7 +187,7 @@ class Ranks:
                         adapter=engine,
                         share=share,
                         gather=partial(self._gather, share.rank),
-                        files=SlotFiles(ThreadsIO()),
+                        files=CountingFiles(self.moved, share.rank),
                         counters=counters,
                     )
                 )

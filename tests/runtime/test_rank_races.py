@@ -49,7 +49,7 @@ def _talk(saved, seed: int, ignored=None) -> FakeStreams:
     store, histories, num_ranks = saved
     chooser = random.Random(seed)
     streams = FakeStreams(seed, ignored=ignored, haste=chooser.choice([0.02, 0.1, 0.4]))
-    with mock.patch("mii_hcache.runtime.following.SpanBuffers", buffers_of(streams)), streams.watching():
+    with mock.patch("mii_hcache.runtime.following_tiles.SpanBuffers", buffers_of(streams)), streams.watching():
         devices = RankDevices(store, MHA, num_ranks, streams, chooser)
         with closing(_Stopper(devices)):
             live, num_begun = [], 0
@@ -99,7 +99,7 @@ def test_every_byte_is_there_on_every_rank(saved, seed):
     assert _talk(saved, seed).checker.num_accesses > 100
 
 
-WAITS = [*waits_in("placing.py", {"wait"}), *waits_in("following.py", {"is_done"})]
+WAITS = [*waits_in("placing.py", {"wait"}), *waits_in("following_tiles.py", {"is_done"})]
 
 
 def _is_race(error: BaseException | None) -> bool:

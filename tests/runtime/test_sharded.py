@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -12,7 +13,9 @@ from mii_hcache.core.plans import StoragePlan, uniform_storage
 from mii_hcache.runtime.lookup import look_up
 from mii_hcache.runtime.share import Share
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.state_dir import StateDir
+from mii_hcache.storage.stripe_set import StripeSet
 from tests.runtime.kit import SEED, FakeEngine, open_saver, path, wait_until
 from tests.runtime.ranks_kit import Ranks, expected_chunks, spans_in
 
@@ -71,7 +74,7 @@ def save(ranks, store, plan, histories, **settings):
         uid = ranks.engines[0].open()
         saver.open(uid, seed=SEED, token_ids=[])
         run(ranks, saver, uid, tokens)
-        assert saver.heal(uid)
+        assert saver.heal(uid, 30.0)
         saver.close(uid)
         ranks.engines[0].evict(uid)
     assert saver.drain(30.0)
@@ -102,7 +105,7 @@ def test_what_ranks_save_together_they_restore_together(store, make_ranks, geome
         uid, outcome = ranks.restore(store, records, tokens)
         assert outcome.num_tokens == len(records) * SPAN_TOKENS
         ranks.expect_restored(uid, tokens, outcome, records)
-    assert all(state.tiles.num_held == 0 and state.saver.parts.num_kept == 0 for state in ranks.states[1:])
+    assert all(state.tiles.num_held == 0 and state.parts.num_kept == 0 for state in ranks.states[1:])
     assert all(engine.hashes.keys() == ranks.engines[0].hashes.keys() for engine in ranks.engines)
 
 
@@ -122,6 +125,76 @@ def test_each_rank_reads_and_writes_its_share(store, make_ranks, num_ranks, kind
     a_chunk_a_layer = len(MHA.saved_layers(kind)) * MHA.chunk_bytes(kind)
     for num_bytes in (*written, *read):
         assert abs(num_bytes - all_bytes / num_ranks) <= (a_chunk_a_layer if kind is HIDDEN else 0)
+
+
+def striped(tmp_path, names):
+    stripes = StripeSet.of([tmp_path / name for name in names])
+    return open_striped(stripes, len(names) * (64 << 20), segment_bytes=1 << 20)
+
+
+def moved_in(ranks, totals):
+    """Bytes that each rank moved in each directory since the last call. `totals`: of each directory, all ranks'."""
+    moved = ranks.moved.copy()
+    ranks.moved.clear()
+    for name, total in totals.items():
+        moved[0, name] = total - sum(num for (_, one), num in moved.items() if one == name)
+    return +moved
+
+
+def totals_of(store, name):
+    return {one.path.name: getattr(one.store.stats(), name) for one in store.paths}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_paths", "expected"),
+    [(2, 2, ["a", "b"]), (2, 4, ["ac", "bd"]), (4, 4, ["a", "b", "c", "d"]), (2, 3, ["ac", "bc"]), (4, 2, "aabb")],
+)
+def test_each_rank_has_directories_of_its_own(tmp_path, make_ranks, num_ranks, num_paths, expected):
+    """Of hidden states: by the bytes that each rank moved in each directory. All directories hold as much."""
+    store, ranks = striped(tmp_path, "abcd"[:num_paths]), make_ranks(MHA, num_ranks)
+    histories = [path(branch, 0, 64 * 24 + 5) for branch in range(4)]
+    save(ranks, store, PLANS["hidden"], histories, save_wait=1e6)
+    written = moved_in(ranks, totals_of(store, "put_bytes"))
+    for tokens in histories:
+        records = spans_in(store, tokens)
+        assert len(records) == 24
+        uid, outcome = ranks.restore(store, records, tokens)
+        ranks.expect_restored(uid, tokens, outcome, records)
+    read = moved_in(ranks, totals_of(store, "read_bytes"))
+    for moved in (written, read):
+        assert ["".join(sorted(name for one, name in moved if one == rank)) for rank in range(num_ranks)] == [*expected]
+        by_rank = [sum(num for (one, _), num in moved.items() if one == rank) for rank in range(num_ranks)]
+        assert len(set(by_rank)) == 1 and sum(by_rank) == 4 * 24 * 2 * MHA.chunk_bytes(HIDDEN)
+        by_directory = [sum(num for (_, one), num in moved.items() if one == name) for name in "abcd"[:num_paths]]
+        assert max(by_directory) - min(by_directory) <= 4 * 2 * MHA.chunk_bytes(HIDDEN), "a span of each history"
+    store.close()
+
+
+def test_where_ranks_put_their_spans_any_other_number_finds_them(tmp_path, make_ranks):
+    histories = {num_ranks: path(num_ranks, 0, 64 * 9) for num_ranks in (2, 4)}
+    for num_ranks, names in ((2, "ab"), (4, "abcd")):
+        store = striped(tmp_path, names)
+        save(make_ranks(MHA, num_ranks), store, PLANS["hidden"], [histories[num_ranks]], save_wait=1e6)
+        store.close()
+    store = striped(tmp_path, "dcba")
+    for tokens in histories.values():
+        records = check_saved(store, tokens, MHA)
+        for num_ranks in (2, 4):
+            ranks = make_ranks(MHA, num_ranks)
+            uid, outcome = ranks.restore(store, records, tokens)
+            assert outcome.num_tokens == len(tokens)
+            ranks.expect_restored(uid, tokens, outcome, records)
+    store.close()
+
+
+def test_k_and_v_of_all_ranks_lie_together_in_turn(tmp_path, make_ranks):
+    store, ranks = striped(tmp_path, "ab"), make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 12)
+    save(ranks, store, PLANS["kv"], [tokens], save_wait=1e6)
+    assert [one.store.stats().num_spans for one in store.paths] == [6, 6]
+    assert set(ranks.moved) == {(1, "a"), (1, "b")}
+    check_saved(store, tokens, MHA)
+    store.close()
 
 
 def test_tiles_shorter_than_the_ranks_and_recomputed_tokens(store, make_ranks):
@@ -251,7 +324,7 @@ def test_a_rank_that_dropped_rows_costs_nothing_once_the_span_is_healed(store, m
     there = [store.find(span_id) is not None for span_id, _ in spans_of(SEED, tokens)]
     assert there == [True, False, True, False], "rank 1's are not"
     assert ranks.counters[0].get("lost_parts_total") == 2
-    assert saver.heal(uid)
+    assert saver.heal(uid, 30.0)
     assert saver.drain(30.0)
     saver.close(uid)
     records = check_saved(store, tokens, MHA)
@@ -307,7 +380,7 @@ def test_truncated_and_shared_histories(store, make_ranks):
     saver.truncate(uid, 100)
     ranks.engines[0].truncate(uid, 100)
     run(ranks, saver, uid, second[100:], pieces=(1, 50))
-    assert saver.heal(uid) and saver.drain(30.0)
+    assert saver.heal(uid, 30.0) and saver.drain(30.0)
     saver.close(uid)
     ranks.settle()
     saver.stop()
@@ -327,7 +400,7 @@ def test_orders_that_come_late_are_waited_for(store, make_ranks):
     ranks.settle()
     ranks.held_orders.clear()
     ranks.engines[0].step(saver, {uid: tokens})
-    wait_until(lambda: len(ranks.states[1].saver.parts._asked) >= 2)
+    wait_until(lambda: len(ranks.states[1].parts._asked) >= 2)
     assert not spans_in(store, tokens)
     ranks.held_orders.set()
     assert saver.drain(30.0)
@@ -346,3 +419,55 @@ def test_shares_tile_every_span():
             assert sorted(idxs) == list(range(layout.num_chunks))
     with pytest.raises(ValueError, match="rank must be 0 to 1, got 2"):
         Share(rank=2, num_ranks=2)
+
+
+def test_chunks_that_are_asked_for_before_saving_began_are_waited_for(store, make_ranks):
+    """Followers that are slow to start lose nothing, and no disk is taken for broken."""
+    ranks = make_ranks(MHA, 2)
+    ranks.held_orders.clear()
+    saver = ranks.open_saver(store, MIXED)
+    tokens = path(1, 0, 64 * 4)
+    uid = ranks.engines[0].open()
+    saver.open(uid, seed=SEED, token_ids=[])
+    ranks.engines[0].step(saver, {uid: tokens})
+    wait_until(lambda: len(ranks.states[1].parts._asked) >= 2)
+    assert ranks.states[1].saver is None
+    ranks.held_orders.set()
+    assert saver.drain(30.0)
+    saver.stop()
+    check_saved(store, tokens, MHA)
+    assert ranks.counters[0].get("lost_parts_total") == 0
+
+
+def test_a_question_that_fails_leaves_those_after_it_answered(store, make_ranks, monkeypatch):
+    """No memory for a part of a tile: the tile is cut there, on all ranks, and the next restore is whole."""
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 9)
+    save(ranks, store, PLANS["hidden"], [tokens])
+    records = spans_in(store, tokens)
+    tiles = ranks.states[1].tiles
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "_pool", lambda num_bytes: 1 // 0)
+        uid, outcome = ranks.restore(store, records, tokens)
+    assert (outcome.num_tokens, outcome.cut_reason) == (64, "unavailable"), "the first span is rank 0's"
+    ranks.expect_restored(uid, tokens, outcome, records)
+    uid, outcome = ranks.restore(store, records, tokens)
+    assert outcome.num_tokens == len(tokens)
+    ranks.expect_restored(uid, tokens, outcome, records)
+
+
+def test_a_rank_that_fails_for_itself_costs_a_span_and_no_disk(store, make_ranks, monkeypatch):
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks.states[1]._files, "write", lambda payloads, chunks: 1 // 0)
+        saver = ranks.open_saver(store, PLANS["hidden"])
+        uid = ranks.engines[0].open()
+        saver.open(uid, seed=SEED, token_ids=[])
+        ranks.engines[0].step(saver, {uid: tokens})
+        assert saver.drain(30.0)
+    assert [store.find(span_id) is not None for span_id, _ in spans_of(SEED, tokens)] == [True, False, True, False]
+    assert saver.heal(uid, 30.0) and saver.drain(30.0)
+    saver.stop()
+    check_saved(store, tokens, MHA)
+    assert store.stats().num_away == 0

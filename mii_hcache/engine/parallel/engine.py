@@ -144,7 +144,9 @@ class ParallelEngine(HCacheEngine):
         return OwnRank(self)
 
     def close(self) -> None:
-        """Let the other ranks end; returns when they are gone. Idempotent."""
+        """Let the other ranks end, and leave their group; returns when they are gone. Idempotent."""
         with suppress(RankLostError):
             self.tell(STOP)
         self.followers.end()
+        assert self.group is not None
+        self.group.close()

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Followers:
         self.meeting = Path(tempfile.mkdtemp(prefix="mii-hcache-ranks-"))
         """Where the ranks meet; nobody else may look into it."""
         self._on_lost = on_lost
+        self._wake: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
         self._error: RankLostError | None = None
         self._is_ending = False
@@ -176,6 +178,15 @@ class Followers:
         self._give_up(reason)
         return RankLostError(str(self._error))
 
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """`wake` is called, on a thread of its own, when a rank is lost, or if one is: it ends what still waits for the
+        others, who have been killed by then."""
+        with self._changed:
+            self._wake = wake
+            is_lost = self._error is not None
+        if is_lost:
+            wake()
+
     def _give_up(self, reason: str) -> None:
         """The first reason counts."""
         with self._changed:
@@ -186,7 +197,8 @@ class Followers:
             self._changed.notify_all()
         self._kill()  # first of all: whoever waits for a rank that hangs is woken by its end
         _log.critical("%s", reason)
-        threading.Thread(target=self._on_lost, args=(self._error,), name="hcache-ranks-lost", daemon=True).start()
+        for what in (self._wake, partial(self._on_lost, self._error)):  # neither waits for the other
+            threading.Thread(target=what, name="hcache-ranks-lost", daemon=True).start()
 
     def _watch(self) -> None:
         looked_s = time.monotonic()

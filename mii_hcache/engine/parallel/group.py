@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from mii_hcache.errors import RankLostError
 
 TIMEOUT_S = 20.0
 """Longest that a rank waits in a collective for the others: one of them hangs then."""
+CLOSE_S = 2.0
+"""Longest that closing waits for what a backend has under way."""
 
 
 class RankGroup:
@@ -61,9 +64,10 @@ class RankGroup:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place; the same bits everywhere. Returns `tensor`, which is contiguous."""
-        if self._backend is not None:
+        if self.size > 1:
+            backend = self._open_backend()
             try:
-                self._backend.allreduce([tensor]).wait()
+                backend.allreduce([tensor]).wait()
             except RuntimeError as error:
                 raise self._lost("all_reduce", error) from error
         return tensor
@@ -71,11 +75,12 @@ class RankGroup:
     def all_gather_rows(self, out: torch.Tensor, rows: torch.Tensor) -> None:
         """`rows`: `[n, ...]` of this rank, the same shape everywhere; `out`: `[size * n, ...]`, rank by rank. Both
         contiguous and of one dtype; bits stay what they are."""
-        if self._backend is None:
+        if self.size == 1:
             out.copy_(rows)
             return
+        backend = self._open_backend()
         try:
-            self._backend._allgather_base(_as_bytes(out), _as_bytes(rows)).wait()
+            backend._allgather_base(_as_bytes(out), _as_bytes(rows)).wait()
         except RuntimeError as error:
             raise self._lost("all_gather", error) from error
 
@@ -92,10 +97,29 @@ class RankGroup:
         return self._backend is not None and self._backend.name() == "nccl"
 
     def abort(self) -> None:
-        """End what waits in a collective, on whichever thread, as far as the backend can. Idempotent."""
+        """End what waits in a collective, on whichever thread, as far as the backend can: NCCL's waits on the device
+        end, gloo's when the others' processes do. Any thread. Idempotent."""
         for group in {self, self.beside}:
-            if group._backend is not None:
-                group._backend.abort()
+            backend = group._backend
+            if backend is not None:
+                backend.abort()
+
+    def close(self) -> None:
+        """Let go of the connections, now and not when the interpreter ends, which must not find the threads of a
+        backend in a call. Whoever calls afterwards raises RankLostError. Waits for what is under way, for `CLOSE_S` at
+        most. Idempotent."""
+        backends = []
+        for group in {self, self.beside}:
+            backends.append(group._backend)
+            group._backend = None
+        thread = threading.Thread(target=backends.clear, name="hcache-close-group", daemon=True)
+        thread.start()
+        thread.join(CLOSE_S)
+
+    def _open_backend(self) -> Any:
+        if self._backend is None:
+            raise RankLostError(f"rank {self.rank} of {self.size} has left the others")
+        return self._backend
 
     def _lost(self, what: str, error: RuntimeError) -> RankLostError:
         return RankLostError(f"rank {self.rank} of {self.size}: {what} failed: {_first_line(error)}")

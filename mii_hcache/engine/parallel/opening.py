@@ -52,12 +52,14 @@ def open_parallel_engine(
     check_devices(size)
     share_threads(size)
     followers = Followers(size, on_lost)
+    group: RankGroup | None = None
     try:
         progress(f"starting {size} ranks", 0, 0)
         local_path = _local(model_path)
         followers.wait_for("imported", lambda num_there: progress(f"starting {size} ranks", 1 + num_there, size))
         followers.send_settings({"meeting": str(followers.meeting), "engine": {**settings, "model_path": local_path}})
         group = _meet(followers, size)
+        followers.wake_with(group.abort)
         progress(f"loading the model on {size} ranks", 0, 0)
         engine = build_engine(local_path, **settings, group=group, engine_class=ParallelEngine)
         assert isinstance(engine, ParallelEngine)
@@ -66,13 +68,19 @@ def open_parallel_engine(
         )
     except RankLostError as error:
         lost = followers.lose(str(error), error)
-        followers.end()
+        _end(followers, group)
         raise lost from error
     except BaseException:
-        followers.end()
+        _end(followers, group)
         raise
     engine.lead(followers)
     return engine
+
+
+def _end(followers: Followers, group: RankGroup | None) -> None:
+    followers.end()
+    if group is not None:
+        group.close()
 
 
 def _local(model_path: str) -> str:

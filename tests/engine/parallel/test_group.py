@@ -31,6 +31,14 @@ def _collect(directory: str, rank: int, size: int, answers: Any) -> None:
         group.all_gather_rows(out, torch.full((3, 5), rank + 1).to(dtype))
         told.append(out.float().tolist())
     told.append(group.least(10 - rank))
+    group.close()
+    group.close()
+    for call in (group.all_reduce, lambda rows: group.beside.all_gather_rows(rows, rows)):
+        try:
+            call(torch.ones(1))
+            told.append("done alone?")
+        except RankLostError as error:
+            told.append(str(error))
     answers.put((rank, told))
 
 
@@ -61,6 +69,7 @@ def test_ranks_sum_and_gather(tmp_path, size):
         assert told[rank][:3] == told[0][:3], "the same bits on every rank"
         assert told[rank][3:7] == [rows] * 4
         assert told[rank][7] == 10 - (size - 1)
+        assert told[rank][8:] == [f"rank {rank} of {size} has left the others"] * 2
 
 
 def _lose(directory: str, rank: int, size: int, answers: Any) -> None:
