@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it can b
 
 import torch
 
-from experiments.common.bench import ask, profile_store
 from experiments.common.checkpoints import SHAPES
+from experiments.common.contenders import ask, profile_store
 from experiments.common.random_weights import random_engine
 from experiments.common.reference import DEFAULT_FILE, Ratio, Reference, median_ratio
 from experiments.common.rows import provenance

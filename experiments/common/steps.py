@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from experiments.common.bench import make_store
+from experiments.common.contenders import make_store
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.methods import METHODS
 from mii_hcache.engine.ragged_engine import HCacheEngine

@@ -20,8 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.common.bench import MODELS_DIR, Outcome, profile, race
+from experiments.common.bench import MODELS_DIR
 from experiments.common.checkpoints import make_model
+from experiments.common.contenders import Outcome, profile, race
 from experiments.common.machine import machine
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.engine.ragged_engine import build_engine

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.common.bench import MODELS_DIR, ask
+from experiments.common.bench import MODELS_DIR
 from experiments.common.checkpoints import make_model
+from experiments.common.contenders import ask
 from experiments.common.machine import machine
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.geometry import ChunkKind

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from experiments.common.bench import Bench, bench_of, needs_gpu, race
+from experiments.common.bench import Bench, bench_of, needs_gpu
+from experiments.common.contenders import race
 from experiments.common.item import Cell, Context
 from experiments.common.models import METHOD_OF, Deployment
 from experiments.common.rows import Row

@@ -15,8 +15,8 @@ from functools import cached_property
 
 import torch
 
-from experiments.common.bench import profile_store
 from experiments.common.checkpoints import SHAPES
+from experiments.common.contenders import profile_store
 from experiments.common.random_weights import random_engine
 from experiments.gpu_restore.scales import Model, Scale, label
 from experiments.gpu_restore.timing import Clock

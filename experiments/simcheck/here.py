@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from statistics import fmean
 
-from experiments.common.bench import Bench, bench_of, needs_gpu, race, throttled_cost
+from experiments.common.bench import Bench, bench_of, needs_gpu, throttled_cost
+from experiments.common.contenders import race
 from experiments.common.item import Cell, Context
 from experiments.common.load import Load
 from experiments.common.load_summary import Objective, percentile, summary_of

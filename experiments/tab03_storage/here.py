@@ -6,7 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from experiments.common.bench import Bench, ask, bench_of, needs_gpu, throttled_cost
+from experiments.common.bench import Bench, bench_of, needs_gpu, throttled_cost
+from experiments.common.contenders import ask
 from experiments.common.item import Cell, Context
 from experiments.common.models import METHOD_OF, MODELS, main_deployment
 from experiments.common.rows import Row

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.common.bench import ask
+from experiments.common.contenders import ask
 from experiments.common.machine import machine
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.geometry import SPAN_TOKENS

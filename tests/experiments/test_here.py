@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from experiments.common import here, runner
-from experiments.common.bench import Contender, bench_of, emulated_bandwidth, needs_gpu
+from experiments.common.bench import bench_of, emulated_bandwidth, needs_gpu
+from experiments.common.contenders import Contender
 from experiments.common.here import comparable, paper_comparable
 from experiments.common.item import Cell, Check, Context, Item, Panel
 from experiments.common.models import METHOD_OF, deployed
