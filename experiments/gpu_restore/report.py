@@ -73,11 +73,11 @@ def _gate(rows: Sequence[Row]) -> Iterator[str]:
     if not found:
         return
     yield "## Correctness, before anything was timed"
-    bounds = {(row.series.removesuffix(" bound"), row.x): row.y for row in found if row.series.endswith(" bound")}
+    bounds = {(row.series.removesuffix(" noise"), row.x): row.y for row in found if row.series.endswith(" noise")}
     lines = []
     for (series, x), bound in bounds.items():
         own = [row for row in found if row.series.startswith(f"{series} ") and row.x == x]
-        ways = [row for row in own if not row.series.endswith(" bound")]
+        ways = [row for row in own if not row.series.endswith(" noise")]
         worst = max((row.y or 0.0 for row in ways), default=0.0)
         lines.append((series, f"{x:,}", f"{bound:.4g}", f"{worst:.4g}" if ways else "no whole span", str(len(ways))))
     yield _table(("engine", "tokens", "batch splits differ by", "restored differ by, at most", "ways"), lines)

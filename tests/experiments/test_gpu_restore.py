@@ -222,7 +222,28 @@ def test_the_gate_sees_rows_in_the_wrong_place(monkeypatch):
 
 def test_the_gate_sees_nan(monkeypatch):
     monkeypatch.setattr(SequenceBlocks, "write_kv", lambda self, layer_idx, start, kv, stream: None)
-    with pytest.raises(GateFailed, match=r"kv: logits differ by nan"):
+    with pytest.raises(GateFailed, match=r"kv: logits differ by inf"):
+        list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
+
+
+def test_noise_that_is_not_finite_fails_the_gate(monkeypatch):
+    """It would excuse anything."""
+    monkeypatch.setattr(gate, "noise_of", lambda runs: float("inf"))
+    with pytest.raises(GateFailed, match="own logits are not finite"):
+        list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
+
+
+def test_the_gate_sees_k_and_v_that_no_logit_tells_of(monkeypatch):
+    """Two tokens with each other's values in one layer, of a history that logits hardly depend on."""
+
+    def swapped(self, layer_idx, start, hidden):
+        genuine(self, layer_idx, start, hidden)
+        if layer_idx == self._engine.geometry.num_layers - 2:
+            rows, slots = self._rows(layer_idx), self._all_slots
+            rows[slots[3:5], 1] = rows[slots[3:5].flip(0), 1]
+
+    monkeypatch.setattr(SequenceBlocks, "project_hidden", swapped)
+    with pytest.raises(GateFailed, match=r"K and V that came back as hidden are not within"):
         list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
 
 
