@@ -90,7 +90,7 @@ def _check_length(rig: Rig, dtype: str, num_tokens: int, least_noise: float) -> 
     yield Number(
         panel="gate.clear", series=series, x=num_tokens, y=clear, unit="ratio", note="tokens that are compared"
     )
-    for name, (storage, recompute_tokens, recompute_layers) in chosen.items():
+    for name, (_, recompute_tokens, recompute_layers) in chosen.items():
         if num_whole == 0:
             break
         choice = RestoreChoice(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,14 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
 
     def evict(self, uid: int) -> None:
         """Free a sequence's blocks; unknown uids are ignored."""
-        if self._state_manager.get_sequence(uid) is not None:
-            self.flush(uid)
+        sequence = self._state_manager.get_sequence(uid)
+        if sequence is None:
+            return
+        if self.kernels != "stock":
+            # The host asks the device for the block ids, and so waits for all that was launched. Its own table has the
+            # same. DeepSpeed's kernels read the device's, which may be written anew only when they are done with it.
+            sequence.all_block_ids = partial(_block_ids, sequence)
+        self.flush(uid)
 
     def poison_free_blocks(self) -> None:
         """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
@@ -181,12 +188,14 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
 
     def warm_up(self) -> None:
         """Have everything compiled now that Triton compiles at first use (seconds for each kernel), and not under the
-        first requests: a step of one token and one of many, forgotten at once. The engine holds no sequence yet. Every
-        rank of a group does so by itself, before rank 0 leads."""
+        first requests: a step of one token and one of many, forgotten at once, and a row that is restored. The engine
+        holds no sequence yet. Every rank of a group does so by itself, before rank 0 leads."""
         self._model.attn.warm_up(self.kv_cache(0))
         for num_tokens in (1, min(64, self.max_batch_tokens, self.max_context_tokens)):
             try:
                 HCacheEngine.put(self, [0], token_tensors([[0] * num_tokens]))
+                row = torch.zeros(1, self.geometry.hidden_size, dtype=self.dtype, device=self.device)
+                SequenceBlocks(self, 0).project_hidden(0, 0, row)
             finally:
                 HCacheEngine.evict(self, 0)
 
@@ -246,6 +255,12 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
         if sum(num_tokens for _, num_tokens in batch) > limits.max_ragged_batch_size:
             return SchedulingResult.BatchTokenLimitExceeded
         return SchedulingResult.Success
+
+
+def _block_ids(sequence: Any, cache_group: int = 0) -> torch.Tensor:
+    """`[num_blocks]`, int32, on the host: the blocks that a sequence holds."""
+    ids: torch.Tensor = sequence.kv_cache_ids(cache_group, on_device=False)
+    return ids[0, : sequence.cur_allocated_blocks]
 
 
 def build_engine(
