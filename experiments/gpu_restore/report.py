@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from experiments.common.rows import ROOT, Row, read_rows
-from experiments.gpu_restore.ledger import CELL, FAILED, SKIPPED
+from experiments.common.rows import ROOT, Row
+from experiments.gpu_restore.ledger import CELL, FAILED, SKIPPED, whole_rows
 from experiments.gpu_restore.targets import PREDICTED_MS, Numbers, Verdict, verdicts
 
 RECORDED = Path(__file__).with_name("results.jsonl")
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=RECORDED, help="default: what is recorded here")
     parser.add_argument("--out", type=Path, default=ROOT / "paper_figs", help="folder for the text and the images")
     options = parser.parse_args(argv)
-    rows = read_rows(options.rows)
+    rows = list(whole_rows(options.rows))
     if options.rows == RECORDED and any("cuda" not in row.versions or "driver" not in row.versions for row in rows):
         raise SystemExit(f"{RECORDED} has rows that were not measured on a GPU: they are no results")
     text = markdown(rows)
