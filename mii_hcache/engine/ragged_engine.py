@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.one import OneProcess
 from mii_hcache.engine.ragged_batch import StepBatch
-from mii_hcache.engine.sequence_blocks import SequenceBlocks
+from mii_hcache.engine.sequence_blocks import SequenceBlocks, held_blocks
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 from mii_hcache.runtime.streams import streams_of
 
@@ -170,9 +169,9 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
         if sequence is None:
             return
         if self.kernels != "stock":
-            # The host asks the device for the block ids, and so waits for all that was launched. Its own table has the
-            # same. DeepSpeed's kernels read the device's, which may be written anew only when they are done with it.
-            sequence.all_block_ids = partial(_block_ids, sequence)
+            # The host asks the device, and so waits for all that was launched; its own table has the same. DeepSpeed's
+            # kernels read the device's, which may be written anew only when they are done with it.
+            sequence.all_block_ids = lambda cache_group: held_blocks(sequence)
         self.flush(uid)
 
     def poison_free_blocks(self) -> None:
@@ -255,12 +254,6 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
         if sum(num_tokens for _, num_tokens in batch) > limits.max_ragged_batch_size:
             return SchedulingResult.BatchTokenLimitExceeded
         return SchedulingResult.Success
-
-
-def _block_ids(sequence: Any, cache_group: int = 0) -> torch.Tensor:
-    """`[num_blocks]`, int32, on the host: the blocks that a sequence holds."""
-    ids: torch.Tensor = sequence.kv_cache_ids(cache_group, on_device=False)
-    return ids[0, : sequence.cur_allocated_blocks]
 
 
 def build_engine(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,12 @@ def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
+def held_blocks(sequence: Any) -> torch.Tensor:
+    """`[num_blocks]`, int32, on the host: blocks that a sequence (the host's descriptor) holds, in order."""
+    ids: torch.Tensor = sequence.kv_cache_ids(on_device=False)
+    return ids[0, : sequence.cur_allocated_blocks]
+
+
 class SequenceBlocks:
     """The blocks of one sequence by absolute position (`runtime.ports.KVTarget`)."""
 
@@ -29,7 +35,7 @@ class SequenceBlocks:
         self._model = engine.model()
         sequence = engine.sequence(uid)
         self._sequence = sequence
-        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
+        self._block_ids = held_blocks(sequence).to(torch.int64)
 
     @cached_property
     def _all_slots(self) -> torch.Tensor:
