@@ -54,7 +54,7 @@ done
 # ---- the wheelhouse ---------------------------------------------------------------------------------------------------
 
 # What neither the engine nor its tests import: tools, figures, clients. And what comes with a CUDA torch.
-left_out="torch numpy sympy mpmath networkx setuptools wheel pip
+left_out="torch numpy sympy mpmath networkx wheel pip
 matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing
 mypy mypy-extensions librt ast-serialize pathspec ruff
 schemathesis hypothesis-graphql graphql-core jsonschema-rs harfile pyrate-limiter opentelemetry-api
@@ -213,11 +213,15 @@ note() { told+=("$1"); say "$1"; }
 
 run_tests() {
     local code=0 most_s=$(($(left_s) / 4)) workers
-    local -a how=(-o addopts= -q -rs -p no:cacheprovider --timeout 90 --timeout-method thread --junitxml "$out/tests.xml")
+    local -a how=(-o addopts= -q -rs -p no:cacheprovider -p pytest_timeout --timeout 90 --timeout-method thread)
+    how+=(--junitxml "$out/tests.xml")
+    export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # this machine's own may not go with our pytest
     [ "$most_s" -gt 10 ] || { note "tests: skipped, no time is left"; status=1; return; }
     workers=$(($(nproc) / 2))
     [ "$workers" -le 6 ] || workers=6  # each has a CUDA context, and the engines that its tests build
-    if [ "$workers" -gt 1 ] && "$python" -c 'import xdist' >>"$log" 2>&1; then how+=(-n "$workers" --dist worksteal); fi
+    if [ "$workers" -gt 1 ] && "$python" -c 'import xdist' >>"$log" 2>&1; then
+        how+=(-p xdist.plugin -n "$workers" --dist worksteal)
+    fi
     # an interrupted pytest still says what it has seen
     timeout -s INT -k 10 "$most_s" "$python" -m pytest "${how[@]}" tests/gpu tests/storage/gpu/test_cufile.py::test_on_a_gpu \
         >"$out/tests.log" 2>&1 || code=$?

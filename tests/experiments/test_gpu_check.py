@@ -79,7 +79,7 @@ def test_results_are_few_and_scratch_is_elsewhere(check, tmp_path):
 def test_several_tests_at_once_only_with_xdist(check):
     check(NO_XDIST="1")
     (tests,) = (call for call in check.calls() if "-m pytest" in call)
-    assert " -n " not in tests and "--timeout 90" in tests
+    assert " -n " not in tests and "--timeout 90" in tests and "xdist" not in tests
 
 
 def test_a_benchmark_that_died_is_started_again_and_that_is_said(check):
