@@ -16,7 +16,7 @@ from mii_hcache.core.geometry import ModelGeometry
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.one import OneProcess
 from mii_hcache.engine.ragged_batch import StepBatch
-from mii_hcache.engine.sequence_blocks import SequenceBlocks, held_blocks
+from mii_hcache.engine.sequence_blocks import SequenceBlocks, held_blocks, sent
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 from mii_hcache.runtime.streams import streams_of
 
@@ -180,7 +180,7 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
         cache = self.kv_pool
 
         def poison(blocks: list[int]) -> None:
-            cache[:, blocks] = float("nan")
+            cache[:, sent(torch.tensor(blocks, dtype=torch.int64), self.device)] = float("nan")
 
         self.allocator.on_free = poison
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
