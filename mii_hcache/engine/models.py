@@ -244,7 +244,7 @@ class DecoderMixin(DSTransformerModelBase):  # type: ignore[misc]
         plan = self.attn.plan
         scale = self.attn._config.scale_factor
         token_ids = wrapped_batch.input_ids() if plan.token_ids is None else plan.token_ids
-        # Straight to what modules do, here and below: torch's call around it is a microsecond, hundreds of times a step.
+        # Straight to what modules do, here and below: torch's call around it is a microsecond, hundreds of times.
         attend, join_heads, norm = self.attn.forward, self.attn_out.forward, self.norm.forward
         residual = self.embed_tokens(token_ids, plan.positions)
         residual, hidden = self._norm_for(0, residual, None, tap)

@@ -39,5 +39,5 @@ def silu_mul(product: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"a contiguous [num_rows, 2 * num_columns] is wanted, got {tuple(product.shape)}")
     out = product.new_empty(num_rows, doubled // 2)
     if num_rows:
-        _launch((num_rows, triton.cdiv(doubled // 2, COLUMNS), 1), product, out, doubled // 2)
+        _launch((num_rows, -(-doubled // (2 * COLUMNS)), 1), product, out, doubled // 2)
     return out

@@ -77,7 +77,7 @@ def norm_heads(rows: torch.Tensor, q_gamma: torch.Tensor, k_gamma: torch.Tensor,
     if k_gamma.shape != q_gamma.shape or num_elements % head_size or query_heads < 1 or rows.stride(-1) != 1:
         raise ValueError(f"rows {tuple(rows.shape)} are not of whole heads of {head_size}, {kv_heads} of them keys")
     if num_tokens:
-        grid = (triton.cdiv(num_tokens, TOKENS), query_heads + kv_heads, 1)
+        grid = (-(-num_tokens // TOKENS), query_heads + kv_heads, 1)
         launcher(query_heads, head_size)(grid, rows, rows.stride(0), num_tokens, q_gamma, k_gamma, eps)
 
 

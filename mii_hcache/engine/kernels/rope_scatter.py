@@ -151,7 +151,7 @@ def rope_scatter(
     cos, sin = tables if tables is not None else (rows, rows)
     rotary_dim = 0 if tables is None else 2 * cos.shape[1]
     launcher(query_heads, kv_heads, head_size, rotary_dim, has_norm=k_gamma is not None)(
-        (triton.cdiv(num_tokens, TOKENS), query_heads + kv_heads, 1),
+        (-(-num_tokens // TOKENS), query_heads + kv_heads, 1),
         rows,
         rows.stride(0),
         num_tokens,
