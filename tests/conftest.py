@@ -13,7 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only get in each other's way
 
-if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/usr/lib/wsl/lib/libcuda.so.1"):
+if not any(
+    map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/usr/lib/wsl/lib/libcuda.so.1"))
+):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +307,3 @@ def both(rig: Rig) -> Iterator[Number]:
         yield Number(
             panel="both", series=f"{rig.name} {name}", x="share kept", y=alone_s / best[name], unit="ratio", note=note
         )
-
-
-ALL: Sequence[Callable[[Rig], Iterator[Number]]] = (copies, products, attention, scatter, placing, store_reads, both)

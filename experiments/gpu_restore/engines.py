@@ -21,6 +21,7 @@ from mii_hcache.errors import HCacheError
 
 DECODED = 32
 """Tokens that are decoded one after the other; their time is taken as a whole."""
+MOST_REPEATS = 3
 
 
 def speeds(model: Model, scale: Scale, kernels: str) -> Iterator[Number]:
@@ -69,7 +70,7 @@ Run = Callable[[Clock, torch.Tensor, int], dict[str, list[float]]]
 def _repeats(clock: Clock, repeats: int, once: Callable[[], tuple[float, float]]) -> dict[str, list[float]]:
     """`once` gives seconds of a prefill and of the decoding behind it; the first time does not count."""
     found: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for turn in range(1 + min(repeats, 5)):
+    for turn in range(1 + min(repeats, MOST_REPEATS)):
         clock.flush()
         prefill_s, decode_s = once()
         if turn:

@@ -35,11 +35,13 @@ def first_token(rig: Rig, methods: Sequence[str], num_tokens: int) -> Iterator[N
     """From the moment at which a prompt of new tokens behind the history is there to the moment at which its first
     token is on the host. `ideal`: the history never left."""
     policies = {name: rig.policy(name, rig.costs) for name in methods}
-    token_ids = rig.tokens(num_tokens, f"ttft/{num_tokens}")
+    token_ids = rig.history(num_tokens)
     new = rig.tokens(rig.scale.new_tokens, "new")
+    histories = rig.saved(
+        num_tokens, {name: policy.storage for name, policy in policies.items() if policy.storage is not None}
+    )
     resident = rig.new_uid()
-    storages = {name: policy.storage for name, policy in policies.items() if policy.storage is not None}
-    histories, _ = rig.save(resident, token_ids, {name: one for name, one in storages.items() if one is not None})
+    rig.prefill(resident, token_ids)
     live: list[int] = []
 
     def ask(uid: int) -> None:
@@ -74,7 +76,6 @@ def first_token(rig: Rig, methods: Sequence[str], num_tokens: int) -> Iterator[N
 
     samples = rig.clock.race(works, rig.scale.repeats, after=after)
     rig.engine.evict(resident)
-    rig.forget(histories)
     for name, sample in samples.items():
         note = f"{num_tokens} tokens and {len(new)} new ones, {plans[name]}"
         yield from sample.numbers("ttft", f"{rig.name} {name}", num_tokens, note=note)
@@ -184,12 +185,8 @@ def beside(rig: Rig, size: int, ways: Mapping[str, Restorer]) -> Iterator[Number
     """The pace of a batch while another history comes back as hidden states, in slices between the steps: gaps from
     token to token, the slice in them. `ways`: restorers that differ in what their streams may take from decoding."""
     batch = _Batch(rig, size)
-    token_ids = rig.tokens(rig.scale.beside_tokens, f"beside/{size}")
-    uid = rig.new_uid()
     storage = uniform_storage(rig.engine.geometry, ChunkKind.HIDDEN)
-    histories, _ = rig.save(uid, token_ids, {"hidden": storage})
-    rig.engine.evict(uid)
-    history = histories["hidden"]
+    history = rig.saved(rig.scale.beside_tokens, {"hidden": storage})["hidden"]
     try:
         for name, restorer in ways.items():
             _beside_once(rig, batch, history, restorer)  # to warm up
@@ -201,7 +198,7 @@ def beside(rig: Rig, size: int, ways: Mapping[str, Restorer]) -> Iterator[Number
                 gaps_s += gaps
                 restore_s.append(took_s)
                 batch.go_back(batch.length)
-            note = f"{size} sequences of {batch.length} tokens beside {len(token_ids)} tokens as hidden states"
+            note = f"{size} sequences of {batch.length} tokens beside {history.num_tokens} tokens as hidden states"
             note += f", slices of {1e3 * SLICE_S:g} ms"
             series = f"{rig.name} beside a restore, {name}"
             yield from _Pace(gaps_s=gaps_s).numbers(series, size, note)
@@ -209,7 +206,6 @@ def beside(rig: Rig, size: int, ways: Mapping[str, Restorer]) -> Iterator[Number
             yield Number(panel="decode.restore", series=series, x=size, y=quantile(restore_s, 0.5), unit="s", note=note)
     finally:
         batch.close()
-        rig.forget(histories)
 
 
 def _beside_once(rig: Rig, batch: _Batch, history: History, restorer: Restorer) -> tuple[list[float], float]:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from experiments.common.rows import ROOT, Row, read_rows
-from experiments.gpu_restore.ledger import CELL, FAILED, SKIPPED
+from experiments.common.rows import ROOT, Row
+from experiments.gpu_restore.ledger import CELL, FAILED, SKIPPED, whole_rows
 from experiments.gpu_restore.targets import PREDICTED_MS, Numbers, Verdict, verdicts
 
 RECORDED = Path(__file__).with_name("results.jsonl")
@@ -73,11 +73,11 @@ def _gate(rows: Sequence[Row]) -> Iterator[str]:
     if not found:
         return
     yield "## Correctness, before anything was timed"
-    bounds = {(row.series.removesuffix(" bound"), row.x): row.y for row in found if row.series.endswith(" bound")}
+    bounds = {(row.series.removesuffix(" noise"), row.x): row.y for row in found if row.series.endswith(" noise")}
     lines = []
     for (series, x), bound in bounds.items():
         own = [row for row in found if row.series.startswith(f"{series} ") and row.x == x]
-        ways = [row for row in own if not row.series.endswith(" bound")]
+        ways = [row for row in own if not row.series.endswith(" noise")]
         worst = max((row.y or 0.0 for row in ways), default=0.0)
         lines.append((series, f"{x:,}", f"{bound:.4g}", f"{worst:.4g}" if ways else "no whole span", str(len(ways))))
     yield _table(("engine", "tokens", "batch splits differ by", "restored differ by, at most", "ways"), lines)
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=RECORDED, help="default: what is recorded here")
     parser.add_argument("--out", type=Path, default=ROOT / "paper_figs", help="folder for the text and the images")
     options = parser.parse_args(argv)
-    rows = read_rows(options.rows)
+    rows = list(whole_rows(options.rows))
     if options.rows == RECORDED and any("cuda" not in row.versions or "driver" not in row.versions for row in rows):
         raise SystemExit(f"{RECORDED} has rows that were not measured on a GPU: they are no results")
     text = markdown(rows)

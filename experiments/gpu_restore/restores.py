@@ -64,11 +64,13 @@ def _race(
     restorer = rig.restorer(store)
     costs = rig.costs if store is rig.store else rig.costs_of(store)
     policies = {name: rig.policy(name, costs) for name in methods}
-    token_ids = rig.tokens(num_tokens, f"sweep/{num_tokens}")
+    token_ids = rig.history(num_tokens)
     probe = rig.tokens(1, "probe")
+    histories = rig.saved(
+        num_tokens, {name: policy.storage for name, policy in policies.items() if policy.storage is not None}
+    )
     uid = rig.new_uid()
-    storages = {name: policy.storage for name, policy in policies.items() if policy.storage is not None}
-    histories, _ = rig.save(uid, token_ids, {name: one for name, one in storages.items() if one is not None})
+    rig.prefill(uid, token_ids)
     said = rig.prefill(uid, probe).float()
     rig.engine.evict(uid)
     live: list[int] = []
@@ -87,7 +89,6 @@ def _race(
         rig.engine.evict(live.pop())
 
     samples = rig.clock.race({name: way.restore for name, way in ways.items()}, rig.scale.repeats, after=evict)
-    rig.forget(histories)
     how = "measured" if read_bytes_per_s is None else "emulated"
     ceilings = Ceilings.of(numbers(), rig.name, read_bytes_per_s)
     for name, way in ways.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -42,6 +42,12 @@ from mii_hcache.storage.throttled import ThrottledStore
 SPARE_TOKENS = 1024
 """Context beyond the longest history, for prompts and answers behind it."""
 DRAIN_S = 120.0
+FULL = 0.85
+"""Share of the store that kept histories may take."""
+
+
+Pattern = tuple[object, ...]
+"""A way to store layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,8 @@ class Rig:
         self.counters = Counters()
         self.store = MemoryStore(scale.store_bytes, memory=span_memory())
         self._restorers: dict[tuple[int, bool], Restorer] = {}
+        self._kept: dict[tuple[int, Pattern], History] = {}
+        """By length and way, the longest unused first."""
         self._num_uids = 0
 
     @cached_property
@@ -171,37 +179,71 @@ class Rig:
     ) -> tuple[dict[str, History], torch.Tensor]:
         """Prefill a sequence, which stays live, and save it in several ways at once: by name, what lies in the store.
         Equal ways share theirs. Also the logits of its last token. Raises RuntimeError when anything of it was lost."""
-        names: dict[tuple[object, ...], str] = {}
-        for name, storage in storages.items():
-            names.setdefault(_pattern(storage), name)
-        savers = {name: self.new_saver(storages[name]) for name in names.values()}
+        savers: dict[Pattern, Saver] = {}
         try:
-            for name, saver in savers.items():
-                saver.open(uid, seed=self._seed(name, token_ids), token_ids=[])
+            for storage in storages.values():
+                if _pattern(storage) not in savers:
+                    saver = savers[_pattern(storage)] = self.new_saver(storage)
+                    saver.open(uid, seed=self._seed(storage, token_ids), token_ids=[])
             logits = self.prefill(uid, token_ids, chunk=chunk, savers=list(savers.values()))
-            for name, saver in savers.items():
+            for saver in savers.values():
                 if not saver.drain(DRAIN_S):
-                    raise RuntimeError(f"saving {len(token_ids)} tokens as {name} took more than {DRAIN_S:.0f} s")
+                    raise RuntimeError(f"saving {len(token_ids)} tokens took more than {DRAIN_S:.0f} s")
                 saver.close(uid)
         finally:
             for saver in savers.values():
                 saver.stop()
         found = {}
         for name, storage in storages.items():
-            spans = list(spans_of(self._seed(names[_pattern(storage)], token_ids), token_ids))
+            spans = list(spans_of(self._seed(storage, token_ids), token_ids))
             records = look_up(self.store, spans, max_tokens=len(token_ids)).records
             if len(records) != len(spans):
                 raise RuntimeError(f"{len(records)} of {len(spans)} spans were saved as {name}")
             found[name] = History(token_ids=token_ids, records=records, storage=storage)
         return found, logits
 
-    def _seed(self, name: str, token_ids: Sequence[int]) -> bytes:
-        return f"{self.name}/{name}/{len(token_ids)}".encode()
+    def _seed(self, storage: StoragePlan, token_ids: Sequence[int]) -> bytes:
+        return f"{self.name}/{_pattern(storage)}/{len(token_ids)}".encode()
 
     def forget(self, histories: Mapping[str, History]) -> None:
         """Make room in the store."""
         for history in histories.values():
             self.store.delete([record.span_id for record in history.records])
+
+    def history(self, num_tokens: int) -> list[int]:
+        """The tokens that `saved` is about."""
+        return self.tokens(num_tokens, f"history/{num_tokens}")
+
+    def saved(self, num_tokens: int, storages: Mapping[str, StoragePlan]) -> dict[str, History]:
+        """`save` of `history(num_tokens)`, which does not stay live; what lies in the store already is not saved again,
+        for filling and pinning tens of gigabytes takes longer than what is measured with them. As much is kept as fits:
+        nobody is to forget it."""
+        token_ids = self.history(num_tokens)
+        missing = {name: one for name, one in storages.items() if not self._is_kept(num_tokens, one)}
+        for storage in storages.values():  # those come to the end of what may go
+            found = self._kept.pop((num_tokens, _pattern(storage)), None)
+            if found is not None:
+                self._kept[num_tokens, _pattern(storage)] = found
+        if missing:
+            self._make_room(num_tokens * sum(_bytes_per_token(self.geometry, missing.values())), len(storages))
+            uid = self.new_uid()
+            found_now, _ = self.save(uid, token_ids, missing)
+            self.engine.evict(uid)
+            self._kept |= {(num_tokens, _pattern(storages[name])): history for name, history in found_now.items()}
+        return {name: self._kept[num_tokens, _pattern(storage)] for name, storage in storages.items()}
+
+    def _is_kept(self, num_tokens: int, storage: StoragePlan) -> bool:
+        """Whether all of it is still there: a store evicts."""
+        history = self._kept.get((num_tokens, _pattern(storage)))
+        return history is not None and all(self.store.find(record.span_id) for record in history.records)
+
+    def _make_room(self, num_bytes: float, num_wanted: int) -> None:
+        """For so many bytes more, without the `num_wanted` last of what is kept."""
+        while len(self._kept) > num_wanted:
+            stats = self.store.stats()
+            if stats.num_bytes + num_bytes <= FULL * stats.capacity_bytes:
+                return
+            self.forget({"": self._kept.pop(next(iter(self._kept)))})
 
     # --- planning and restoring -------------------------------------------------------------------------------------
 
@@ -274,6 +316,11 @@ class Rig:
         return outcome, restore
 
 
-def _pattern(storage: StoragePlan) -> tuple[object, ...]:
+def _pattern(storage: StoragePlan) -> Pattern:
     """What two methods that store the same have in common."""
     return storage.kinds, storage.other_kinds, storage.other_share
+
+
+def _bytes_per_token(geometry: ModelGeometry, storages: Iterable[StoragePlan]) -> list[float]:
+    """Of each way in which a token is stored, once."""
+    return [one.bytes_per_token(geometry) for one in {_pattern(storage): storage for storage in storages}.values()]

@@ -4,15 +4,17 @@
     python -m experiments.gpu_restore.run --out /tmp/try --device cpu --scale tiny
 
 Cells run in the order of what they answer; each one's rows are in `rows.jsonl` when it is over, and nothing starts that
-would outlast the deadline. The same command again goes on where it was. `report.py` makes the tables. Random weights in
-the shapes of real models; no downloads. **Not run on a GPU yet.** The small scale on a CPU shows that everything runs,
-and its numbers mean nothing.
+would outlast the deadline. The same command again goes on where it was; when the process died under a cell (the file
+`begun` beside the rows names it) that is the thing to do, and that cell then comes last. `report.py` makes the tables.
+Random weights in the shapes of real models; no downloads. **Not run on a GPU yet.** The small scale on a CPU shows that
+everything runs, and its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.gpu_restore.ledger import FIGURE, Cell, Deadline, GateFailed, Ledger, Number
+from experiments.gpu_restore.ledger import FIGURE, Cell, Deadline, DeviceLost, GateFailed, Ledger, Number
 from experiments.gpu_restore.scales import METHODS, SCALES, Model, Scale, label
 
 ROWS = "rows.jsonl"
@@ -62,51 +64,71 @@ class Bench:
         from experiments.gpu_restore import ceilings, latency, restores
 
         scale, first = self.scale, self.scale.models[0]
-        for dtype in scale.gate_dtypes:
-            yield self._cell(f"gate/{dtype}", "", 30.0, lambda dtype=dtype: self._gate(dtype), is_gate=True)
-        for part in ceilings.ALL:
-            yield self._on(first, f"ceilings/{part.__name__}", 6.0, part)
-        longest_first = first.contexts[:1]
-        for num_tokens in longest_first:
-            yield self._sweep(first, METHODS, num_tokens)
-        for num_tokens in scale.ttft_tokens:
-            yield self._on(
-                first,
-                f"ttft/{num_tokens}",
-                20.0 * num_tokens / 16384 + 5.0,
-                lambda rig, n=num_tokens: latency.first_token(rig, METHODS, n),
+
+        def ceiling(part: Callable[..., Iterable[Number]]) -> Cell:
+            return self._on(first, f"ceilings/{part.__name__}", 6.0, part)
+
+        def first_token(num_tokens: int) -> Cell:
+            expected_s = 20.0 * num_tokens / 16384 + 5.0
+            return self._on(
+                first, f"ttft/{num_tokens}", expected_s, lambda rig: latency.first_token(rig, METHODS, num_tokens)
             )
-        for size in scale.decode_batches:
-            yield self._on(first, f"decode/saving/{size}", 12.0, lambda rig, size=size: latency.saving(rig, size))
-        for num_tokens in first.contexts[1:4]:
-            yield self._sweep(first, METHODS, num_tokens)
-        for size in scale.decode_batches:
-            yield self._on(
-                first,
-                f"decode/beside/{size}",
-                15.0,
-                lambda rig, size=size: latency.beside(rig, size, restorers(rig)),
-            )
-        for rate in scale.emulated_bytes_per_s:
-            yield self._on(
+
+        def saving(size: int) -> Cell:
+            return self._on(first, f"decode/saving/{size}", 10.0, lambda rig: latency.saving(rig, size))
+
+        def beside(size: int) -> Cell:
+            return self._on(first, f"decode/beside/{size}", 15.0, lambda rig: latency.beside(rig, size, restorers(rig)))
+
+        def speed(kernels: str) -> Cell:
+            return self._cell(f"speed/{kernels}", "", 35.0, lambda: self._speeds(kernels))
+
+        def emulated(rate: float) -> Cell:
+            return self._on(
                 first,
                 f"emulated/{rate / 1e9:g}",
                 25.0 * scale.emulated_tokens / 16384 + 3.0,
-                lambda rig, rate=rate: restores.emulated(
+                lambda rig: restores.emulated(
                     rig, ("hidden", "kv", "auto", "cake"), scale.emulated_tokens, rate, self._numbers
                 ),
             )
+
+        def gate(dtype: str) -> Cell:
+            return self._cell(f"gate/{dtype}", "", 30.0, lambda: self._gate(dtype), is_gate=True)
+
+        # What the numbers behind it rest on, and the bounds' peaks.
+        yield gate(scale.gate_dtypes[0])
+        yield from map(ceiling, (ceilings.copies, ceilings.products, ceilings.attention))
+        # What must be shown: restores near their bounds, first tokens, and what saving costs between tokens.
+        yield self._sweep(first, METHODS, first.contexts[0])
+        yield first_token(scale.ttft_tokens[0])
+        yield from map(saving, scale.decode_batches[:2])
+        for num_tokens in first.contexts[1:2]:
+            yield self._sweep(first, METHODS, num_tokens)
+        # Why it is so; the engine beside others.
+        yield from map(ceiling, (ceilings.store_reads, ceilings.placing, ceilings.both))
+        yield from map(speed, ("portable", "transformers", "stock"))
+        # The same at other lengths, other dtypes and in other company.
+        for num_tokens in first.contexts[2:4]:
+            yield self._sweep(first, METHODS, num_tokens)
+        yield from map(beside, scale.decode_batches[1:2])
+        yield from map(first_token, scale.ttft_tokens[1:])
+        yield from map(saving, scale.decode_batches[2:])
+        yield from map(emulated, scale.emulated_bytes_per_s)
+        yield from map(gate, scale.gate_dtypes[1:])
         for model in scale.models[1:]:
             yield self._on(model, "ceilings/products", 5.0, ceilings.products)
             for num_tokens in model.contexts[:2]:
                 yield self._sweep(model, METHODS, num_tokens)
-        for kernels in ("portable", "transformers", "stock", "cuda"):
-            yield self._cell(f"speed/{kernels}", "", 25.0, lambda kernels=kernels: self._speeds(kernels))
+        yield from map(beside, (*scale.decode_batches[:1], *scale.decode_batches[2:]))
         for num_tokens in first.contexts[4:]:
             yield self._sweep(first, METHODS, num_tokens)
         for model in scale.models[1:]:
             for num_tokens in model.contexts[2:]:
                 yield self._sweep(model, METHODS, num_tokens)
+        # By a kernel that ends the process's work on the device where it finds a mistake.
+        yield ceiling(ceilings.scatter)
+        yield speed("cuda")
 
     def _cell(
         self, key: str, model: str, expected_s: float, measure: Callable[[], Iterable[Number]], is_gate: bool = False
@@ -147,9 +169,18 @@ class Bench:
 
     def unload(self) -> None:
         """Free the device for another engine."""
-        if self._rig is not None:
-            self._rig.close()  # type: ignore[attr-defined]
-        self._rig = self._model = None
+        rig, self._rig, self._model = self._rig, None, None
+        if rig is not None:
+            rig.close()  # type: ignore[attr-defined]
+
+    def recover(self) -> None:
+        """A cell failed: what it left behind, sequences that live and memory that is full, is not the next one's.
+        Raises DeviceLost."""
+        try:
+            self.unload()
+        except Exception as error:
+            print(f"  the engine could not be closed: {error}", flush=True)
+        check_device()
 
     def _gate(self, dtype: str) -> Iterable[Number]:
         from experiments.gpu_restore import gate
@@ -162,6 +193,21 @@ class Bench:
 
         self.unload()
         return engines.speeds(self.scale.models[0], self.scale, kernels)
+
+
+def check_device() -> None:
+    """Raises DeviceLost when the device answers no more: every later call of this process would fail."""
+    import torch
+
+    gc.collect()
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").sum().item()
+    except RuntimeError as error:
+        raise DeviceLost(str(error).partition("\n")[0]) from error
 
 
 def restorers(rig):  # type: ignore[no-untyped-def]
@@ -218,8 +264,8 @@ def facts() -> Iterator[Number]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Status 0 when all that ran succeeded, also when some was skipped for time; 1 when a cell failed, 2 when the gate
-    did."""
+    """Status 0 when all that ran succeeded, also when some was skipped for time; 1 when a cell failed, 2 when a gate
+    did, 4 when the device was lost: started again, the others are measured."""
     options = parse(argv)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -237,12 +283,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = [cell for cell in bench.cells() if not options.only or any(cell.key.find(one) >= 0 for one in options.only)]
     cells.insert(0, Cell(key="machine", model="", expected_s=0.0, measure=facts))
     try:
-        num_failed = ledger.run(cells, deadline, lambda words: print(f"[gpu_restore] {words}", flush=True))
+        num_failed = ledger.run(
+            cells,
+            deadline,
+            lambda words: print(f"[gpu_restore] {words}", flush=True),
+            recover=bench.recover,
+            ends_hanging=options.device == "cuda",
+        )
     except GateFailed as failed:
-        print(f"[gpu_restore] the gate failed, nothing was timed: {failed}", flush=True)
+        timed = "nothing was timed" if ledger.done <= {"machine"} else "no time counts"
+        print(f"[gpu_restore] the gate failed, {timed}: {failed}", flush=True)
         return 2
-    finally:
-        bench.unload()
+    except DeviceLost as lost:
+        print(f"[gpu_restore] the device is lost to this process: {lost}", flush=True)
+        return 4
+    bench.unload()
     left = sum(cell.key not in ledger.done for cell in cells) - num_failed
     print(f"[gpu_restore] {len(ledger.done)} cells done, {num_failed} failed, {left} left for another run", flush=True)
     return 1 if num_failed else 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -22,11 +23,12 @@ from pathlib import Path
 
 import torch
 
-from experiments.gpu_restore.gate import SLACK, ways
+from experiments.gpu_restore.gate import ways
 from experiments.gpu_restore.rig import History, Rig
 from experiments.gpu_restore.scales import SCALES, Model, Scale
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.runtime.policy import RestoreChoice
+from mii_hcache.tools.limits import NOISE_FACTOR, noise_of
 
 BATCH_CYCLES = 20
 """With the same histories; a batch is what is resumed."""
@@ -68,7 +70,7 @@ class Soak:
         worst = 0.0
         for _ in range(BATCH_CYCLES):
             one, name = chance.choice(kept), chance.choice(list(self._ways))
-            worst = max(worst, self._cycle(one, name, others) / (SLACK * one.bound))
+            worst = max(worst, self._cycle(one, name, others) / (NOISE_FACTOR * one.bound))
         others.close()
         for one in kept:
             rig.forget(one.histories)
@@ -85,12 +87,15 @@ class Soak:
         histories, _ = rig.save(uid, token_ids, {name: way[0] for name, way in self._ways.items()})
         logits = self._probe(uid, probe)
         rig.engine.evict(uid)
-        bound = 0.0
+        runs = [logits]
         for chunk in (64, 200):
             other = rig.new_uid()
             rig.prefill(other, token_ids, chunk=chunk)
-            bound = max(bound, float((self._probe(other, probe) - logits).abs().max()))
+            runs.append(self._probe(other, probe))
             rig.engine.evict(other)
+        bound = noise_of(runs)
+        if not math.isfinite(bound):  # it would allow anything
+            raise Wrong(f"{num_tokens} tokens: the engine's own logits are not finite")
         floor = float(torch.finfo(rig.engine.dtype).eps) * float(logits.abs().max())
         return _Kept(histories=histories, probe=probe, logits=logits, bound=max(bound, floor))
 
@@ -121,7 +126,7 @@ class Soak:
         logits = self._probe(uid, one.probe)
         rig.engine.evict(uid)
         difference = float((logits - one.logits).abs().max())
-        if not difference <= SLACK * one.bound:
+        if not difference <= NOISE_FACTOR * one.bound:
             place = f"by {name}, {history.num_tokens} tokens"
             raise Wrong(f"{place}: logits differ by {difference:g}, batch splits by {one.bound:g}")
         return difference
@@ -152,7 +157,7 @@ class _Others:
         """Raises Wrong unless the logits are those of the first time."""
         logits = self._run().float().cpu()
         difference = float((logits - self._said[self._at - 1]).abs().max())
-        if not difference <= SLACK * self._bound:
+        if not difference <= NOISE_FACTOR * self._bound:
             raise Wrong(
                 f"beside a restore: the others' logits differ by {difference:g}, batch splits by {self._bound:g}"
             )

@@ -17,7 +17,7 @@ from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.one import OneProcess
 from mii_hcache.engine.pool_size import default_num_blocks, stock_block_size
 from mii_hcache.engine.ragged_batch import StepBatch
-from mii_hcache.engine.sequence_blocks import SequenceBlocks
+from mii_hcache.engine.sequence_blocks import SequenceBlocks, held_blocks, sent
 from mii_hcache.errors import ConfigError, HCacheError, UnsupportedModelError
 from mii_hcache.runtime.streams import streams_of
 
@@ -162,8 +162,14 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
 
     def evict(self, uid: int) -> None:
         """Free a sequence's blocks; unknown uids are ignored."""
-        if self._state_manager.get_sequence(uid) is not None:
-            self.flush(uid)
+        sequence = self._state_manager.get_sequence(uid)
+        if sequence is None:
+            return
+        if self.kernels != "stock":
+            # The host asks the device, and so waits for all that was launched; its own table has the same. DeepSpeed's
+            # kernels read the device's, which may be written anew only when they are done with it.
+            sequence.all_block_ids = lambda cache_group: held_blocks(sequence)
+        self.flush(uid)
 
     def poison_free_blocks(self) -> None:
         """From now on free blocks hold NaN: whoever reads what was freed, or never written, gets logits that are not
@@ -171,19 +177,21 @@ class HCacheEngine(OneProcess, InferenceEngineV2):  # type: ignore[misc]
         cache = self.kv_pool
 
         def poison(blocks: list[int]) -> None:
-            cache[:, blocks] = float("nan")
+            cache[:, sent(torch.tensor(blocks, dtype=torch.int64), self.device)] = float("nan")
 
         self.allocator.on_free = poison
         poison([block for block in range(self.num_blocks) if self.allocator.is_free(block)])
 
     def warm_up(self) -> None:
         """Have everything compiled now that Triton compiles at first use (seconds for each kernel), and not under the
-        first requests: a step of one token and one of many, forgotten at once. The engine holds no sequence yet. Every
-        rank of a group does so by itself, before rank 0 leads."""
+        first requests: a step of one token and one of many, forgotten at once, and a row that is restored. The engine
+        holds no sequence yet. Every rank of a group does so by itself, before rank 0 leads."""
         self._model.attn.warm_up(self.kv_cache(0))
         for num_tokens in (1, min(64, self.max_batch_tokens, self.max_context_tokens)):
             try:
                 HCacheEngine.put(self, [0], token_tensors([[0] * num_tokens]))
+                row = torch.zeros(1, self.geometry.hidden_size, dtype=self.dtype, device=self.device)
+                SequenceBlocks(self, 0).project_hidden(0, 0, row)
             finally:
                 HCacheEngine.evict(self, 0)
 

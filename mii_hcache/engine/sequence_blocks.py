@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from mii_hcache.engine.ragged_engine import HCacheEngine
 
 
-def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor's values on the device, without waiting for it."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def held_blocks(sequence: Any) -> torch.Tensor:
+    """`[num_blocks]`, int32, on the host: blocks that a sequence (the host's descriptor) holds, in order."""
+    ids: torch.Tensor = sequence.kv_cache_ids(on_device=False)
+    return ids[0, : sequence.cur_allocated_blocks]
 
 
 class SequenceBlocks:
@@ -29,14 +35,14 @@ class SequenceBlocks:
         self._model = engine.model()
         sequence = engine.sequence(uid)
         self._sequence = sequence
-        self._block_ids = sequence.kv_cache_ids(on_device=False)[0, : sequence.cur_allocated_blocks].to(torch.int64)
+        self._block_ids = held_blocks(sequence).to(torch.int64)
 
     @cached_property
     def _all_slots(self) -> torch.Tensor:
         """Row in the cache of every token, on the device. Not for saving, which asks in the middle of decoding for one
         span of what may be a long sequence."""
         positions = torch.arange(self._block_ids.numel() * self._engine.block_size)
-        return _sent(token_slots(self._block_ids, positions, self._engine.block_size), self._engine.device)
+        return sent(token_slots(self._block_ids, positions, self._engine.block_size), self._engine.device)
 
     @cached_property
     def _runs(self) -> list[tuple[int, int]]:
@@ -72,7 +78,7 @@ class SequenceBlocks:
             self._engine.fill(self._sequence, start, token_ids, num_layers)
             return
         positions, slots = self._slots(start, token_ids.numel())
-        hidden = self._model.first_hidden(_sent(token_ids, positions.device), positions)
+        hidden = self._model.first_hidden(sent(token_ids, positions.device), positions)
         self._model.restore_kv(0, hidden, positions, slots)
 
     @torch.inference_mode()

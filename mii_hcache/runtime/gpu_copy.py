@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from mii_hcache.runtime.lent_rows import LentRows
 from mii_hcache.storage.native import new_gpu, why_no_gpu
 
 if TYPE_CHECKING:
@@ -62,6 +63,35 @@ class GpuCopies:
         if wanted:
             self._gpu.copy_in_many(wanted, stream)
         return others
+
+    def copy_joined(self, target: torch.Tensor, pieces: Sequence[torch.Tensor], stream: int) -> bool:
+        """`copy` of pieces, which follow each other in `target`: contiguous, from the host, of its dtype. False, and
+        nothing is queued, where they are not, or the target is not this GPU's. A tile of a restore is dozens of pieces,
+        and the engine's thread has a few hundred microseconds for it: so they are looked at as little as may be.
+
+        Raises ValueError for pieces that are not as long as `target`; OSError as `copy`."""
+        if target.device != self.device or not target.is_contiguous():
+            return False
+        wanted: list[tuple[int, int, int]] = []
+        at, dtype = target.data_ptr(), target.dtype
+        stop = at + target.nbytes
+        if isinstance(pieces, LentRows):
+            if pieces.dtype != dtype:
+                return False
+            size = pieces.piece_bytes
+            wanted = [(at + idx * size, address, size) for idx, address in enumerate(pieces.addresses)]
+            at += pieces.nbytes
+        else:
+            for piece in pieces:
+                if piece.dtype != dtype or not piece.is_cpu or not piece.is_contiguous():
+                    return False
+                num_bytes = piece.nbytes
+                wanted.append((at, piece.data_ptr(), num_bytes))
+                at += num_bytes
+        if at != stop:
+            raise ValueError(f"pieces do not fill {tuple(target.shape)} of {dtype}: {stop - at} bytes are left")
+        self._gpu.copy_in_many(wanted, stream)
+        return True
 
     def pin(self, memory: memoryview) -> None:
         """Page-lock host memory for every GPU, until `unpin`; whole pages are best a multiple of 2 MiB. Raises OSError:

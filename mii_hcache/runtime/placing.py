@@ -39,6 +39,7 @@ import torch
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.runtime.gathering import Gathering, num_own_spans, part_bytes
+from mii_hcache.runtime.lent_rows import LentRows
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
 from mii_hcache.runtime.share import WHOLE
 from mii_hcache.runtime.streams import Event, Stream, Streams
@@ -77,7 +78,7 @@ class Placing(ABC):
             self._project(tile, start, num_tokens, pieces)
         else:
             row_shape = 2, self._geometry.shard_kv_heads(self._share.num_ranks), self._geometry.head_size
-            self._write(tile, start, [rows.view(rows.shape[0], *row_shape) for rows in pieces])
+            self._write(tile, start, _shaped(pieces, row_shape))
 
     def place_buffer(self, tile: Tile, buffer: torch.Tensor, num_spans: int) -> None:
         """`place` of what lies in a host buffer, `[num_bytes]`, uint8: this rank's chunks of the tile, one after the
@@ -231,12 +232,11 @@ class _StreamPlacing(Placing):
         slot = self._placer.next_slot()
         num_bytes = _num_bytes(own)
         staged = slot.memory[:num_bytes].view(self._dtype).view(-1, self._geometry.hidden_size)
-        parts = staged.split([len(rows) for rows in own])  # type: ignore[no-untyped-call]
         if slot.free is not None:
             load.wait(slot.free)
         began = load.record(is_timed=True)
         try:
-            load.copy_many(zip(parts, own, strict=True))
+            load.copy_joined(staged, own)
         finally:
             copied = self._copied = load.record(is_timed=True)
         self._timeline.add_tile_work("load", began, copied, tile, num_bytes)
@@ -262,6 +262,8 @@ class _StreamPlacing(Placing):
             else:  # in one call all the same: a target looks through all its blocks in each
                 copies = _CopiesOfPieces(kv)
                 self._target.write_kv(tile.layer_idx, start, copies.whole, copies)
+                for target, pieces in copies.joined:
+                    load.copy_joined(target, pieces)
                 load.copy_many(copies.pairs)
         finally:
             copied = self._copied = load.record(is_timed=True)
@@ -286,6 +288,8 @@ class _CopiesOfPieces(Stream):
         )
         """What the target is given: a shape without memory."""
         self._storage = self.whole.untyped_storage()._cdata
+        self.joined: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
+        """Whole pieces behind each other: all there are where a block is as long as a span."""
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -294,6 +298,9 @@ class _CopiesOfPieces(Stream):
             "write_kv copies rows as they are"
         )
         first, num_rows = source.storage_offset() // self.whole.stride(0), source.shape[0]
+        if first % SPAN_TOKENS == num_rows % SPAN_TOKENS == 0 and target.is_contiguous():
+            self.joined.append((target, self._pieces[first // SPAN_TOKENS : (first + num_rows) // SPAN_TOKENS]))
+            return
         at = 0
         while at < num_rows:
             idx, row = divmod(first + at, SPAN_TOKENS)
@@ -316,5 +323,11 @@ def _rows_of(tensor: torch.Tensor, start: int, num_rows: int) -> torch.Tensor:
     return tensor if num_rows == tensor.shape[0] else tensor[start : start + num_rows]
 
 
+def _shaped(pieces: Sequence[torch.Tensor], row_shape: tuple[int, ...]) -> Sequence[torch.Tensor]:
+    if isinstance(pieces, LentRows):
+        return pieces.shaped(SPAN_TOKENS, *row_shape)
+    return [rows.view(rows.shape[0], *row_shape) for rows in pieces]
+
+
 def _num_bytes(pieces: Sequence[torch.Tensor]) -> int:
-    return sum(rows.nbytes for rows in pieces)
+    return pieces.nbytes if isinstance(pieces, LentRows) else sum(rows.nbytes for rows in pieces)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -56,6 +56,11 @@ class Stream(ABC):
         """`copy` of each `(target, source)`, in any order: no target is touched twice."""
         for target, source in pairs:
             self.copy(target, source)
+
+    def copy_joined(self, target: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+        """`copy` of the pieces, rows of `target`'s shape and dtype one after the other, into `target`; all are
+        contiguous."""
+        self.copy_many(zip(target.split([len(piece) for piece in pieces]), pieces, strict=True))  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def record(self, *, is_timed: bool = False) -> Event:
@@ -192,6 +197,11 @@ class CudaStream(Stream):
         with torch.cuda.stream(stream):
             for target, source in copies.copy(pairs, stream.cuda_stream) if copies is not None else pairs:
                 target.copy_(source, non_blocking=True)
+
+    def copy_joined(self, target: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+        stream, copies = self.stream, self._streams.copies
+        if copies is None or not copies.copy_joined(target, pieces, stream.cuda_stream):
+            super().copy_joined(target, pieces)
 
     def record(self, *, is_timed: bool = False) -> Event:
         zero = self._streams.clock.zero if is_timed else None

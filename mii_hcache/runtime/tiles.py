@@ -20,6 +20,7 @@ import torch
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.runtime.lent_rows import LentRows
 from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.timeline import RestoreTimeline
@@ -157,7 +158,13 @@ class _LocalRead(TileRead):
         if borrowed is None:
             return None
         self._release = borrowed.give_back
-        self._pieces = [self._rows(torch.frombuffer(chunk, dtype=torch.uint8)) for chunk in borrowed.chunks]
+        dtype = source.restorer.adapter.dtype
+        shape = SPAN_TOKENS, self._chunk_bytes // (SPAN_TOKENS * dtype.itemsize)
+        addresses = borrowed.addresses
+        if addresses is None:
+            self._pieces = [torch.frombuffer(chunk, dtype=dtype).view(shape) for chunk in borrowed.chunks]
+        else:
+            self._pieces = LentRows(borrowed.chunks, addresses, dtype, shape)
         return borrowed.outcome
 
     def _read_into_buffer(self) -> ReadOutcome:
@@ -192,7 +199,7 @@ class _LocalRead(TileRead):
     def place(self, num_spans: int) -> None:
         try:
             pieces = self._pieces[:num_spans]
-            if len(pieces[0]) > num_spans * SPAN_TOKENS:  # all are in one
+            if len(pieces) == 1 and len(pieces[0]) > num_spans * SPAN_TOKENS:  # all are in one
                 pieces = [pieces[0][: num_spans * SPAN_TOKENS]]
             self._source.placing.place(self.tile, num_spans, pieces)
         finally:

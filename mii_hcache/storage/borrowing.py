@@ -15,7 +15,11 @@ class BorrowedChunks:
     """Verified chunks, until they are given back. Any thread."""
 
     def __init__(
-        self, chunks: Sequence[memoryview], outcome: ReadOutcome, give_back: Callable[[], None] = lambda: None
+        self,
+        chunks: Sequence[memoryview],
+        outcome: ReadOutcome,
+        give_back: Callable[[], None] = lambda: None,
+        addresses: Sequence[int] | None = None,
     ) -> None:
         """`give_back` is called once, and does not block."""
         self.outcome = outcome
@@ -24,6 +28,8 @@ class BorrowedChunks:
         """The leading `outcome.num_ok` ones that were asked for: C-contiguous, format `B`, to be read and not to be
         written to. Nobody changes their bytes, or puts others in their place, until they are given back, whatever
         becomes of the span and the store."""
+        self.addresses = addresses
+        """Where each of them begins; None where the store does not know."""
         self._give_back: Callable[[], None] | None = give_back
 
     def give_back(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ class MemorySpan:
     """CRC32C of the bytes that the writer gave, by chunk."""
     is_pinned: bool = False
     """Whether `buffer` is."""
+    address: int = 0
+    """Of `buffer`."""
     num_holders: int = 0
     num_borrowers: int = 0
     """Of the holders, those that count against the capacity and keep it from eviction."""
@@ -60,9 +63,10 @@ class MemoryStore(ChunkStore):
     def __init__(
         self, capacity_bytes: int, *, num_threads: int = 4, evict: str = "lru", memory: SpanMemory | None = None
     ) -> None:
-        """`capacity_bytes`: payload. `num_threads` copy and verify one batch of reads; writes are copied by threads of
-        their own, which all stores share (`storage.copying`). `evict`: "lru" or "cost", see `eviction`. `memory`: where
-        the bytes lie, None for the system's."""
+        """`capacity_bytes`: payload. `num_threads` copy and verify one batch of reads. What is lent is verified by its
+        borrower alone: nothing is copied, and handing a chunk to another thread takes the interpreter longer than
+        lending it. Writes are copied by threads of their own, which all stores share (`storage.copying`). `evict`:
+        "lru" or "cost", see `eviction`. `memory`: where the bytes lie, None for the system's."""
         self._memory = memory or PlainMemory()
         self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
@@ -97,6 +101,7 @@ class MemoryStore(ChunkStore):
                 buffer = self._memory.new_buffer(record.num_bytes)
             span = _copy_in(record, chunks, buffer)
             span.is_pinned = self._memory.is_pinned(buffer)
+            span.address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         except (MemoryError, OSError) as error:
             _log.warning("no memory for a span of %d bytes (%s); not kept", record.num_bytes, error)
         finally:
@@ -148,14 +153,17 @@ class MemoryStore(ChunkStore):
                 span.num_borrowers += 1
                 self._order.pin([span.record.span_id])
 
-        def verify(idx: int) -> str | None:
-            span, chunk_idx = found[idx]
-            return None if crc32c(span.chunk(chunk_idx)) == span.crcs[chunk_idx] else "corrupt"
-
-        num_ok, reason = 0, None
+        lent: list[memoryview] = []
+        reason = None
         try:
-            num_ok, reason = self._lanes.run(len(found), verify)
+            for span, chunk_idx in found:
+                chunk = span.chunk(chunk_idx)
+                if crc32c(chunk) != span.crcs[chunk_idx]:
+                    reason = "corrupt"
+                    break
+                lent.append(chunk)
         finally:
+            num_ok = len(lent)
             self._take_back(found[num_ok:])
         with self._lock:
             self._read_bytes += sum(one.num_bytes for one in wanted[:num_ok])
@@ -163,11 +171,11 @@ class MemoryStore(ChunkStore):
                 self._forget_damaged(*found[num_ok])
         if reason is None and num_ok < len(wanted):
             reason = "missing"
-        lent = found[:num_ok]
         return BorrowedChunks(
-            [span.chunk(chunk_idx) for span, chunk_idx in lent],
+            lent,
             ReadOutcome(num_ok=num_ok, reason=reason),
-            partial(self._take_back, lent),
+            partial(self._take_back, found[:num_ok]),
+            [span.address + span.record.layout.chunks[chunk_idx].offset for span, chunk_idx in found[:num_ok]],
         )
 
     def touch(self, span_ids: Iterable[SpanId]) -> None:

@@ -36,6 +36,29 @@ def test_a_batch_that_does_not_fit_runs_nothing(tiny_model):
     assert engine.blocks_of(3) == 0
 
 
+def test_an_eviction_asks_the_device_for_nothing(tiny_model):
+    """On a GPU it would wait for all that is launched."""
+    engine = poisoned_engine(tiny_model("llama"), num_blocks=8, max_batch_tokens=128)
+    engine.put([1], token_tensors([list(range(3, 43))]))
+    sequence = engine.sequence(1)
+    held = sequence.kv_cache_ids(on_device=False)[0, :3].tolist()
+    sequence._kv_cache_ids = tuple(table.to("meta") for table in sequence._kv_cache_ids)  # which have no values
+    freed = []
+    engine.allocator.on_free = freed.extend
+    engine.evict(1)
+    assert freed == held and (engine.num_free_blocks, engine.num_tracked) == (8, 0)
+
+
+def test_free_blocks_are_poisoned_and_no_block_is_none(tiny_model):
+    engine = poisoned_engine(tiny_model("llama"), num_blocks=4, max_batch_tokens=128)
+    engine.put([1], token_tensors([list(range(3, 23))]))
+    assert not torch.isnan(engine.kv_pool[:, :2, 0]).any() and torch.isnan(engine.kv_pool[:, 2:]).all()
+    engine.reserve(2, 0)
+    engine.evict(2)
+    engine.evict(1)
+    assert torch.isnan(engine.kv_pool).all() and engine.num_free_blocks == 4
+
+
 def test_truncated_sequences_go_on_as_if_the_rest_had_never_been(tiny_model):
     engine = poisoned_engine(tiny_model("llama"), num_blocks=64)
     prompt = random.Random(1).choices(range(3, VOCAB), k=200)

@@ -16,12 +16,20 @@ PRETENDER = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 case "$*" in
     *"-m pytest"*) echo "3 passed in 1 s"; exit "${PYTEST:-0}" ;;
-    *"-m experiments.gpu_restore.run"*) echo "[gpu_restore] 7 cells done"; exit "${BENCH:-0}" ;;
+    *"-m experiments.gpu_restore.run"*)
+        echo "[gpu_restore] 7 cells done"
+        case "${BENCH:-0}" in
+            dies) if [ -e "$OUT/died" ]; then rm -f "$OUT/begun"; exit 0; fi
+                touch "$OUT/died"; printf hung >"$OUT/begun"; exit 1 ;;
+            keeps-dying) printf restore/64 >"$OUT/begun"; exit 139 ;;
+            *) exit "${BENCH:-0}" ;;
+        esac ;;
     *"-m experiments.gpu_restore.report"*)
         printf '## Targets\\n\\n| a target | met |\\n\\n## Next\\n' >"$OUT/gpu_restore.md"; exit "${REPORT:-0}" ;;
     *"-c import torch, sys"*) exit "${NO_GPU:-0}" ;;
     *"-c import numpy"*) exit "${LACKS:-0}" ;;
     *"-c from mii"*) ;;
+    *"-c import xdist"*) exit "${NO_XDIST:-0}" ;;
     "- "*lib) exec "$REAL" "$@" ;;
     *) cat >/dev/null ;;
 esac
@@ -53,12 +61,43 @@ def test_it_runs_tests_then_the_benchmark_then_the_report(check):
     modules = [call.split("-m ")[1].split()[0] for call in check.calls() if "-m " in call]
     assert modules == ["pytest", "experiments.gpu_restore.run", "experiments.gpu_restore.report"]
     tests, benchmark, report = (call for call in check.calls() if "-m " in call)
-    assert tests.endswith("tests/gpu tests/storage/gpu")
+    assert tests.endswith("tests/gpu tests/storage/gpu/test_cufile.py::test_on_a_gpu")
     deadline_s = float(benchmark.split("--deadline-s ")[1])
     assert 250 <= deadline_s <= 280 and "--device" not in benchmark and "--only" not in benchmark
     assert f"--out {check.out}" in benchmark and f"--rows {check.out}/rows.jsonl" in report
     for line in ("gpu_check: tests: 3 passed", "gpu_check: benchmark: 7 cells done", "| a target | met |"):
         assert line in done.stdout
+
+
+def test_results_are_few_and_scratch_is_elsewhere(check, tmp_path):
+    assert check("--scratch", str(tmp_path / "scratch")).returncode == 0
+    found = {path.name for path in check.out.iterdir()}
+    assert found == {"setup.log", "tests.log", "benchmark.log", "gpu_restore.md"}  # beside what the others would write
+    assert (tmp_path / "scratch" / "report.log").is_file()
+
+
+def test_several_tests_at_once_only_with_xdist(check):
+    check(NO_XDIST="1")
+    (tests,) = (call for call in check.calls() if "-m pytest" in call)
+    assert " -n " not in tests and "--timeout 90" in tests and "xdist" not in tests
+
+
+def test_a_benchmark_that_died_is_started_again_and_that_is_said(check):
+    done = check(BENCH="dies")
+    assert sum("gpu_restore.run" in call for call in check.calls()) == 2
+    assert "ended with status 1 under hung; it goes on with the others" in done.stdout
+    assert done.returncode == 1 and "benchmark: started 2 times" in done.stdout and "cut off" not in done.stdout
+
+
+def test_but_not_for_ever(check):
+    done = check(BENCH="keeps-dying")
+    assert sum("gpu_restore.run" in call for call in check.calls()) == 4
+    assert done.returncode == 1 and "restore/64 was cut off" in done.stdout
+
+
+def test_nor_when_there_is_no_time(check):
+    check("--deadline-s", "50", BENCH="keeps-dying")
+    assert sum("gpu_restore.run" in call for call in check.calls()) == 1
 
 
 def test_quick_and_dry(check):
@@ -73,7 +112,7 @@ def test_quick_and_dry(check):
     [
         ({"PYTEST": "1"}, 1, "tests: FAILED"),
         ({"BENCH": "1"}, 1, "benchmark: FAILED with status 1"),
-        ({"BENCH": "2"}, 2, "benchmark: WRONG"),
+        ({"BENCH": "2"}, 2, "benchmark: WRONG: 7 cells done"),
         ({"PYTEST": "1", "BENCH": "2"}, 2, "benchmark: WRONG"),
         ({"REPORT": "1"}, 1, "report: FAILED"),
         ({"LACKS": "1"}, 3, "--make-wheelhouse"),
@@ -98,7 +137,7 @@ def test_wheels_are_added_for_this_run_and_nothing_is_installed(check, tmp_path)
         wheel.writestr("thing-1.data/purelib/thing/more.py", "y = 2\n")
         wheel.writestr("thing-1.data/scripts/thing", "no\n")
     assert check("--wheelhouse", str(wheels)).returncode == 0
-    lib = check.out / "lib"
+    lib = check.out / "scratch" / "lib"
     assert sorted(str(path.relative_to(lib)) for path in lib.rglob("*") if path.is_file()) == [
         "thing/__init__.py",
         "thing/more.py",

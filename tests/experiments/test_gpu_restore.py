@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,10 +13,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.common.rows import Row, read_rows
+from experiments.common.rows import ROOT, Row, read_rows
 from experiments.gpu_restore import gate, report, run, scales, soak, targets
 from experiments.gpu_restore.bounds import Ceilings, work_of
-from experiments.gpu_restore.ledger import CELL, FAILED, SKIPPED, Cell, Deadline, GateFailed, Ledger, Number
+from experiments.gpu_restore.ledger import (
+    BEGUN,
+    CELL,
+    FAILED,
+    SKIPPED,
+    Cell,
+    Deadline,
+    DeviceLost,
+    GateFailed,
+    Ledger,
+    Number,
+)
 from experiments.gpu_restore.rig import Rig
 from experiments.gpu_restore.targets import FIRST, LONG, Numbers, verdicts
 from experiments.gpu_restore.timing import Clock, quantile
@@ -121,6 +135,17 @@ def test_what_is_recorded_here_was_measured_on_a_gpu():
 # --- the ledger -----------------------------------------------------------------------------------------------------
 
 
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from experiments.common.rows import Row
+from experiments.gpu_restore import ledger
+from experiments.gpu_restore.ledger import Cell, Deadline, Ledger
+STAMP = Row(figure="gpu_restore", series="-", x="", y=0.0, unit="-", how="measured", machine="m", commit="c")
+"""
+"""The beginning of programs that do not live to their end."""
+
+
 def cell(key: str, *, expected_s: float = 0.0, is_gate: bool = False, fails: bool = False, log: list[str]) -> Cell:
     def measure() -> Iterator[Number]:
         log.append(key)
@@ -175,6 +200,68 @@ def test_a_failed_cell_fails_alone_and_is_tried_again(tmp_path):
     assert num_failed == 0 and ledger.done == {"a", "b"}
 
 
+def test_what_failed_once_comes_last_in_the_next_run(tmp_path):
+    path, log = tmp_path / "rows.jsonl", []
+    go(path, [cell("gate", is_gate=True, log=log), cell("a", fails=True, log=log), cell("b", expected_s=2000, log=log)])
+    log.clear()
+    go(path, [cell("gate", is_gate=True, log=log), cell("a", log=log), cell("b", log=log)])
+    assert log == ["b", "a"]
+
+
+def test_so_does_what_ended_its_process_but_a_gate_stays_first(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    program = f"""{PROGRAM}
+cells = [Cell(key="first", model="", expected_s=0, measure=list)]
+cells.append(Cell(key=sys.argv[2], model="", expected_s=0, measure=lambda: os._exit(9)))
+Ledger(Path(sys.argv[1]), STAMP).run(cells, Deadline(total_s=9), print)
+"""
+    for key, order in (("dies", ["b", "dies"]), ("gate", ["gate", "b"])):
+        done = subprocess.run([sys.executable, "-c", program, str(path), key], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 9, done.stderr
+        assert (tmp_path / BEGUN).read_text() == key
+        log = []
+        go(path, [cell(key, is_gate=key == "gate", log=log), cell("first", log=log), cell("b", log=log)])
+        assert log == order and not (tmp_path / BEGUN).exists()
+        path.unlink()
+
+
+def test_a_cell_that_hangs_ends_the_process_and_says_where(tmp_path):
+    program = f"""{PROGRAM}
+ledger.HANG_S = 0.5
+def stuck(): time.sleep(60)
+cells = [Cell(key="stuck", model="", expected_s=0, measure=stuck)]
+Ledger(Path(sys.argv[1]), STAMP).run(cells, Deadline(total_s=9), print, ends_hanging=True)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and "in stuck" in done.stderr
+    assert (tmp_path / BEGUN).read_text() == "stuck"
+
+
+def test_a_failed_cell_is_cleared_away_when_its_error_is_gone(tmp_path):
+    """What the frames of an error hold is the device's memory."""
+    held, seen = [], []
+
+    class Engine:
+        pass
+
+    def measure() -> Iterator[Number]:
+        engine = Engine()
+        held.append(weakref.ref(engine))
+        raise RuntimeError("no memory")
+
+    def recover() -> None:
+        gc.collect()
+        seen.append(held[0]())
+        raise DeviceLost("gone")
+
+    ledger = Ledger(tmp_path / "rows.jsonl", STAMP)
+    cells = [Cell(key="a", model="", expected_s=0, measure=measure), cell("b", log=seen)]
+    with pytest.raises(DeviceLost):
+        ledger.run(cells, Deadline(total_s=9), lambda words: None, recover=recover)
+    assert seen == [None] and ledger.failed == set()
+
+
 def test_nothing_is_timed_behind_a_gate_that_failed(tmp_path):
     log = []
     with pytest.raises(GateFailed):
@@ -222,7 +309,28 @@ def test_the_gate_sees_rows_in_the_wrong_place(monkeypatch):
 
 def test_the_gate_sees_nan(monkeypatch):
     monkeypatch.setattr(SequenceBlocks, "write_kv", lambda self, layer_idx, start, kv, stream: None)
-    with pytest.raises(GateFailed, match=r"kv: logits differ by nan"):
+    with pytest.raises(GateFailed, match=r"kv: logits differ by inf"):
+        list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
+
+
+def test_noise_that_is_not_finite_fails_the_gate(monkeypatch):
+    """It would excuse anything."""
+    monkeypatch.setattr(gate, "noise_of", lambda runs: float("inf"))
+    with pytest.raises(GateFailed, match="own logits are not finite"):
+        list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
+
+
+def test_the_gate_sees_k_and_v_that_no_logit_tells_of(monkeypatch):
+    """Two tokens with each other's values in one layer, of a history that logits hardly depend on."""
+
+    def swapped(self, layer_idx, start, hidden):
+        genuine(self, layer_idx, start, hidden)
+        if layer_idx == self._engine.geometry.num_layers - 2:
+            rows, slots = self._rows(layer_idx), self._all_slots
+            rows[slots[3:5], 1] = rows[slots[3:5].flip(0), 1]
+
+    monkeypatch.setattr(SequenceBlocks, "project_hidden", swapped)
+    with pytest.raises(GateFailed, match=r"K and V that came back as hidden are not within"):
         list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
 
 
@@ -345,6 +453,38 @@ def test_things_take_turns_and_long_ones_are_repeated_less(monkeypatch):
     assert log[:3] == ["short", "short", "long"]  # warm-ups, one of them for what takes long
     assert log[3:7] == ["short", "long", "long", "short"]
     assert len(found["short"].host_s) == 10 and len(found["long"].host_s) == 3
+
+
+def test_a_history_is_saved_once_for_all_who_restore_it():
+    rig = Rig(SMALL.models[0], SMALL)
+    try:
+        storages = {kind.value: uniform_storage(rig.geometry, kind) for kind in ChunkKind}
+        first = rig.saved(256, {"hidden": storages["hidden"]})
+        num_saved = rig.counters.get("saved_spans_total")
+        both = rig.saved(256, storages)
+        assert both["hidden"] is first["hidden"]
+        assert rig.counters.get("saved_spans_total") == 2 * num_saved and num_saved == 4
+        assert rig.saved(256, storages) == both and rig.counters.get("saved_spans_total") == 2 * num_saved
+        rig.store.delete([both["kv"].records[1].span_id])  # as a store does that is full
+        again = rig.saved(256, storages)
+        assert rig.counters.get("saved_spans_total") == 2 * num_saved + 1
+        assert all(rig.store.find(record.span_id) for record in again["kv"].records)
+        assert rig.engine.num_free_blocks == rig.engine.num_blocks
+    finally:
+        rig.close()
+
+
+def test_what_was_not_used_for_longest_makes_room():
+    rig = Rig(SMALL.models[0], replace(SMALL, store_bytes=1400 << 10))
+    try:
+        kv = {"kv": uniform_storage(rig.geometry, ChunkKind.KV)}
+        for num_tokens in (64, 128, 64, 192):  # of 4 KiB
+            rig.saved(num_tokens, kv)
+        found = {length for length, _ in rig._kept}
+        assert found == {64, 192}
+        assert rig.store.stats().num_bytes <= 0.85 * (1400 << 10) and rig.store.stats().evicted_spans == 0
+    finally:
+        rig.close()
 
 
 def test_an_engine_leaves_the_device_when_its_rig_is_closed():

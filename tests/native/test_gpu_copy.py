@@ -8,7 +8,9 @@ from contextlib import closing
 import pytest
 import torch
 
+from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.gpu_copy import GpuCopies, open_gpu_copies
+from mii_hcache.runtime.lent_rows import LentRows
 from mii_hcache.storage import native
 
 GPU = torch.device("cuda", 0)
@@ -56,6 +58,35 @@ def test_rows_arrive_whatever_the_driver(fakes, gpu, driver, how, calls):
         assert fakes.cuda["batches"] + fakes.cuda["copies"] - before == calls
         for row, place in zip(host, places, strict=True):
             assert gpu.bytes_at(place, row.nbytes) == row.numpy().tobytes()
+
+
+@pytest.mark.parametrize("is_lent", [False, True])
+def test_pieces_are_joined_where_they_go(fakes, gpu, copies, is_lent):
+    pieces = [torch.randn(4, 24) for _ in range(40)]
+    if is_lent:
+        addresses = [piece.data_ptr() for piece in pieces]
+        given = LentRows([as_bytes(piece) for piece in pieces], addresses, torch.float32, (4, 24))
+    else:
+        given = pieces
+    whole = torch.cat(pieces)
+    target = OnGpu(gpu.allocate(whole.nbytes), whole)
+    assert copies.copy_joined(target, given, gpu.stream)
+    assert gpu.bytes_at(target.data_ptr(), whole.nbytes) == whole.numpy().tobytes()
+    with pytest.raises(ValueError, match="384 bytes are left"):
+        copies.copy_joined(target, given[1:], gpu.stream)
+    with pytest.raises(ValueError, match="-384 bytes are left"):
+        copies.copy_joined(OnGpu(target.data_ptr(), whole[4:]), given, gpu.stream)
+
+
+def test_pieces_that_it_cannot_join_are_left_to_torch(fakes, gpu, copies):
+    pieces = [torch.randn(4, 24) for _ in range(3)]
+    whole = torch.cat(pieces)
+    room = gpu.allocate(whole.nbytes)
+    assert not copies.copy_joined(whole, pieces, gpu.stream)
+    assert not copies.copy_joined(OnGpu(room, whole, is_contiguous=False), pieces, gpu.stream)
+    assert not copies.copy_joined(OnGpu(room, whole), [*pieces[:2], pieces[2].double()], gpu.stream)
+    assert not copies.copy_joined(OnGpu(room, whole), [*pieces[:2], torch.randn(24, 4).t()], gpu.stream)
+    assert gpu.bytes_at(room, 4) == b"\xa5" * 4
 
 
 def test_pinned_memory_is_read_when_the_stream_has_come_to_it(fakes, gpu, copies):

@@ -17,12 +17,14 @@ import torch
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import as_bytes
+from mii_hcache.runtime.lent_rows import LentRows
 from mii_hcache.runtime.placing import _CopiesOfPieces
 from mii_hcache.runtime.restorer import Restorer
-from mii_hcache.runtime.streams import Stream
+from mii_hcache.runtime.streams import HostStream, Stream
 from mii_hcache.storage import memory as memory_module
 from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.borrowing import BorrowedChunks, SpanMemory
+from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.memory import MemoryStore
 from tests.fake_device import FakeStream, FakeStreams
 from tests.races import RaceError
@@ -315,20 +317,60 @@ def test_a_read_that_is_given_up_gives_back_what_it_borrowed():
 # --- K and V from pieces --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_lent", [False, True])
+@pytest.mark.parametrize("step", [1, SPAN_TOKENS])
 @pytest.mark.parametrize("seed", range(10))
-def test_copies_of_rows_are_made_from_pieces_wherever_runs_begin(seed):
-    """Runs of blocks begin and end within spans, and are longer than they are."""
+def test_copies_of_rows_are_made_from_pieces_wherever_runs_begin(seed, step, is_lent):
+    """Runs of blocks begin and end within spans, or where these do, and are longer than they are."""
     chooser = random.Random(seed)
     whole = torch.arange(5 * SPAN_TOKENS * 4, dtype=torch.float32).view(-1, 2, 1, 2)
-    copies = _CopiesOfPieces([piece.clone() for piece in whole.split(SPAN_TOKENS)])
+    pieces = [piece.clone() for piece in whole.split(SPAN_TOKENS)]
+    copies = _CopiesOfPieces(lent_rows(pieces) if is_lent else pieces)
     target = torch.zeros_like(whole)
-    cuts = sorted({0, len(whole), *chooser.choices(range(len(whole)), k=chooser.randrange(9))})
+    cuts = sorted({0, len(whole), *chooser.choices(range(0, len(whole), step), k=chooser.randrange(9))})
     runs = list(pairwise(cuts))
     chooser.shuffle(runs)
     copies.copy_many([(target[start:stop], copies.whole[start:stop]) for start, stop in runs])
     for out, source in copies.pairs:
         out.copy_(source)
+    stream = HostStream()
+    for out, sources in copies.joined:
+        stream.copy_joined(out, sources)
     assert torch.equal(target, whole)
+    if step == SPAN_TOKENS:
+        assert not copies.pairs and len(copies.joined) == len(runs)
+
+
+def lent_rows(pieces: list[torch.Tensor]) -> LentRows:
+    addresses = [piece.data_ptr() for piece in pieces]
+    return LentRows([as_bytes(piece) for piece in pieces], addresses, pieces[0].dtype, tuple(pieces[0].shape))
+
+
+def test_lent_rows_are_the_tensors_that_they_stand_for():
+    pieces = list(torch.arange(4 * SPAN_TOKENS * 6, dtype=torch.float32).view(4, SPAN_TOKENS, 6).unbind())
+    rows = lent_rows(pieces)
+    assert len(rows) == 4 and rows.nbytes == sum(piece.nbytes for piece in pieces)
+    assert all(torch.equal(one, other) for one, other in zip(rows, pieces, strict=True))
+    some = rows[1:3].shaped(SPAN_TOKENS, 2, 3)
+    assert isinstance(some, LentRows) and some.addresses == rows.addresses[1:3] and some.nbytes == rows.nbytes // 2
+    assert torch.equal(some[1], pieces[2].view(SPAN_TOKENS, 2, 3))
+    assert [one.data_ptr() for one in some] == some.addresses
+
+
+def test_what_memory_lends_says_where_it_lies():
+    store = MemoryStore(1 << 20)
+    geometry, token_ids = geometry_of(num_layers=3), path(1, 0, SPAN_TOKENS)
+    record = span_record(token_ids, HIDDEN, geometry)
+    assert store.put(record, [memoryview(chunk) for chunk in span_chunks(token_ids, HIDDEN, geometry)])
+    wanted = [
+        ChunkWanted(span_id=record.span_id, layer_idx=chunk.layer_idx, num_bytes=chunk.num_bytes)
+        for chunk in record.layout.chunks
+    ]
+    borrowed = store.borrow(wanted)
+    places = [ctypes.addressof(ctypes.c_char.from_buffer(chunk)) for chunk in borrowed.chunks]
+    assert borrowed.addresses == places and len(set(places)) == len(wanted) == 2
+    borrowed.give_back()
+    store.close()
 
 
 def test_a_target_that_would_do_more_than_copy_rows_is_our_own_bug():

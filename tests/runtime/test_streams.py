@@ -50,3 +50,24 @@ def test_many_copies_go_in_one_call_and_the_rest_by_torch(monkeypatch, is_native
     assert all(torch.equal(one, other) for one, other in pairs)
     if batches is not None:
         assert batches.calls == [(2, 77)]
+
+
+@pytest.mark.parametrize("native", ["takes it", "leaves it", None])
+def test_joined_pieces_go_in_one_call_or_one_by_one(monkeypatch, native):
+    class Joining(_Batches):
+        def copy_joined(self, target, pieces, stream):
+            if native == "leaves it":
+                return False
+            target.copy_(torch.cat(list(pieces)))
+            self.calls.append((len(pieces), stream))
+            return True
+
+    joining = None if native is None else Joining()
+    monkeypatch.setattr("mii_hcache.runtime.streams.open_gpu_copies", lambda device: joining)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
+    stream = CudaStream(CudaStreams(torch.device("cuda", 0)), SimpleNamespace(cuda_stream=77))  # type: ignore[arg-type]
+    target, pieces = torch.zeros(4, 6), list(torch.arange(24.0).view(2, 2, 6).unbind())
+    stream.copy_joined(target, pieces)
+    assert torch.equal(target, torch.cat(pieces))
+    if joining is not None:
+        assert joining.calls == [(2, 77)]

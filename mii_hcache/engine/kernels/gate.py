@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mii_hcache.engine.kernels.launch import Launcher
+
 COLUMNS = 1024
 """Columns of one program."""
 NUM_WARPS = 4
@@ -23,6 +25,9 @@ def silu_mul_kernel(product, out, num_columns, COLUMNS: tl.constexpr):
     tl.store(out + row * num_columns + column, (activated * up).to(dtype), mask=is_column)
 
 
+_launch = Launcher(silu_mul_kernel, {"COLUMNS": COLUMNS}, num_warps=NUM_WARPS)
+
+
 def silu_mul(product: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, rounded after each as torch does.
 
@@ -34,6 +39,5 @@ def silu_mul(product: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"a contiguous [num_rows, 2 * num_columns] is wanted, got {tuple(product.shape)}")
     out = product.new_empty(num_rows, doubled // 2)
     if num_rows:
-        grid = (num_rows, triton.cdiv(doubled // 2, COLUMNS))
-        silu_mul_kernel[grid](product, out, doubled // 2, COLUMNS=COLUMNS, num_warps=NUM_WARPS)
+        _launch((num_rows, -(-doubled // (2 * COLUMNS)), 1), product, out, doubled // 2)
     return out

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mii_hcache.engine.kernels.launch import Launcher
+
 TOKENS = 16
 """Tokens of one program."""
 NUM_WARPS = 4
@@ -75,13 +77,11 @@ def norm_heads(rows: torch.Tensor, q_gamma: torch.Tensor, k_gamma: torch.Tensor,
     if k_gamma.shape != q_gamma.shape or num_elements % head_size or query_heads < 1 or rows.stride(-1) != 1:
         raise ValueError(f"rows {tuple(rows.shape)} are not of whole heads of {head_size}, {kv_heads} of them keys")
     if num_tokens:
-        head_norm_kernel[(triton.cdiv(num_tokens, TOKENS), query_heads + kv_heads)](
-            rows,
-            rows.stride(0),
-            num_tokens,
-            q_gamma,
-            k_gamma,
-            eps,
-            **constants(query_heads=query_heads, head_size=head_size),
-            num_warps=NUM_WARPS,
-        )
+        grid = (-(-num_tokens // TOKENS), query_heads + kv_heads, 1)
+        launcher(query_heads, head_size)(grid, rows, rows.stride(0), num_tokens, q_gamma, k_gamma, eps)
+
+
+@cache
+def launcher(query_heads: int, head_size: int) -> Launcher:
+    """For rows with so many query heads."""
+    return Launcher(head_norm_kernel, constants(query_heads=query_heads, head_size=head_size), num_warps=NUM_WARPS)

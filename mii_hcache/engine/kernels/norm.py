@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
+
+from mii_hcache.engine.kernels.launch import Launcher
 
 
 @triton.jit
@@ -63,17 +67,20 @@ def add_norm(
     float32 of the residual as it is stored. RMSNorm rounds before it scales, LayerNorm once at the end, as
     `modules.norm` does. Launched on the current stream.
     """
-    num_rows, num_columns = residual.shape
-    for name, tensor in {"hidden": hidden, "out": out}.items():
-        if tensor is not None and (tensor.shape != residual.shape or tensor.dtype != residual.dtype):
-            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} beside a residual {tuple(residual.shape)}")
-        if not residual.is_contiguous() or (tensor is not None and not tensor.is_contiguous()):
+    num_rows, num_columns = shape = residual.shape
+    for name, tensor in (("hidden", hidden), ("out", out)):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != residual.dtype):
+            raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} beside a residual {tuple(shape)}")
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"residual and {name} must be contiguous")
+    if not residual.is_contiguous():
+        raise ValueError("residual must be contiguous")
     if gamma.shape != (num_columns,) or (not is_rms and (beta is None or beta.shape != (num_columns,))):
         raise ValueError(f"gamma (and beta of a LayerNorm) must be [{num_columns}]")
     if num_rows == 0:
         return
-    add_norm_kernel[(num_rows,)](
+    launcher(num_columns, has_hidden=hidden is not None, is_rms=is_rms)(
+        (num_rows, 1, 1),
         residual,
         residual if hidden is None else hidden,
         gamma,
@@ -81,8 +88,11 @@ def add_norm(
         out,
         num_columns,
         eps,
-        COLUMNS=triton.next_power_of_2(num_columns),
-        HAS_HIDDEN=hidden is not None,
-        IS_RMS=is_rms,
-        num_warps=num_warps_for(num_columns),
     )
+
+
+@cache
+def launcher(num_columns: int, *, has_hidden: bool, is_rms: bool) -> Launcher:
+    """For rows of that length."""
+    constants = {"COLUMNS": triton.next_power_of_2(num_columns), "HAS_HIDDEN": has_hidden, "IS_RMS": is_rms}
+    return Launcher(add_norm_kernel, constants, num_warps=num_warps_for(num_columns))

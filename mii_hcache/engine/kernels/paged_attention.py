@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mii_hcache.engine.kernels.launch import Launcher
 from mii_hcache.engine.kernels.work import TileShape
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -223,7 +224,11 @@ def attend_tiles(
         raise ValueError("items are [num_items, 8], tables [num_sequences, width], both int32")
     if items.shape[0] == 0:
         return
-    paged_attention_kernel[(items.shape[0], kv_heads)](
+    launch = launcher(
+        shape, kv_heads, group, head_size, block_size, rows.dtype, window is not None, softcap is not None
+    )
+    launch(
+        (items.shape[0], kv_heads, 1),
         rows,
         rows.stride(0),
         kv_cache,
@@ -236,16 +241,29 @@ def attend_tiles(
         scale,
         softcap or 1.0,
         window or 0,
-        **constants(
-            shape,
-            kv_heads=kv_heads,
-            group=group,
-            head_size=head_size,
-            block_size=block_size,
-            dtype=rows.dtype,
-            has_window=window is not None,
-            has_softcap=softcap is not None,
-        ),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
     )
+
+
+@cache
+def launcher(
+    shape: TileShape,
+    kv_heads: int,
+    group: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_window: bool,
+    has_softcap: bool,
+) -> Launcher:
+    """For one kind of tile of one kind of layer."""
+    chosen = constants(
+        shape,
+        kv_heads=kv_heads,
+        group=group,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+        has_window=has_window,
+        has_softcap=has_softcap,
+    )
+    return Launcher(paged_attention_kernel, chosen, num_warps=shape.num_warps, num_stages=shape.num_stages)

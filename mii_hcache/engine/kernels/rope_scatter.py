@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from mii_hcache.engine.kernels.head_norm import rms_factor, scaled
+from mii_hcache.engine.kernels.launch import Launcher
 from mii_hcache.engine.modules.rope import rotary_tables
 
 TOKENS = 16
@@ -148,7 +149,9 @@ def rope_scatter(
     if num_tokens == 0:
         return
     cos, sin = tables if tables is not None else (rows, rows)
-    rope_scatter_kernel[(triton.cdiv(num_tokens, TOKENS), query_heads + kv_heads)](
+    rotary_dim = 0 if tables is None else 2 * cos.shape[1]
+    launcher(query_heads, kv_heads, head_size, rotary_dim, has_norm=k_gamma is not None)(
+        (-(-num_tokens // TOKENS), query_heads + kv_heads, 1),
         rows,
         rows.stride(0),
         num_tokens,
@@ -159,12 +162,11 @@ def rope_scatter(
         rows if k_gamma is None else k_gamma,
         eps,
         kv_cache,
-        **constants(
-            query_heads=query_heads,
-            kv_heads=kv_heads,
-            head_size=head_size,
-            rotary_dim=0 if tables is None else 2 * cos.shape[1],
-            has_norm=k_gamma is not None,
-        ),
-        num_warps=NUM_WARPS,
     )
+
+
+@cache
+def launcher(query_heads: int, kv_heads: int, head_size: int, rotary_dim: int, *, has_norm: bool) -> Launcher:
+    """For a model's steps, or its restores."""
+    sizes = {"query_heads": query_heads, "kv_heads": kv_heads, "head_size": head_size, "rotary_dim": rotary_dim}
+    return Launcher(rope_scatter_kernel, constants(**sizes, has_norm=has_norm), num_warps=NUM_WARPS)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mii_hcache.engine.kernels.launch import Launcher
+
 NUM_WARPS = 4
 
 
@@ -84,6 +86,12 @@ def merge_splits(
         raise ValueError(f"out {tuple(out.shape)} of {kv_heads * group} heads of {head_size}, contiguous, is wanted")
     if merges.shape[0] == 0:
         return
+    launch, num_parts = launcher(kv_heads, group, head_size, rows)
+    launch((merges.shape[0], kv_heads, num_parts), merges, partials, log_sums, out)
+
+
+@cache
+def launcher(kv_heads: int, group: int, head_size: int, rows: int) -> tuple[Launcher, int]:
+    """For one kind of tile, and the programs that share one."""
     sizes = constants(kv_heads=kv_heads, group=group, head_size=head_size, rows=rows)
-    grid = (merges.shape[0], kv_heads, rows // sizes["PART"])
-    split_merge_kernel[grid](merges, partials, log_sums, out, **sizes, num_warps=NUM_WARPS)
+    return Launcher(split_merge_kernel, sizes, num_warps=NUM_WARPS), rows // sizes["PART"]
