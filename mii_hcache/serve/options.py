@@ -47,7 +47,8 @@ examples:
   MII_HCACHE_API_KEY=... python -m mii_hcache.serve --model ./my-checkpoint --host 0.0.0.0 --allowed-host llm.example
       for other machines, which call it llm.example
 
-Ctrl-C or SIGTERM finishes the running answers, writes what is not on disk yet and exits. A second one does not wait.
+Ctrl-C, SIGTERM or a closed terminal ends it: the running answers are finished, what is not on disk yet is written. A
+second one does not wait.
 """
 
 
