@@ -1,4 +1,4 @@
-"""HCacheConfig: every setting of a server, in one frozen value. The only reader of the environment."""
+"""HCacheConfig: every setting of a server, in one frozen value. In Python the only reader of our environment variables."""
 
 from __future__ import annotations
 
