@@ -1,4 +1,4 @@
-"""HCacheConfig: every setting of a server, in one frozen value. In Python the only reader of our environment variables."""
+"""HCacheConfig: every setting of a server, in one frozen value. Python reads our environment variables here only."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_hcache import __version__
 from mii_hcache.errors import ConfigError, HCacheError, RankLostError
-from mii_hcache.serve.options import Options, parse_options
+from mii_hcache.serve.options import Options, as_options, parse_options
 from mii_hcache.serve.saying import say
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HCacheError as error:
         if options is not None and options.verbose:
             raise
-        _complain(options, str(error))
+        _complain(options, as_options(str(error)))
         return _EXIT_REFUSED
     except KeyboardInterrupt:  # while the model was loading
         return _EXIT_INTERRUPTED

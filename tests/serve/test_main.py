@@ -99,7 +99,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-blocks", "0"], "kv_blocks must be >= 1, got 0"),
+        (["--kv-blocks", "0"], "--kv-blocks must be >= 1, got 0"),
         (["--host", "no.such.host.invalid"], "--host 'no.such.host.invalid' is no address"),
         (["--state-dir", __file__], "--state-dir must be a directory"),
     ],
