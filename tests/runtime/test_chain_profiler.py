@@ -9,7 +9,8 @@ import pytest
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.runtime.chain_profiler import ChainReads, with_chain_reads
-from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.runtime.profiled_tier import ProfiledTier
+from mii_hcache.runtime.profiler import TILE_TOKENS, profile_layer
 from mii_hcache.runtime.timeline import Event, RestoreTimeline
 from mii_hcache.storage.memory import MemoryStore
 from tests.fake_device import FakeStreams
