@@ -74,7 +74,7 @@ def test_a_profile_of_an_engine_with_a_device():
     pool = Pool(streams, engine.geometry, TILE_TOKENS // BLOCK_TOKENS, random.Random(1))
     store = MemoryStore(64 << 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mii_hcache.runtime.profiler.ENOUGH_S", 0.001)
+        patch.setattr("mii_hcache.runtime.stopwatch.ENOUGH_S", 0.001)
         costs, _ = profile_layer(
             adapter=engine,
             target=_Wide(pool, TILE_TOKENS),
