@@ -51,7 +51,8 @@ from mii_hcache.engine.ragged_engine import HCacheEngine, build_engine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import RestoreReport
 from mii_hcache.runtime.machine import device_name, software
-from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier
+from mii_hcache.runtime.profiled_tier import ProfiledTier
+from mii_hcache.runtime.profiler import TILE_TOKENS
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,11 +25,23 @@ COMMANDS = {
 """Name to module with `main(arguments) -> exit status`, and what it is for."""
 
 _EXIT_REFUSED = 2
+_EXIT_UNREAD = 128 + signal.SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: the command's own; 2 when it could not be done at all (one line says why)."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as by `| head`: it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_UNREAD
+
+
+def _run(arguments: list[str]) -> int:
+    name, *rest = arguments or [""]
     if name in ("-h", "--help", "help"):
         print(_usage())
         return 0

@@ -1,4 +1,4 @@
-"""HCacheConfig: every setting of a server, in one frozen value. The only reader of the environment."""
+"""HCacheConfig: every setting of a server, in one frozen value. Python reads our environment variables here only."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from mii_hcache.core.plans import StoragePlan
 from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.engine.service import EngineService
 from mii_hcache.runtime.generation import GenerationRequest, GenerationResult, RestoreReport, SamplingParams
-from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.runtime.profiled_tier import ProfiledTier
+from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, profile_layer
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.throttled import ThrottledStore

@@ -20,7 +20,8 @@ from mii_hcache.engine.ragged_engine import HCacheEngine
 from mii_hcache.errors import ConfigError
 from mii_hcache.runtime.machine import device_name, num_usable_cpus
 from mii_hcache.runtime.ports import KVTarget
-from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, ProfiledTier, h2d_bytes_per_s, profile_layer
+from mii_hcache.runtime.profiled_tier import ProfiledTier
+from mii_hcache.runtime.profiler import MAX_CONTEXT_TOKENS, TILE_TOKENS, h2d_bytes_per_s, profile_layer
 from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore

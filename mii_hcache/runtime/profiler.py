@@ -8,48 +8,31 @@ projecting at once, for how much each slows the other.
 from __future__ import annotations
 
 import itertools
-import os
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
-from mii_hcache.core.identity import SpanId, pack_tokens
-from mii_hcache.core.layout import SpanLayout
-from mii_hcache.runtime.buffers import as_bytes, host_empty
+from mii_hcache.runtime.buffers import host_empty
 from mii_hcache.runtime.chain_profiler import ChainReads, with_chain_reads
 from mii_hcache.runtime.pieces import HOST, pieces_on
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
+from mii_hcache.runtime.profiled_tier import ProfiledSpans, ProfiledTier
+from mii_hcache.runtime.stopwatch import Stopwatch
 from mii_hcache.runtime.streams import Streams, streams_of
-from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
 
 TILE_TOKENS = HOST.tile_spans * SPAN_TOKENS
 """Fewest tokens that can be measured with; a GPU's tiles are longer, if there is room."""
 DEVICE_IO_BYTES = 512 << 20
 """Most that a GPU reads at a time to be measured, so that it takes longer than its clock's grain."""
-ENOUGH_S = 1.5
-"""Nothing is repeated for longer."""
-PAUSE_S = 0.02
-"""Longest that is waited between two calls that are timed."""
 MAX_CONTEXT_TOKENS = 4096
 """Longest history that a measured forward attends to."""
 MAX_SLOWDOWN = 3.0
 """More than this is taken for a moment's noise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProfiledTier:
-    """A store to be measured. Whatever is put into it is deleted again."""
-
-    store: ChunkStore
-    forget: Callable[[], None]
-    """Drops what a cache may hold of it, so that a read is a read."""
 
 
 def profile_layer(
@@ -78,7 +61,7 @@ def profile_layer(
         on_progress(f"reading from {name}")
         if streams.has_own_memory:
             io_bytes = max(io_bytes, DEVICE_IO_BYTES)
-        with _Saved(adapter, tier, io_bytes, computing.tile_tokens // SPAN_TOKENS) as saved:
+        with ProfiledSpans(adapter, tier, io_bytes, computing.tile_tokens // SPAN_TOKENS) as saved:
             costs[name] = (
                 _with_chain(base, computing, saved, repeats)
                 if streams.has_own_memory
@@ -94,47 +77,9 @@ def h2d_bytes_per_s(adapter: EngineAdapter, repeats: int = 9) -> float:
     num_bytes = pieces_on(adapter.device).tile_spans * adapter.geometry.chunk_bytes(ChunkKind.KV)
     source = host_empty(num_bytes, dtype=torch.uint8)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=adapter.device)
-    return num_bytes / _Stopwatch(adapter.device, repeats).least_s(
+    return num_bytes / Stopwatch(adapter.device, repeats).least_s(
         lambda: target.copy_(source, non_blocking=True), pauses=False
     )
-
-
-class _Stopwatch:
-    """Seconds of one of several calls, after one to warm up. Long calls are not repeated so often."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device = device
-        self._repeats = repeats
-        self.spread = 1.0
-        """How many times longer a typical call was than the fastest, at worst."""
-
-    def least_s(self, action: Callable[[], object], *, pauses: bool = True) -> float:
-        """The least: others on the machine only ever add, and differences of anything else are noise.
-
-        `pauses` waits as long as the call before took: a restore's pieces wait for reads, and meanwhile others take the
-        caches. On a CPU a projection takes a tenth more after 5 ms than in a loop, and half as much again after 20.
-        """
-        times_s = self._times_s(action, pauses)
-        if pauses and len(times_s) >= 3:
-            self.spread = max(self.spread, statistics.median(times_s) / min(times_s))
-        return min(times_s)
-
-    def _times_s(self, action: Callable[[], object], pauses: bool) -> list[float]:
-        times_s: list[float] = []
-        while len(times_s) <= self._repeats and (len(times_s) < 2 or sum(times_s) < ENOUGH_S):
-            if pauses and times_s:
-                time.sleep(min(PAUSE_S, times_s[-1]))
-            self.settle()
-            started_s = time.perf_counter()
-            action()
-            self.settle()
-            times_s.append(time.perf_counter() - started_s)
-        return times_s[1:]
-
-    def settle(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class _Computing:
@@ -155,7 +100,7 @@ class _Computing:
         self.target = target
         self.streams = streams or streams_of(adapter.device)
         self.tile_tokens = min(pieces_on(adapter.device).tile_spans, num_tokens // SPAN_TOKENS) * SPAN_TOKENS
-        self.watch = _Stopwatch(adapter.device, repeats)
+        self.watch = Stopwatch(adapter.device, repeats)
         geometry = adapter.geometry
         make = torch.Generator().manual_seed(0)
         rows = torch.randn(self.tile_tokens, geometry.hidden_size, generator=make)
@@ -227,87 +172,7 @@ class _Computing:
         )
 
 
-class _Saved:
-    """Random spans in a store, for the time of a `with` block."""
-
-    def __init__(self, adapter: EngineAdapter, tier: ProfiledTier, io_bytes: int, max_spans: int) -> None:
-        self._tier = tier
-        self._geometry = adapter.geometry
-        self._io_bytes = io_bytes
-        self._records: dict[ChunkKind, list[SpanRecord]] = {}
-        num_readers = pieces_on(adapter.device).num_readers
-        self._max_spans = max_spans
-        self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="hcache-profile")
-        largest = max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
-        self._buffers = [host_empty(max_spans * largest, dtype=torch.uint8) for _ in range(num_readers)]
-
-    def __enter__(self) -> _Saved:
-        for kind in ChunkKind:
-            self._records[kind] = self._put(kind)
-        self._tier.store.flush()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._readers.shutdown()
-        self._tier.store.delete([record.span_id for records in self._records.values() for record in records])
-
-    def _put(self, kind: ChunkKind) -> list[SpanRecord]:
-        layout = SpanLayout.uniform(self._geometry, kind)
-        joined = memoryview(bytearray(os.urandom(layout.num_bytes)))
-        records = []
-        for span_idx in range(max(1, min(self._max_spans, self._io_bytes // layout.num_bytes))):
-            record = SpanRecord(
-                span_id=SpanId(os.urandom(32)),
-                parent_id=None,
-                span_idx=span_idx,
-                token_ids=pack_tokens([0] * SPAN_TOKENS),
-                layout=layout,
-            )
-            if self._tier.store.put(record, [chunk.cut(joined) for chunk in layout.chunks]):
-                records.append(record)
-        return records
-
-    @property
-    def store(self) -> ChunkStore:
-        """Where it is."""
-        return self._tier.store
-
-    def records(self, kind: ChunkKind) -> Sequence[SpanRecord]:
-        """Its spans of a kind, which no cache holds."""
-        self._tier.forget()
-        return self._records[kind]
-
-    def num_rows(self, kind: ChunkKind) -> int:
-        """Token rows of one layer that `read` reads."""
-        return SPAN_TOKENS * sum(record.layout.num_chunks for record in self._records[kind])
-
-    def read(self, kind: ChunkKind, is_wanted: Callable[[], bool] = lambda: True) -> int:
-        """Read all of it, tile by tile, as restores do. Returns rows read; stops early when not wanted any more."""
-        self._tier.forget()
-
-        def read_tile(tile: tuple[int, Sequence[SpanRecord]]) -> int:
-            return self._read_tile(*tile) if is_wanted() else 0
-
-        return sum(self._readers.map(read_tile, self._tiles(kind)))
-
-    def _tiles(self, kind: ChunkKind) -> Iterator[tuple[int, Sequence[SpanRecord]]]:
-        records = self._records[kind]
-        for layer_idx in self._geometry.saved_layers(kind) if records else ():
-            yield layer_idx, records
-
-    def _read_tile(self, layer_idx: int, records: Sequence[SpanRecord]) -> int:
-        buffer = self._buffers.pop()
-        view, size = as_bytes(buffer), records[0].layout.chunks[0].num_bytes
-        reads = [
-            ChunkRead(span_id=record.span_id, layer_idx=layer_idx, out=view[idx * size : (idx + 1) * size])
-            for idx, record in enumerate(records)
-        ]
-        outcome = self._tier.store.get_into(reads)
-        self._buffers.append(buffer)
-        return SPAN_TOKENS * outcome.num_ok
-
-
-def _with_reads(base: LayerCost, computing: _Computing, saved: _Saved, repeats: int) -> LayerCost:
+def _with_reads(base: LayerCost, computing: _Computing, saved: ProfiledSpans, repeats: int) -> LayerCost:
     """Seconds per row of each kind, alone and while the engine projects."""
     alone_s = {}
     for kind in ChunkKind:
@@ -329,7 +194,7 @@ def _with_reads(base: LayerCost, computing: _Computing, saved: _Saved, repeats: 
     )
 
 
-def _with_chain(base: LayerCost, computing: _Computing, saved: _Saved, repeats: int) -> LayerCost:
+def _with_chain(base: LayerCost, computing: _Computing, saved: ProfiledSpans, repeats: int) -> LayerCost:
     """The same by whole restores, to a device."""
     project_alone_s = computing.watch.least_s(computing.project, pauses=False) / computing.tile_tokens
     reads = ChainReads(computing.adapter, computing.target, saved.store, computing.streams)
@@ -342,7 +207,7 @@ def _with_chain(base: LayerCost, computing: _Computing, saved: _Saved, repeats: 
     )
 
 
-def _together(computing: _Computing, saved: _Saved, least_s: float) -> tuple[float, float]:
+def _together(computing: _Computing, saved: ProfiledSpans, least_s: float) -> tuple[float, float]:
     """Read and project at once until both were done often enough. Seconds per hidden row read, and per projection."""
     is_over = threading.Event()
     rows_read = 0

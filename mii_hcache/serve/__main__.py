@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mii_hcache import __version__
 from mii_hcache.errors import ConfigError, HCacheError, RankLostError
-from mii_hcache.serve.options import Options, parse_options
+from mii_hcache.serve.options import Options, as_options, parse_options
+from mii_hcache.serve.saying import say
 
 if TYPE_CHECKING:
     from mii_hcache.engine.open import OpenedService
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HCacheError as error:
         if options is not None and options.verbose:
             raise
-        _complain(options, str(error))
+        _complain(options, as_options(str(error)))
         return _EXIT_REFUSED
     except KeyboardInterrupt:  # while the model was loading
         return _EXIT_INTERRUPTED
@@ -110,7 +111,7 @@ def _server_of(options: Options, opened: OpenedService, sock: socket.socket, loa
         if options.log_json:
             _log.info("ready", extra={"fields": summary.fields()})
         else:
-            print(summary.text(), flush=True)
+            say(summary.text(), sys.stdout)
 
     known_texts: Any = opened.transcripts
     app = create_app(opened.service, opened.tokenizer, known_texts, opened.model_name, access=options.access)
@@ -122,14 +123,14 @@ def _complain(options: Options | None, words: str) -> None:
     if options is not None and options.log_json:
         _log.error("%s", words)
     else:
-        print(f"mii_hcache.serve: {words}", file=sys.stderr, flush=True)
+        say(f"mii_hcache.serve: {words}", sys.stderr)
 
 
 def _tell(options: Options, words: str) -> None:
     if options.log_json:
         _log.info("%s", words)
     else:
-        print(words, flush=True)
+        say(words, sys.stdout)
 
 
 def _leave(status: int) -> NoReturn:

@@ -14,7 +14,8 @@ from fastapi import FastAPI
 
 from mii_hcache.errors import ConfigError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The last one comes when the terminal is closed, or the connection to it."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -55,7 +56,7 @@ def is_loopback(sock: socket.socket) -> bool:
 
 
 class Server(uvicorn.Server):
-    """Serves until the first SIGTERM or SIGINT, then finishes what runs; the second one does not wait.
+    """Serves until the first SIGTERM, SIGINT or SIGHUP, then finishes what runs; the second one does not wait.
 
     For the main thread. `taking_signals` may reach beyond `run`, around what has to be closed after it.
     """
@@ -100,8 +101,10 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def taking_signals(self) -> Iterator[None]:
-        """Our reaction to signals, for the time of a `with` block."""
-        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        """Our reaction to signals, for the time of a `with` block. Under `nohup` a SIGHUP stays without one."""
+        is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        wanted = [number for number in _SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, self._on_signal) for number in wanted}
         try:
             yield
         finally:

@@ -9,6 +9,8 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+from mii_hcache.serve.saying import say
+
 _log = logging.getLogger("mii_hcache.serve.start")
 
 _TICK_S = 0.2
@@ -73,7 +75,7 @@ class Loading:
         if self._as_json:
             _log.info("%s", words, extra={"fields": {"elapsed_s": round(self.seconds, 1)}})
         elif not self._is_terminal:
-            print(f"{self.seconds:7.1f} s  {words}", file=self._stream, flush=True)
+            say(f"{self.seconds:7.1f} s  {words}", self._stream)
 
     def _percent(self) -> str:
         return f"{100 * self._num_done // self._num_all}%" if self._num_all else "goes on"
@@ -96,5 +98,4 @@ class Loading:
         if self._num_all:
             num_full = _BAR_CHARS * self._num_done // self._num_all
             bar = f"  [{'#' * num_full}{'.' * (_BAR_CHARS - num_full)}] {self._percent()}"
-        self._stream.write(f"\r\033[K{seconds:7.1f} s  {self._name}{bar}{end}")
-        self._stream.flush()
+        say(f"\r\033[K{seconds:7.1f} s  {self._name}{bar}", self._stream, end)

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mii_hcache.config import (
@@ -47,7 +47,8 @@ examples:
   MII_HCACHE_API_KEY=... python -m mii_hcache.serve --model ./my-checkpoint --host 0.0.0.0 --allowed-host llm.example
       for other machines, which call it llm.example
 
-Ctrl-C or SIGTERM finishes the running answers, writes what is not on disk yet and exits. A second one does not wait.
+Ctrl-C, SIGTERM or a closed terminal ends it: the running answers are finished, what is not on disk yet is written. A
+second one does not wait.
 """
 
 
@@ -109,6 +110,28 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         verbose=values.verbose,
         log_json=values.log_json,
     )
+
+
+def as_options(words: str) -> str:
+    """An error that begins with the name of a setting, for whoever gave options: under the option's name."""
+    name = next(iter(re.findall(r"^\w+", words)), "")
+    if name in _NO_OPTIONS or name not in {field.name for field in fields(HCacheConfig)}:
+        return words
+    return "--" + _RENAMED.get(name, name.replace("_", "-")) + words[len(name) :]
+
+
+_RENAMED = {
+    "state_capacity_bytes": "state-capacity",
+    "dram_capacity_bytes": "dram-capacity",
+    "expire_after_s": "expire-after",
+    "disk_deadline_s": "disk-deadline",
+    "max_context_tokens": "max-context",
+    "restore_slice_s": "restore-slice",
+    "emulated_read_bytes_per_s": "emulate-read-speed",
+}
+"""Options whose settings carry a unit in their names, or are called otherwise."""
+_NO_OPTIONS = ("block_size", "max_sequences", "save_threads", "scatter_threads", "poison_blocks")
+"""Settings for those who write Python."""
 
 
 def _state_dirs(texts: Sequence[str]) -> str | list[str] | None:

@@ -9,7 +9,8 @@ import pytest
 from mii_hcache.core.cost import LayerCost
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.runtime.chain_profiler import ChainReads, with_chain_reads
-from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.runtime.profiled_tier import ProfiledTier
+from mii_hcache.runtime.profiler import TILE_TOKENS, profile_layer
 from mii_hcache.runtime.timeline import Event, RestoreTimeline
 from mii_hcache.storage.memory import MemoryStore
 from tests.fake_device import FakeStreams
@@ -73,7 +74,7 @@ def test_a_profile_of_an_engine_with_a_device():
     pool = Pool(streams, engine.geometry, TILE_TOKENS // BLOCK_TOKENS, random.Random(1))
     store = MemoryStore(64 << 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mii_hcache.runtime.profiler.ENOUGH_S", 0.001)
+        patch.setattr("mii_hcache.runtime.stopwatch.ENOUGH_S", 0.001)
         costs, _ = profile_layer(
             adapter=engine,
             target=_Wide(pool, TILE_TOKENS),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mii_hcache.runtime.profiler import TILE_TOKENS, ProfiledTier, profile_layer
+from mii_hcache.runtime.profiled_tier import ProfiledTier
+from mii_hcache.runtime.profiler import TILE_TOKENS, profile_layer
 from mii_hcache.runtime.ranks_profile import RanksStore, RanksTarget
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir

@@ -55,7 +55,7 @@ class Opened:
 
     def close(self, drain: bool = True) -> None:
         if drain:
-            print("closed with drain", flush=True)
+            print("closed with drain", file=sys.stderr, flush=True)
         self.service.close(drain=drain)
 
 

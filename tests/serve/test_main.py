@@ -99,7 +99,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kv-blocks", "0"], "kv_blocks must be >= 1, got 0"),
+        (["--kv-blocks", "0"], "--kv-blocks must be >= 1, got 0"),
         (["--host", "no.such.host.invalid"], "--host 'no.such.host.invalid' is no address"),
         (["--state-dir", __file__], "--state-dir must be a directory"),
     ],
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_a_line_of_json(start):
     assert line["level"] == "error" and "--allow-no-key" in line["message"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_running_streams(start, number):
     process = start()
     url = process.url()
@@ -247,6 +247,33 @@ def test_a_signal_finishes_running_streams(start, number):
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
     assert process.end() == 0
     assert process.text.count("closed with drain") == 1 and "Good bye" in process.text
+
+
+def test_whoever_reads_the_output_may_end_first(tmp_path):
+    command = [sys.executable, str(_HERE / "fake_server.py"), "--port", "0"]
+    env = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    with (tmp_path / "errors").open("w") as errors:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, cwd=_HERE, env=env)
+    assert server.stdout is not None
+    while b"Ready after" not in server.stdout.readline():
+        pass
+    server.stdout.close()  # as `serve.sh | tee log` does at Ctrl-C
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0
+    assert (tmp_path / "errors").read_text().splitlines()[-1] == "closed with drain"
+
+
+def test_a_closed_terminal_ends_no_server_under_nohup(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    url = process.url()
+    process.popen.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert httpx.get(url + "/health").status_code == 200
+    assert process.end(signal.SIGTERM) == 0
 
 
 def test_a_second_signal_does_not_wait(start):

@@ -1,5 +1,8 @@
 """The command line: sizes, defaults, mistakes."""
 
+import re
+from dataclasses import fields
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from mii_hcache.config import HCacheConfig
 from mii_hcache.core.amounts import format_size, parse_size
 from mii_hcache.errors import ConfigError
-from mii_hcache.serve.options import parse_options
+from mii_hcache.serve.options import _NO_OPTIONS, _parser, as_options, parse_options
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +140,15 @@ def test_mistakes_that_argparse_sees(capsys, arguments, message):
 def test_mistakes_that_the_settings_see(arguments):
     with pytest.raises(ConfigError):
         parse_options(arguments.split())
+
+
+def test_settings_are_called_by_their_options():
+    known = set(re.findall(r"--[a-z-]+", _parser().format_help()))
+    for name in {field.name for field in fields(HCacheConfig)} - set(_NO_OPTIONS):
+        (option,) = re.findall(r"^(--[a-z-]+) is wrong$", as_options(f"{name} is wrong"))
+        assert option in known
+    for words in ("block_size must be >= 1", "state directory /a is in use", "", "/a is no model"):
+        assert as_options(words) == words
 
 
 def test_a_state_dir_that_is_a_file(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +67,13 @@ def test_an_interrupt_is_no_traceback(monkeypatch):
 
     monkeypatch.setattr("mii_hcache.tools.doctor.main", interrupted)
     assert main(["doctor"]) == 130
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "."]])
+def test_whoever_reads_may_have_seen_enough(arguments, tmp_path):
+    command = [sys.executable, "-m", "mii_hcache", *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.stdout is not None and done.stderr is not None
+    done.stdout.close()
+    assert done.stderr.read() == "" and done.wait(60) == 128 + signal.SIGPIPE
