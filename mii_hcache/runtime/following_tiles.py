@@ -35,6 +35,9 @@ class _Part:
     buffer: torch.Tensor
     pool: SpanBuffers
     ended: Future[ReadOutcome]
+    job: Future[None] | None = None
+    """Reads it, from when it was submitted on."""
+    is_forgotten: bool = False
 
 
 class FollowingTiles:
@@ -85,7 +88,8 @@ class FollowingTiles:
 
         def work() -> None:
             try:
-                outcome = self._files.read(question.slots, outs)
+                is_wanted = not part.is_forgotten
+                outcome = self._files.read(question.slots, outs) if is_wanted else ReadOutcome(num_ok=0)
                 self._counters.add("shard_read_bytes_total", sum(sizes[: outcome.num_ok]))
             except Exception as error:
                 _log.exception("this rank's part of a tile could not be read")
@@ -95,13 +99,17 @@ class FollowingTiles:
             part.ended.set_result(outcome)
             reply(outcome)
 
-        self._readers.submit(work)
+        part.job = self._readers.submit(work)
 
     def forget(self, read_id: int) -> None:
-        """The tile will not be placed; its memory comes back when the read has ended."""
+        """The tile will not be placed; its memory comes back when the read has ended. One that hangs holds up no other:
+        another thread takes the place of its own."""
         with self._lock:
             part = self._parts.pop(read_id, None)
         if part is not None:
+            part.is_forgotten = True
+            if part.job is not None:
+                self._readers.replace(part.job)
             part.ended.add_done_callback(lambda _: part.pool.release(part.buffer))
 
     def place(self, order: PlaceTile) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.flusher import Flusher
@@ -40,6 +41,7 @@ class PartsSink(Flusher):
         """Guards what follows, by put_id."""
         self._kept: dict[int, SpanPut] = {}
         self._asked: dict[int, tuple[WritePart, Reply]] = {}
+        self._writing: dict[int, Future[None]] = {}
         self._lost: set[int] = set()
         self._dropped: set[int] = set()
         self._is_stopping = False
@@ -64,12 +66,16 @@ class PartsSink(Flusher):
             self._write_later(put, question, reply)
 
     def drop(self, put_id: int) -> None:
-        """Nobody will ask for a put's chunks."""
+        """Nobody will ask for a put's chunks, or nobody waits any more for what was asked: a write that hangs goes on,
+        and holds up no other."""
         with self._lock:
             put = self._kept.pop(put_id, None)
-            if put is None and put_id not in self._lost:
+            writing = self._writing.get(put_id)
+            if put is None and writing is None and put_id not in self._lost:
                 self._dropped.add(put_id)
             self._lost.discard(put_id)
+        if writing is not None:
+            self._writers.replace(writing)
         if put is not None:
             self._finish(put)
 
@@ -113,7 +119,8 @@ class PartsSink(Flusher):
             self._write_later(put, *asked)
 
     def _write_later(self, put: SpanPut, question: WritePart, reply: Reply) -> None:
-        self._writers.submit(lambda: reply(self._write(put, question)))
+        with self._lock:
+            self._writing[put.put_id] = self._writers.submit(lambda: reply(self._write(put, question)))
 
     def _write(self, put: SpanPut, question: WritePart) -> object:
         """The memory is given back before rank 0 hears of it: it bounds what is under way by its own."""
@@ -126,4 +133,6 @@ class PartsSink(Flusher):
             _log.exception("this rank's part of a span could not be written")
             return Failed(what=str(error), errno=getattr(error, "errno", None))
         finally:
+            with self._lock:
+                del self._writing[put.put_id]
             self._finish(put)

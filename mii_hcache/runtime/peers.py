@@ -126,7 +126,7 @@ class WritePart:
 
 @dataclass(frozen=True, kw_only=True)
 class DropPart:
-    """Nobody will ask for a put's chunks. Answered by None."""
+    """Nobody will ask for a put's chunks, or waits for them any more. Answered by None."""
 
     put_id: int
 

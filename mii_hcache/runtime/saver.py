@@ -199,10 +199,25 @@ class Saver:
         is_prefill = num_tokens > len(self._segments)
         self._patience.begin(num_tokens, is_prefill=is_prefill)
         self._num_tapped = 0
-        capture = self._capture
+        capture = self._capture if self._has_own_rows(segments) else None
         if capture is not None and not self._patience.wait_for(lambda wait_s: capture.begin(num_tokens, wait_s)):
             self._counters.add("dropped_rows_total", num_tokens)
         self._patience.start_clock(is_prefill=is_prefill)
+
+    def _has_own_rows(self, segments: Sequence[StepSegment]) -> bool:
+        """Whether a step has hidden rows that this rank saves. Of a step that has none, as many of those that decode a
+        few sequences, none is captured. Of one that has some, all are: they leave the device in one copy, and what is
+        needed of them lies in as many pieces as layers and spans."""
+        if self._share.is_whole:
+            return True
+        for segment in segments:
+            track = self._tracks.get(segment.uid)
+            if track is not None:
+                start = len(track.token_ids)
+                spans = range(start // SPAN_TOKENS, -(-(start + len(segment.token_ids)) // SPAN_TOKENS))
+                if any(self._share.has_hidden(span_idx) for span_idx in spans):
+                    return True
+        return False
 
     def rows_for(self, layer_idx: int, num_tokens: int) -> torch.Tensor | None:
         """See `QkvInputTap`. None for a layer that is not saved, and for a step without room."""

@@ -250,6 +250,9 @@ class ShardedFlusher(Flusher):
         except OSError as raised:
             error = raised
         wait_for(answers.values(), timeout=self._write_deadline_s)
+        for rank, answer in answers.items():
+            if not answer.done():  # what it goes on with shall not hold up what comes after it
+                self._peers.ask(rank, DropPart(put_id=put.put_id))
         replies = {rank: answer.result(timeout=0) for rank, answer in answers.items()}
         for rank, reply in replies.items():
             if isinstance(reply, Written):

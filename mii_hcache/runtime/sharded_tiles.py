@@ -51,7 +51,8 @@ def next_read_id() -> int:
 
 class ShardedTiles(TileSource):
     """Of one restore. `target`, which it is opened for, may be one that reaches all ranks; what is placed here goes to
-    the blocks of this rank, as `restorer.adapter` has them."""
+    the blocks of this rank, as `restorer.adapter` has them. A tile that this rank fails to place is the end of the
+    engine (RankLostError): the others wait for it in a gather, and would take the next tile's rows for it."""
 
     def __init__(
         self,
@@ -74,7 +75,12 @@ class ShardedTiles(TileSource):
         self._copies = Copies(restorer)
         order = OpenRestore(uid=self.uid, tile_spans=restorer.pieces.tile_spans, is_urgent=restorer.is_urgent)
         peers.order(order)
-        self.placing = restorer.placer.open(restorer.adapter.target(self.uid), timeline)
+        try:
+            self.placing = restorer.placer.open(restorer.adapter.target(self.uid), timeline)
+        except BaseException:
+            with suppress(RankLostError):
+                peers.order(JoinRestore(uid=self.uid))
+            raise
 
     def start(self, tile: Tile) -> TileRead:
         return _ShardedRead(self, tile)
@@ -221,6 +227,8 @@ class _ShardedRead(TileRead):
         )
         try:
             source.placing.place_buffer(tile, self._buffer, num_spans)
+        except Exception as error:  # the others gather this tile: with whatever this rank gathered next
+            raise RankLostError(f"rank 0 failed to place a tile that the others place: {error}") from error
         finally:
             self._copied = source.placing.copied
 

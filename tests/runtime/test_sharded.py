@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import itertools
+import threading
 
 import pytest
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind, ModelGeometry
 from mii_hcache.core.identity import spans_of
 from mii_hcache.core.plans import StoragePlan, uniform_storage
+from mii_hcache.errors import RankLostError
+from mii_hcache.runtime.following_saver import NUM_WRITERS
+from mii_hcache.runtime.following_tiles import NUM_READERS
 from mii_hcache.runtime.lookup import look_up
 from mii_hcache.runtime.share import Share
 from mii_hcache.storage.file import FileStore
@@ -471,3 +475,105 @@ def test_a_rank_that_fails_for_itself_costs_a_span_and_no_disk(store, make_ranks
     saver.stop()
     check_saved(store, tokens, MHA)
     assert store.stats().num_away == 0
+
+
+def test_a_tile_that_rank_0_fails_to_place_is_the_end_of_the_engine(store, make_ranks, monkeypatch):
+    """The others wait in a gather, and would take the rows of the next tile for those of this one."""
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 5)
+    save(ranks, store, PLANS["hidden"], [tokens])
+
+    def fail(out, rows):
+        raise MemoryError("no room to gather in")
+
+    monkeypatch.setattr(ranks, "gather", fail)
+    with pytest.raises(RankLostError, match="rank 0 failed to place a tile that the others place: no room to gather"):
+        ranks.restore(store, spans_in(store, tokens), tokens)
+    wait_until(lambda: ranks._meeting.n_waiting)
+    ranks._meeting.abort()  # as its process would be killed
+    wait_until(lambda: ranks.errors)
+    ranks.errors.clear()
+
+
+def test_reads_that_hang_on_a_follower_hold_up_no_others(store, make_ranks, monkeypatch):
+    """As many as it has threads to read with: a disk hangs, and the others do not."""
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 9)
+    save(ranks, store, PLANS["hidden"], [tokens])
+    records, tiles = spans_in(store, tokens), ranks.states[1].tiles
+    answers, hanging, read = threading.Event(), 0, tiles._files.read
+
+    def hang(slots, outs):
+        nonlocal hanging
+        hanging += 1
+        if hanging <= NUM_READERS:
+            assert answers.wait(60)
+        return read(slots, outs)
+
+    monkeypatch.setattr(tiles._files, "read", hang)
+    settings = {"read_deadline_s": 0.5, "tile_spans": 2}
+    while hanging < NUM_READERS:
+        _, outcome = ranks.restore(store, records, tokens, restorer=settings)
+        assert outcome.cut_reason == "stalled"
+    uid, outcome = ranks.restore(store, records, tokens, restorer={"read_deadline_s": 20.0})
+    assert outcome.num_tokens == len(tokens)
+    ranks.expect_restored(uid, tokens, outcome, records)
+    answers.set()
+    wait_until(lambda: tiles.num_held == 0 and all(pool.num_in_use == 0 for pool in tiles._pools.values()))
+
+
+def test_writes_that_hang_on_a_follower_hold_up_no_others(store, make_ranks, monkeypatch):
+    ranks = make_ranks(MHA, 2)
+    tokens = path(1, 0, 64 * 9)
+    answers, num_writes, write = threading.Event(), itertools.count(), ranks.states[1]._files.write
+
+    def hang(payloads, chunks):
+        if next(num_writes) < NUM_WRITERS:
+            assert answers.wait(60)
+        return write(payloads, chunks)
+
+    monkeypatch.setattr(ranks.states[1]._files, "write", hang)
+    saver = ranks.open_saver(store, PLANS["hidden"], save_wait=1e6)
+    saver._sink._write_deadline_s = 0.5
+    uid = ranks.engines[0].open()
+    saver.open(uid, seed=SEED, token_ids=[])
+    run(ranks, saver, uid, tokens)
+    assert saver.drain(30.0)
+    there = [store.find(span_id) is not None for span_id, _ in spans_of(SEED, tokens)]
+    assert there.count(False) == NUM_WRITERS and all(there[::2]), there
+    assert saver.heal(uid, 30.0) and saver.drain(30.0)
+    saver.stop()
+    answers.set()
+    check_saved(store, tokens, MHA)
+    wait_until(lambda: not ranks.states[1].parts._writing)
+    assert not ranks.states[1].parts.num_pending
+
+
+def test_a_rank_captures_nothing_of_a_step_without_spans_of_its_own(store, make_ranks, monkeypatch):
+    ranks = make_ranks(MHA, 2)
+    saver = ranks.open_saver(store, PLANS["hidden"], save_wait=1e6)
+    ranks.settle()
+    captured = [0, 0]
+    for rank, own in enumerate((saver, ranks.states[1].saver)):
+
+        def acquire(num_rows, wait_s=0.0, rank=rank, acquire=own._capture.ring.acquire):
+            captured[rank] += num_rows
+            return acquire(num_rows, wait_s)
+
+        monkeypatch.setattr(own._capture.ring, "acquire", acquire)
+    tokens = path(1, 0, 64 * 5)
+    uid = ranks.engines[0].open()
+    saver.open(uid, seed=SEED, token_ids=[])
+    run(ranks, saver, uid, tokens, pieces=[1])
+    assert saver.heal(uid, 30.0) and saver.drain(30.0)
+    ranks.settle()
+    assert captured == [64 * 3, 64 * 2]
+    other = path(2, 0, 64 * 4)
+    uid = ranks.engines[0].open()
+    saver.open(uid, seed=SEED, token_ids=[])
+    run(ranks, saver, uid, other, pieces=[32, 64])  # across borders: all of them
+    assert saver.heal(uid, 30.0) and saver.drain(30.0)
+    saver.stop()
+    for history in (tokens, other):
+        check_saved(store, history, MHA)
+    assert [counters.get("dropped_rows_total") for counters in ranks.counters] == [0, 0]

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 
 from mii_hcache.engine.parallel.engine import ParallelEngine
+from mii_hcache.errors import RankLostError
 from mii_hcache.runtime.parts import Reply
 from mii_hcache.runtime.peers import PeerLostError
 
@@ -31,7 +32,7 @@ class RankPeers:
     def __init__(self, engine: ParallelEngine) -> None:
         """Becomes the only user of the followers' io links."""
         self._engine = engine
-        self._lines = [_Line(rank, link) for rank, link in enumerate(engine.followers.io_links, start=1)]
+        self._lines = [_Line(rank, link, self._break) for rank, link in enumerate(engine.followers.io_links, start=1)]
 
     @property
     def num_ranks(self) -> int:
@@ -47,12 +48,19 @@ class RankPeers:
         the order in which they were asked."""
         return self._lines[rank - 1].ask(question)
 
+    def _break(self, reason: str) -> None:
+        """A rank that runs and does not talk cannot save or restore, and would cost every request its deadline."""
+        self._engine.lose(RankLostError(reason))
+
 
 class _Line:
     """To one follower."""
 
-    def __init__(self, rank: int, link: Connection) -> None:
+    def __init__(self, rank: int, link: Connection, on_broken: Callable[[str], None]) -> None:
+        """`on_broken` hears why nothing can be asked or answered any more; not that the rank's end is closed, which
+        whoever watches the ranks notices."""
         self._rank = rank
+        self._on_broken = on_broken
         self._link = link
         self._lock = threading.Lock()
         """Guards what follows, and sending: numbers come in order."""
@@ -70,8 +78,12 @@ class _Line:
                 try:
                     self._link.send((number, question))
                     return answer
-                except OSError:  # gone, or it hangs: whoever watches the ranks will say so
+                except BrokenPipeError:
                     del self._open[number]
+                except OSError as error:  # it takes nothing: a part of this may have gone, and nothing fits behind it
+                    del self._open[number]
+                    self._is_lost = True
+                    self._tell(f"rank {self._rank} takes no more questions: {error}")
         answer.set_exception(self._error())
         return answer
 
@@ -84,13 +96,17 @@ class _Line:
                 answer.set_result(said)
         except (EOFError, OSError):
             pass
-        except Exception:
+        except Exception as error:
             _log.exception("an answer of rank %d could not be taken", self._rank)
+            self._tell(f"rank {self._rank} answers what nobody understands: {error}")
         with self._lock:
             self._is_lost = True
             unanswered, self._open = self._open, {}
         for answer in unanswered.values():
             answer.set_exception(self._error())
+
+    def _tell(self, reason: str) -> None:
+        threading.Thread(target=self._on_broken, args=(reason,), name="hcache-broken-line", daemon=True).start()
 
     def _error(self) -> PeerLostError:
         return PeerLostError(f"rank {self._rank} is gone, and with it what it was asked for")

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mii_hcache.engine.parallel.engine import ParallelEngine
 from mii_hcache.engine.parallel.opening import open_parallel_engine
 from mii_hcache.errors import RankLostError
+from tests.engine.parallel.forked import ForkedRank
 
 
 @contextlib.contextmanager
@@ -24,16 +26,17 @@ def parallel_engine(
     num_blocks: int = 400,
     **settings: Any,
 ) -> Iterator[ParallelEngine]:
-    """A poisoned engine over `size` ranks; they are gone at the end."""
-    engine = open_parallel_engine(
-        str(path),
-        size,
-        on_lost=on_lost,
-        progress=lambda what, num_done, num_all: None,
-        dtype=dtype,
-        num_blocks=num_blocks,
-        **settings,
-    )
+    """A poisoned engine over `size` ranks, forked ones; they are gone at the end."""
+    with mock.patch("mii_hcache.engine.parallel.followers.subprocess.Popen", ForkedRank):
+        engine = open_parallel_engine(
+            str(path),
+            size,
+            on_lost=on_lost,
+            progress=lambda what, num_done, num_all: None,
+            dtype=dtype,
+            num_blocks=num_blocks,
+            **settings,
+        )
     try:
         engine.poison_free_blocks()
         yield engine

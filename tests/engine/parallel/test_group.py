@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.errors import RankLostError
+from tests.engine.parallel.forked import context
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -43,7 +43,6 @@ def _collect(directory: str, rank: int, size: int, answers: Any) -> None:
 
 
 def _start(target: Any, directory: Path, size: int, *arguments: Any) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=target, args=(str(directory), rank, size, *arguments)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -52,7 +51,7 @@ def _start(target: Any, directory: Path, size: int, *arguments: Any) -> list[Any
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_sum_and_gather(tmp_path, size):
-    answers = multiprocessing.get_context("spawn").Queue()
+    answers = context.Queue()
     processes = _start(_collect, tmp_path, size, answers)
     told = dict(answers.get(timeout=60) for _ in processes)
     for process in processes:
@@ -85,7 +84,7 @@ def _lose(directory: str, rank: int, size: int, answers: Any) -> None:
 
 
 def test_a_rank_that_is_gone_is_an_error(tmp_path):
-    answers = multiprocessing.get_context("spawn").Queue()
+    answers = context.Queue()
     _start(_lose, tmp_path, 2, answers)
     message, seconds = answers.get(timeout=60)
     assert "rank 0 of 2: all_reduce failed" in message

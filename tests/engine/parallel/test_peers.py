@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
 import threading
+import time
 from concurrent.futures import wait
 from multiprocessing import Pipe
 from types import SimpleNamespace
@@ -18,11 +22,15 @@ def _peers(num_others: int) -> tuple[RankPeers, list]:
     pairs = [Pipe() for _ in range(num_others)]
     told: list = []
     engine = SimpleNamespace(
-        followers=SimpleNamespace(io_links=[ours for ours, _ in pairs]), tell=lambda *order: told.append(order)
+        followers=SimpleNamespace(io_links=[ours for ours, _ in pairs]),
+        tell=lambda *order: told.append(order),
+        lose=lambda error: told.append(str(error)),
     )
     peers = RankPeers(engine)
     peers.order("do this")
     assert told == [("state", "do this")] and peers.num_ranks == 1 + num_others
+    told.clear()
+    peers.told = told
     return peers, [theirs for _, theirs in pairs]
 
 
@@ -76,3 +84,32 @@ def test_who_is_gone_answers_nothing_more():
     for answer in (before, peers.ask(1, "and now?")):
         with pytest.raises(PeerLostError, match="rank 1 is gone"):
             answer.result(10)
+    assert peers.told == [], "whoever watches the ranks says so"
+
+
+def test_who_takes_no_questions_is_lost():
+    """It runs, and does not read: what was sent of a question is no question, and the next one must not follow it."""
+    peers, (link,) = _peers(1)
+    ours = peers._lines[0]._link
+    with socket.socket(fileno=os.dup(ours.fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 100_000))
+    asked = [peers.ask(1, bytes(1 << 20)) for _ in range(20)]
+    for answer in asked:
+        if answer.done():
+            with pytest.raises(PeerLostError, match="rank 1 is gone"):
+                answer.result()
+    assert asked[-1].done() and peers._lines[0]._is_lost
+    stop_s = time.monotonic() + 5
+    while not peers.told and time.monotonic() < stop_s:
+        time.sleep(0.01)
+    assert len(peers.told) == 1 and "rank 1 takes no more questions" in peers.told[0]
+    link.close()
+
+
+def test_an_answer_that_nobody_understands_ends_the_engine():
+    peers, (link,) = _peers(1)
+    open_question = peers.ask(1, "are you there?")
+    link.send_bytes(b"no pickle")
+    with pytest.raises(PeerLostError):
+        open_question.result(10)
+    assert len(peers.told) == 1 and "rank 1 answers what nobody understands" in peers.told[0]

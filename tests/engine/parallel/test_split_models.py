@@ -7,7 +7,6 @@ the whole model is, give or take (a partial sum is rounded once more before it i
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from mii_hcache.engine.parallel.group import RankGroup
 from mii_hcache.engine.parallel.shards import heads_of, split_refusal
+from tests.engine.parallel.forked import context
 from tests.engine_kit import ALL_MODELS, VOCAB, _tiny_config, greedy, poisoned_engine
 
 CLOSE = 2e-5
@@ -57,7 +57,6 @@ def split(request, tiny_model, tmp_path_factory):
     """What all models said at N = 2 and 4."""
     root, size = tmp_path_factory.mktemp("ranks"), request.param
     models = {name: str(tiny_model(name)) for name in ALL_MODELS}
-    context = multiprocessing.get_context("spawn")
     out = root / "said.pt"
     ranks = [context.Process(target=_run, args=(str(root), rank, size, models, str(out))) for rank in range(size)]
     for process in ranks:
