@@ -105,7 +105,7 @@ def test_the_choice_is_explained(fakes, monkeypatch, tmp_path):
     assert findings["I/O"].state == "ok" and findings["I/O"].reason.startswith("cufile: asked for")
     found = findings["cuFile"]
     assert (found.state, found.advice) == ("ok", "--io cufile")
-    assert found.reason.startswith("Fake GPU: nvidia-fs 2.17") and "never ran it on a GPU" in found.reason
+    assert found.reason.startswith("Fake GPU: nvidia-fs 2.17") and "never run on a GPU" in found.reason
     fakes.cufile["flip_at"] = 3
     assert "bytes wrong" in dict(state_checks.state_checks([tmp_path]))["cuFile"]().reason
     fakes.cuda["gpus"] = 0
