@@ -24,7 +24,7 @@ cd "$root"
 # whole files side by side: tests of one file share what is slow to make
 workers="${MII_HCACHE_TEST_WORKERS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}"  # nproc heeds that setting
 [ "$workers" -le 4 ] || workers=4
-run_pytest() { "$venv/bin/python" -m pytest -n "$workers" --dist loadfile "$@"; }
+run_pytest() { "$venv/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"; }
 status=0
 SECONDS=0
 "$root/scripts/check.sh" || status=$?

@@ -53,8 +53,8 @@ def _talk(saved, seed: int, ignored=None) -> FakeStreams:
         devices = RankDevices(store, MHA, num_ranks, streams, chooser)
         with closing(_Stopper(devices)):
             live, num_begun = [], 0
-            while num_begun < 4 or live:
-                if num_begun < 4 and len(live) < 2:
+            while live or num_begun < 4 or not devices.meeting.num_met:  # all of the first may be cancelled too early
+                if len(live) < 2 and (num_begun < 4 or not devices.meeting.num_met):
                     num_begun += 1
                     tokens = chooser.choice(histories)
                     records = spans_in(store, tokens)

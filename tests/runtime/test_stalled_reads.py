@@ -109,8 +109,9 @@ def test_cancelled_restores_leave_no_reader_behind(bench):
     for branch in range(1, 5):
         restore, _ = bench.start([KV] * 4, branch=branch)
         bench.store.stuck = set(bench.store.spans)
+        num_stuck = bench.restorer.buffers.num_in_use
         restore.read_ahead()
-        wait_until(lambda: bench.restorer._readers._running)
+        wait_until(lambda: bench.restorer.buffers.num_in_use > num_stuck)  # noqa: B023, waited for in this turn
         restore.cancel()
     bench.store.stuck = set()
     restore, target = bench.start([HIDDEN] * 4, branch=6)

@@ -1,6 +1,7 @@
 """`python fake_server.py ...`: the server's command over a fake engine and bytes for tokens; starts in a second."""
 
 import logging
+import socket
 import sys
 import types
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from serve_kit import DictTexts, FakeService
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.methods import METHODS
 from mii_hcache.core.plans import uniform_storage
+from mii_hcache.serve import listening
 
 
 class ByteTokenizer:
@@ -74,10 +76,26 @@ def noisy_logger() -> None:
     logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
+def stay_on_this_machine() -> None:
+    """`--host 0.0.0.0` means what it says to the server, but what listens in tests is reached from here only."""
+    bind, is_loopback = listening.bind, listening.is_loopback
+    said_open = []
+
+    def bind_here(host: str, port: int) -> socket.socket:
+        sock = bind("127.0.0.1" if host == "0.0.0.0" else host, port)
+        if host == "0.0.0.0":
+            said_open.append(sock)
+        return sock
+
+    listening.bind = bind_here
+    listening.is_loopback = lambda sock: sock not in said_open and is_loopback(sock)
+
+
 fake_open = types.ModuleType("mii_hcache.engine.open")
 fake_open.open_service = open_service
 sys.modules["mii_hcache.engine.open"] = fake_open
 noisy_logger()
+stay_on_this_machine()
 
 from mii_hcache.serve.__main__ import main  # noqa: E402
 

@@ -86,10 +86,17 @@ def chain(num_spans: int) -> list[SpanRecord]:
     return [make_record(f"a{idx}", parent=f"a{idx - 1}" if idx else None, span_idx=idx) for idx in range(num_spans)]
 
 
-def filled(store, num_spans: int = 8) -> list[SpanRecord]:
+def filled(store, num_spans: int = 8, *, files=None) -> list[SpanRecord]:
+    """`files`: under `store`, where that is none. A disk that is slow while the machine is busy does not hang yet."""
     records = chain(num_spans)
+    files = files or store
+    presences = [each.presence for each in getattr(files, "stores", [files])]
+    for presence in presences:
+        presence.deadline_s = 60.0
     assert all(put(store, record) for record in records)
     store.flush()
+    for presence in presences:
+        presence.deadline_s = DEADLINE_S
     return records
 
 
@@ -275,7 +282,7 @@ def test_behind_dram_the_writers_go_on(striped, one_of_two):
 
 def test_a_promotion_that_hangs_holds_up_no_writer(striped, one_of_two):
     store = TieredStore(MemoryStore(4 * SPAN_BYTES), striped, put_wait_s=SOON_S, deadline_s=DEADLINE_S)
-    records = filled(store, 12)
+    records = filled(store, 12, files=striped)
     one_of_two.hang()
     for record in records:  # as after a read of the last chunk
         store._promote_later(reads_of(record))
