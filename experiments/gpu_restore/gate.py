@@ -29,7 +29,10 @@ SPLITS = (64, 200, 256)
 
 
 def ways(num_layers: int, num_tokens: int) -> dict[str, tuple[StoragePlan, int, int]]:
-    """Storage, leading tokens and leading layers that are computed again: every piece that a method is made of."""
+    """Storage, leading tokens and leading layers that are computed again: every piece that a method is made of.
+    `num_layers`: three at least, or one of them would store nothing."""
+    if num_layers < 3:
+        raise ValueError(f"the gate wants three layers at least, got {num_layers}")
     hidden, kv = ChunkKind.HIDDEN, ChunkKind.KV
     half = num_tokens // SPAN_TOKENS // 2 * SPAN_TOKENS
 

@@ -97,6 +97,8 @@ class Restore:
             recompute_tokens=recompute_tokens,
             recompute_layers=recompute_layers,
             tile_spans=restorer.pieces.tile_spans,
+            # of several ranks' tiles each has its share: short ones are shorter still
+            first_spans=restorer.pieces.first_spans if restorer.placer.gathering is None else None,
         )
         self._next_tile = next(self._tiles, None)
         self._reads: deque[TileRead] = deque()

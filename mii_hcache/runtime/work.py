@@ -57,22 +57,32 @@ def plan_fills(
 
 
 def plan_tiles(
-    layouts: Sequence[SpanLayout], *, recompute_tokens: int, recompute_layers: int, tile_spans: int
+    layouts: Sequence[SpanLayout],
+    *,
+    recompute_tokens: int,
+    recompute_layers: int,
+    tile_spans: int,
+    first_spans: int | None = None,
 ) -> Iterator[Tile]:
-    """Everything that is read, layer by layer, tiles of at most `tile_spans` spans of one kind."""
+    """Everything that is read, layer by layer, tiles of at most `tile_spans` spans of one kind. `first_spans`: the
+    first tile has as many at most, each one behind it so many more: readers who begin at the same time end one after
+    the other, and whoever waits for the first of them waits less."""
     first = recompute_tokens // SPAN_TOKENS
     if first == len(layouts):
         return
+    size = step = min(tile_spans, first_spans or tile_spans)
     depth = filled_layers(layouts, recompute_tokens=recompute_tokens, recompute_layers=recompute_layers)
     for layer_idx in range(depth if depth > 1 else 0, layouts[0].num_layers):
         kinds = [layout.kinds[layer_idx] for layout in layouts]
         for kind, span_idxs in groupby(range(first, len(layouts)), kinds.__getitem__):
             spans = list(span_idxs)
-            for at in range(0, len(spans) if kind is not None else 0, tile_spans):
+            at = 0 if kind is not None else len(spans)
+            while at < len(spans):
                 assert kind is not None
-                yield Tile(
-                    layer_idx=layer_idx, first_span=spans[at], num_spans=len(spans[at : at + tile_spans]), kind=kind
-                )
+                num_spans = min(size, len(spans) - at)
+                yield Tile(layer_idx=layer_idx, first_span=spans[at], num_spans=num_spans, kind=kind)
+                at += num_spans
+                size = min(tile_spans, size + step)
 
 
 def filled_layers(layouts: Sequence[SpanLayout], *, recompute_tokens: int, recompute_layers: int) -> int:

@@ -313,6 +313,24 @@ def test_the_gate_sees_nan(monkeypatch):
         list(gate.check(SMALL.models[0], SMALL, "bfloat16"))
 
 
+@pytest.mark.parametrize("num_layers", [3, 4, 32])
+def test_every_way_of_the_gate_stores_something_and_brings_all_back(num_layers):
+    for name, (storage, recompute_tokens, recompute_layers) in gate.ways(num_layers, 2048).items():
+        assert len(storage.kinds) == num_layers and any(storage.kinds), name
+        assert all(storage.kinds[recompute_layers:]) and recompute_tokens % 64 == 0, name
+    with pytest.raises(ValueError, match="three layers"):
+        gate.ways(2, 2048)
+
+
+def test_the_gpu_tests_gate_models_that_it_can():
+    """They run nowhere but on a GPU."""
+    from tests.gpu import test_engine
+
+    for model in test_engine.MODELS.values():
+        assert gate.ways(model.gate_layers, test_engine.SCALE.gate_tokens)
+        assert model.pool_tokens >= 2 * max(model.contexts) and model.pool_tokens % test_engine.SCALE.block_size == 0
+
+
 def test_noise_that_is_not_finite_fails_the_gate(monkeypatch):
     """It would excuse anything."""
     monkeypatch.setattr(gate, "noise_of", lambda runs: float("inf"))

@@ -45,7 +45,7 @@ def test_copies_do_not_hold_up_the_caller(device, is_up):
     stream.copy(*((other, host) if is_up else (host, other)))
     event = stream.record()
     launched_s = time.perf_counter() - started_s
-    assert launched_s < 0.02 and not event.is_done, "the copy waited for the stream: the memory is not pinned"
+    assert launched_s < 0.05 and not event.is_done, "the copy waited for the stream: the memory is not pinned"
     event.synchronize()
     assert torch.equal(other.cpu(), host) and (is_up or torch.equal(host, before))
 

@@ -20,7 +20,7 @@ MODELS = {
         gate_layers=8,
         changes={"num_key_value_heads": 4},
     ),
-    "llama3-8b": Model(shape="llama3-8b", dtype="bfloat16", contexts=(2048,), pool_tokens=16384, gate_layers=2),
+    "llama3-8b": Model(shape="llama3-8b", dtype="bfloat16", contexts=(2048,), pool_tokens=16384, gate_layers=3),
 }
 SCALE = replace(
     H200,

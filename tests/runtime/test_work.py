@@ -22,8 +22,14 @@ layouts = st.lists(
 )
 
 
-@given(layouts=layouts, recompute_spans=st.integers(0, 6), recompute_layers=st.integers(0, 4), size=st.integers(1, 4))
-def test_every_cell_comes_from_one_place(layouts, recompute_spans, recompute_layers, size):
+@given(
+    layouts=layouts,
+    recompute_spans=st.integers(0, 6),
+    recompute_layers=st.integers(0, 4),
+    size=st.integers(1, 4),
+    first_spans=st.none() | st.integers(1, 5),
+)
+def test_every_cell_comes_from_one_place(layouts, recompute_spans, recompute_layers, size, first_spans):
     recompute_tokens = min(recompute_spans, len(layouts)) * SPAN_TOKENS
     chosen = {"recompute_tokens": recompute_tokens, "recompute_layers": recompute_layers}
     fills = plan_fills(layouts, num_layers=NUM_LAYERS, **chosen)
@@ -38,7 +44,7 @@ def test_every_cell_comes_from_one_place(layouts, recompute_spans, recompute_lay
                 filled[layer, token] = 1
     read: set[tuple[int, int]] = set()
     order = []
-    for tile in plan_tiles(layouts, tile_spans=size, **chosen):
+    for tile in plan_tiles(layouts, tile_spans=size, first_spans=first_spans, **chosen):
         order.append((tile.layer_idx, tile.first_span))
         assert 1 <= tile.num_spans <= size
         for span in range(tile.first_span, tile.first_span + tile.num_spans):
@@ -57,3 +63,12 @@ def test_a_missing_first_layer_costs_only_the_spans_that_lack_it():
     hidden, kv = _layout([None, ChunkKind.HIDDEN]), _layout([ChunkKind.KV, ChunkKind.KV])
     fills = plan_fills([hidden, kv, kv, hidden], num_layers=2, recompute_tokens=0, recompute_layers=0)
     assert [(fill.start, fill.stop, fill.num_layers) for fill in fills] == [(0, 64, 1), (192, 256, 1)]
+
+
+def test_the_first_tiles_are_short():
+    layouts = [_layout([ChunkKind.KV, ChunkKind.HIDDEN])] * 20
+    chosen = {"recompute_tokens": 0, "recompute_layers": 0, "tile_spans": 8}
+    tiles = list(plan_tiles(layouts, first_spans=3, **chosen))
+    assert [tile.num_spans for tile in tiles if tile.layer_idx == 0] == [3, 6, 8, 3]
+    assert [tile.num_spans for tile in tiles if tile.layer_idx == 1] == [8, 8, 4]
+    assert [tile.num_spans for tile in plan_tiles(layouts, **chosen)] == [8, 8, 4] * 2

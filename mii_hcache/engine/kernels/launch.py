@@ -1,9 +1,9 @@
 """Launching a Triton kernel again without working out again what it is specialised for.
 
 Triton looks at every argument of every launch to find the compiled kernel that it found the last time: 9 to 16
-microseconds of Python for each of ours, 6 times in a layer, which together is as long as a fast GPU takes for a decode
-step of one sequence. Which kernel it is depends on little: the tensors' dtypes, whether they begin at multiples of 16
-bytes, and a few integers. That is looked at here; all else, the first launch of a kind above all, is Triton's.
+microseconds of Python for each of ours, 6 times in a layer, which together is two thirds of what a fast GPU takes for a
+decode step of one sequence. Which kernel it is depends on little: the tensors' dtypes, whether they begin at multiples
+of 16 bytes, and a few integers. That is looked at here; all else, the first launch of a kind above all, is Triton's.
 
 As with Triton's own, the function that looks is made for a kernel's parameters: going over them in a loop takes longer
 than the rest. **Not run on a GPU yet**; tested with Triton's launcher replaced (`tests/kernels/test_launch.py`).
