@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ TIMEOUT_S = 20.0
 """Longest that a rank waits in a collective for the others: one of them hangs then."""
 CLOSE_S = 2.0
 """Longest that closing waits for what a backend has under way."""
+_LOOK_S = 0.02
 
 
 class RankGroup:
@@ -44,15 +47,25 @@ class RankGroup:
 
     @classmethod
     def join(
-        cls, directory: Path, rank: int, size: int, device: torch.device, *, name: str = "engine", timeout_s: float = 60
+        cls,
+        directory: Path,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        name: str = "engine",
+        timeout_s: float = 60,
+        check: Callable[[], None] = lambda: None,
     ) -> RankGroup:
         """Meet the other ranks in `directory`, which is this user's alone and on this machine. Blocks until all are
-        there. `name`: groups of other names may be used beside this one, from other threads or streams."""
+        there; what `check` raises meanwhile, which is called now and then, ends the wait. `name`: groups of other names
+        may be used beside this one, from other threads or streams. Raises RankLostError."""
         if size == 1:
             return cls(None, rank, size)
         meeting = torch_dist.FileStore(str(directory / "meeting"), size)
         meeting.set_timeout(timedelta(seconds=timeout_s))
         try:
+            _await_all(meeting, name, rank, size, timeout_s, check)  # what backends do cannot be interrupted
             stores = [torch_dist.PrefixStore(one, meeting) for one in (name, f"{name}, beside")]
             backends = [
                 _nccl(store, rank, size, device) if device.type == "cuda" else _gloo(store, rank, size)
@@ -123,6 +136,16 @@ class RankGroup:
 
     def _lost(self, what: str, error: RuntimeError) -> RankLostError:
         return RankLostError(f"rank {self.rank} of {self.size}: {what} failed: {_first_line(error)}")
+
+
+def _await_all(meeting: Any, name: str, rank: int, size: int, timeout_s: float, check: Callable[[], None]) -> None:
+    meeting.set(f"{name}, rank {rank}", "here")
+    stop_s = time.monotonic() + timeout_s
+    while not meeting.check([f"{name}, rank {other}" for other in range(size)]):
+        check()
+        if time.monotonic() > stop_s:
+            raise RankLostError(f"rank {rank} of {size} did not meet the others within {timeout_s:g} s")
+        time.sleep(_LOOK_S)
 
 
 def _gloo(store: Any, rank: int, size: int) -> Any:

@@ -93,13 +93,13 @@ def _local(model_path: str) -> str:
 
 
 def _meet(followers: Followers, size: int) -> RankGroup:
-    """Rank 0's place in the group. Joining cannot be interrupted, so a thread of its own does it: it may be left to
-    its time limit when a rank ends meanwhile."""
+    """Rank 0's place in the group. The last step of joining cannot be interrupted, so a thread of its own does it: it
+    is left to its time limit when a rank ends just then."""
     met: list[RankGroup | BaseException] = []
 
     def join() -> None:
         try:
-            met.append(RankGroup.join(followers.meeting, 0, size, device_of(0)))
+            met.append(RankGroup.join(followers.meeting, 0, size, device_of(0), check=followers.check))
         except BaseException as error:
             met.append(error)
 

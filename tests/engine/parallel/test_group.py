@@ -91,6 +91,21 @@ def test_a_rank_that_is_gone_is_an_error(tmp_path):
     assert seconds < 5
 
 
+def test_nobody_waits_for_a_rank_that_is_known_to_be_gone(tmp_path):
+    """Nor longer than it is told to: nothing goes on in native code, which an interpreter could not end."""
+    looked = []
+
+    def check() -> None:
+        looked.append(time.monotonic())
+        if len(looked) == 3:
+            raise RankLostError("rank 1 of 2 was killed")
+
+    with pytest.raises(RankLostError, match="was killed"):
+        RankGroup.join(tmp_path, 0, 2, CPU, check=check)
+    with pytest.raises(RankLostError, match=r"did not meet the others within 0.1 s"):
+        RankGroup.join(tmp_path, 0, 2, CPU, timeout_s=0.1)
+
+
 def test_a_group_of_one_needs_nobody(tmp_path):
     group = RankGroup.join(tmp_path, 0, 1, CPU)
     out = torch.empty(2, 3)
