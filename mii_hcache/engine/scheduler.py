@@ -106,6 +106,10 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Whether `iterate` has anything to do."""
         return bool(self._running) or self._admission.is_busy
 
+    def tidy(self) -> bool:
+        """As `Admission.tidy`: for when there is nothing else to do."""
+        return self._admission.tidy()
+
     @property
     def num_waiting(self) -> int:
         """Jobs that wait for a place."""
