@@ -92,13 +92,19 @@ class Admission:
         if self._running:
             self._others_s += 0.2 * (time.perf_counter() - self._left_s - self._others_s)
         self._finish_evictions()
-        self._settling.look()
+        self.tidy()
         while self.waiting and len(self._running) + len(self.restoring) < self._max_sequences:
             if not self._try_admit(self.waiting[0]):
                 break
             self.waiting.popleft()
         self._restore_slice()
         self._left_s = time.perf_counter()
+
+    def tidy(self) -> bool:
+        """Give back what restores that are over left to the device, which is memory that no span can be evicted from
+        or written to meanwhile, and learn from them. Does not block. False: nothing is left."""
+        is_held, is_unsettled = self._restorer.collect(), self._settling.look()
+        return is_held or is_unsettled
 
     def withdraw_cancelled(self) -> list[Job]:
         """Take cancelled jobs out; the caller ends them."""

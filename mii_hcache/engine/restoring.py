@@ -60,10 +60,12 @@ class Settling:
         self._waiting.append((restoring, outcome, report, job.admitted_s))
         self.look()
 
-    def look(self) -> None:
-        """Learn from those that their device is done with, and tell how long they took. Does not block."""
+    def look(self) -> bool:
+        """Learn from those that their device is done with, and tell how long they took. Does not block. False: none is
+        left."""
         while self._waiting and self._waiting[0][0].restore.is_settled:
             self._settle(*self._waiting.popleft())
+        return bool(self._waiting)
 
     def _settle(
         self, restoring: Restoring, outcome: RestoreOutcome, report: RestoreReport | None, admitted_s: float

@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from mii.batching.data_classes import RequestBatch
 from mii.batching.ragged_batching import RaggedBatchBase
 
 from mii_hcache.core.geometry import SPAN_TOKENS
+from mii_hcache.core.identity import SpanId
 from mii_hcache.engine.admission import Admission
 from mii_hcache.engine.job import Job, JobRequest
 from mii_hcache.engine.ragged_engine import HCacheEngine
@@ -36,7 +38,8 @@ from mii_hcache.storage.base import ChunkStore
 _log = logging.getLogger(__name__)
 
 POISONED_WAIT_S = 1.0
-"""Longest wait for a poisoned sequence's spans to reach the store, from where they are deleted."""
+"""Longest wait for a poisoned sequence's spans to reach the store, from where they are deleted. Those that have not by
+then are deleted when they do."""
 LOGIT_ROWS = 128
 """Prompt positions whose logits are held at once."""
 
@@ -79,6 +82,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._running: dict[int, Job] = {}
         self._prefill: tuple[int, int, Event] | None = None
         """Sequence, tokens and start of a step that only prefills one of them."""
+        self._poisoned: list[Sequence[SpanId]] = []
+        """Spans of poisoned sequences, of which some were on their way to the store when the others were deleted."""
         self._admission = Admission(
             engine=engine,
             store=store,
@@ -101,6 +106,10 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         """Whether `iterate` has anything to do."""
         return bool(self._running) or self._admission.is_busy
 
+    def tidy(self) -> bool:
+        """As `Admission.tidy`: for when there is nothing else to do."""
+        return self._admission.tidy()
+
     @property
     def num_waiting(self) -> int:
         """Jobs that wait for a place."""
@@ -119,6 +128,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
     def iterate(self) -> None:
         """Admit, restore a slice, run one engine step. A failed step fails its jobs; the loop lives on. Raises
         RankLostError, which is the engine's end."""
+        self._forget_poisoned()
         for job in self._admission.withdraw_cancelled():
             self._leave(job, FinishReason.CANCELLED)
         self._admission.step()
@@ -153,6 +163,9 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         for job in [*self._admission.withdraw_all(), *self._running.values()]:
             self._leave(job, FinishReason.CANCELLED)
         self._admission.evict_all()
+        if self._poisoned:
+            self._saver.drain(POISONED_WAIT_S)
+            self._forget_poisoned()
 
     def abandon(self) -> None:
         """The engine is lost: let go of what restores hold. The caller ends the jobs."""
@@ -191,7 +204,15 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._engine.evict(uid)
         if job.is_poisoned:
             self._saver.drain(POISONED_WAIT_S)
+            if self._saver.is_pending(job.span_ids()):  # asked before: what comes in between is deleted twice
+                self._poisoned.append(job.span_ids())
             self._store.delete(job.span_ids())
+
+    def _forget_poisoned(self) -> None:
+        """Delete what had not reached the store in time, and has now."""
+        for span_ids in [one for one in self._poisoned if not self._saver.is_pending(one)]:
+            self._poisoned.remove(span_ids)
+            self._store.delete(span_ids)
 
     def _fail_running(self, error: HCacheError) -> None:
         self.buffer.clear()

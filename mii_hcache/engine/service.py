@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2.0
 """What a refused request is told to wait."""
+TIDY_S = 0.02
+"""How often an engine without work looks whether its device is done with what the last restores left to it."""
 LOSS_WAIT_S = 2.0
 """Longest that the engine's thread is waited for once a rank is lost: it may hang in a call to the others."""
 
@@ -305,12 +307,16 @@ class EngineService:
 
     def _take_commands(self) -> bool:
         """Run what was asked for; wait when there is nothing to do. False when it is time to end."""
-        with self._changed:
-            while not self._commands and not self._scheduler.has_work:
+        is_tidy = False
+        while True:
+            with self._changed:
+                if self._commands or self._scheduler.has_work:
+                    commands, self._commands = self._commands, []
+                    break
                 if self._is_closing:
                     return False
-                self._changed.wait()
-            commands, self._commands = self._commands, []
+                self._changed.wait(None if is_tidy else TIDY_S)
+            is_tidy = not self._scheduler.tidy()
         for command in commands:
             command()
         return True

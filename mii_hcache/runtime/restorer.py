@@ -121,10 +121,12 @@ class Restorer:
             release()
         self.collect()
 
-    def collect(self) -> None:
-        """Give back the host memory that the device has copied. Does not block; restores do so as they go on."""
+    def collect(self) -> bool:
+        """Give back the host memory that the device has copied. Does not block. Restores do so as they go on; of the
+        last one something is left when it is over, which somebody must come back for. False: nothing is left."""
         while self._held and self._held[0][0].is_done:
             self._held.popleft()[1]()
+        return bool(self._held)
 
     def submit_read(self, read: Callable[[], ReadOutcome]) -> Future[ReadOutcome]:
         """Run in the background."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait as wait_for
 
 from mii_hcache.storage.workers import Workers
 
@@ -20,21 +21,24 @@ class Lanes:
 
     def run(self, num_jobs: int, job: Callable[[int], str | None]) -> tuple[int, str | None]:
         """Run `job(0)`, `job(1)`, ...: None is success, a word is why it failed. Returns the first failed job's number
-        and word, or `(num_jobs, None)`. Jobs after a failed one may or may not run; none runs after the return.
+        and word, or `(num_jobs, None)`. Jobs after a failed one may or may not run; none runs after the return, nor
+        after what a job has raised is raised here: they write into memory that is the caller's.
 
         Blocks. A single job runs on the calling thread alone.
         """
         batch = _Batch(num_jobs, job)
         others = []
+        running = []
         try:
             with contextlib.suppress(RuntimeError):  # closed meanwhile: this thread does it all
                 for _ in range(min(self._num_threads, num_jobs) - 1):
                     others.append(self._workers.submit(batch.work))
             batch.work()
         finally:
-            for other in others:
-                if not other.cancel():
-                    other.result()
+            running = [other for other in others if not other.cancel()]
+            wait_for(running)
+        for other in running:
+            other.result()
         return batch.stop, batch.reason
 
     def close(self, timeout_s: float | None = None) -> None:

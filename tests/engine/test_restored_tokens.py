@@ -6,6 +6,7 @@ Freed blocks hold NaN in every test here, and the norm reuses its output buffer.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from contextlib import closing
 
@@ -260,6 +261,39 @@ def test_logits_that_are_not_finite_are_an_error_and_their_state_is_thrown_away(
     sound = client.ask(prompt, 5)
     assert sound.report.cached_tokens == 0
     client.service.close()
+
+
+@pytest.mark.parametrize("asks_again", [True, False])
+def test_state_that_is_thrown_away_is_deleted_also_when_the_store_takes_it_late(tiny_model, monkeypatch, asks_again):
+    """Longer than anybody waits for it."""
+    monkeypatch.setattr("mii_hcache.engine.scheduler.POISONED_WAIT_S", 0.05)
+    gate, entered = threading.Event(), threading.Event()
+
+    class LateStore(MemoryStore):
+        def put(self, record, chunks):
+            entered.set()
+            assert gate.wait(60)
+            return super().put(record, chunks)
+
+    store = LateStore(1 << 30)
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="none", store=store)
+    prompt = random.Random(6).choices(range(3, VOCAB), k=200)
+    forward = engine.model().forward
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model(), "forward", lambda batch: forward(batch) * float("nan"))
+        assert client.send(prompt, 5).get(timeout=60).finish_reason is FinishReason.ERROR
+    assert entered.is_set() and not store.span_ids()
+    others = random.Random(8).choices(range(3, VOCAB), k=30)  # too few to be saved
+    if asks_again:
+        assert client.ask(others, 3).finish_reason is FinishReason.LENGTH
+    gate.set()
+    if asks_again:
+        assert client.service.drain_saves(60) and len(store.span_ids()) == 3
+        assert client.ask(prompt, 5).report.restored_tokens == 0
+    monkeypatch.setattr("mii_hcache.engine.scheduler.POISONED_WAIT_S", 60.0)
+    client.service.close()
+    assert len(store.span_ids()) == (3 if asks_again else 0), "of the sound answer"
 
 
 def test_a_failing_step_fails_its_requests_and_no_other(tiny_model, monkeypatch):

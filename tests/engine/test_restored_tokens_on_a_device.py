@@ -24,6 +24,7 @@ from mii_hcache.storage.memory import MemoryStore
 from tests.engine_kit import VOCAB, Client, Conversation, answers, interleave, open_client, poisoned_engine, restorable
 from tests.fake_device import FakeStreams
 from tests.runtime.device_kit import device_restorer, text_of, waits_in
+from tests.runtime.kit import wait_until
 
 COST = LayerCost(io_hidden_s=2e-5, io_kv_s=4e-5, c_hidden_s=5e-6, c_kv_s=1e-7, c_token_s=3e-5)
 """Hidden states, and a part recomputed while they are read."""
@@ -219,6 +220,18 @@ def test_cancelled_restores_leave_blocks_that_others_can_have(tiny_model, on_a_d
     reference.service.close()
     client.close()
     assert engine.num_free_blocks == engine.num_blocks
+
+
+def test_what_the_last_restore_read_is_given_back_though_nobody_asks_again(tiny_model, on_a_device):
+    """Until it is, spans that a store lends are not evicted, and stay in memory when they are deleted."""
+    engine = poisoned_engine(tiny_model("llama"), num_blocks=150)
+    client = on_a_device(engine, 9, keep="none", haste=0.0)
+    prompt = random.Random(9).choices(range(3, VOCAB), k=900)
+    client.ask(prompt, 2)
+    assert client.ask([*prompt, 7], 2).report.restored_tokens == 896
+    client.streams.run_all()  # the device is done with all that was launched
+    wait_until(lambda: client.restorer.buffers.num_in_use == 0)
+    client.close()
 
 
 def test_others_decode_while_a_device_is_late(tiny_model, on_a_device):

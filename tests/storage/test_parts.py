@@ -171,6 +171,29 @@ def test_lanes_take_a_raised_error_to_the_caller_as_no_success():
     lanes.close()
 
 
+@pytest.mark.parametrize("raising", [{0}, {1}, {0, 1}])
+def test_lanes_raise_when_nobody_works_any_more(raising):
+    """Whatever thread it was that raised first: the others still write to where the caller's bytes are."""
+    lanes = Lanes(4, "test")
+    running = set()
+    for _ in range(20):
+        barrier = threading.Barrier(4, timeout=10)
+
+        def job(idx: int, barrier: threading.Barrier = barrier) -> None:
+            running.add(idx)
+            barrier.wait()
+            if idx in raising:
+                running.remove(idx)
+                raise ZeroDivisionError
+            time.sleep(0.005)
+            running.remove(idx)
+
+        with pytest.raises(ZeroDivisionError):
+            lanes.run(4, job)
+        assert not running
+    lanes.close()
+
+
 def test_single_reads_do_not_pay_the_threads():
     lanes = Lanes(4, "test")
     threads = set()
