@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -134,17 +135,28 @@ def test_borders_shares_and_damage(tiny_model, tmp_path, never_evicted, size, me
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("size", "rank"), [(2, 1), (4, 2)])
-def test_what_was_saved_before_a_rank_was_killed_is_restored_at_the_next_start(tiny_model, tmp_path, size, rank):
+@pytest.mark.parametrize(("size", "rank", "method"), [(2, 1, "kv"), (4, 2, "hidden")])
+def test_what_was_saved_before_a_rank_was_killed_in_a_restore_is_restored_at_the_next_start(
+    tiny_model, tmp_path, size, rank, method
+):
     prompt = [3 + at * at % 900 for at in range(64 * 6 + 10)]
     lost: list[RankLostError] = []
     state = open_state(str(tmp_path), 1 << 30, 0)
     engine_settings = {**SETTINGS, "on_lost": lost.append}
     with parallel_engine(tiny_model("llama"), size, **engine_settings) as engine:
-        client = open_client(engine, store=state.store, method="kv", keep="none")
+        settings = {
+            "method": method,
+            "keep": "none",
+            "emulated_read_bytes_per_s": 50e3,
+        }  # there is time to be killed in
+        client = open_client(engine, store=state.store, **settings)
         first = client.ask(prompt, 8)
         assert client.service.drain_saves(20)
-        results = client.send([5, *prompt], 100)
+        results = client.send([*prompt, 5], 100)
+        stop_s = time.monotonic() + 20
+        while not client.service.metrics()["requests_restoring"]:
+            assert time.monotonic() < stop_s and results.empty(), "there was no restore to be killed in"
+            time.sleep(0.005)
         os.kill(engine.followers.pids[rank - 1], signal.SIGKILL)
         client.service.lose(_lost_of(engine))
         assert f"rank {rank} of {size}" in str(results.get(timeout=30).error)
@@ -152,7 +164,7 @@ def test_what_was_saved_before_a_rank_was_killed_is_restored_at_the_next_start(t
     state.close()
     state = open_state(str(tmp_path), 1 << 30, 0)
     with parallel_engine(tiny_model("llama"), size, **SETTINGS) as engine:
-        client = open_client(engine, store=state.store, method="kv", keep="none")
+        client = open_client(engine, store=state.store, method=method, keep="none")
         again = client.ask(prompt, 8)
         client.service.close()
     state.close()
@@ -162,8 +174,6 @@ def test_what_was_saved_before_a_rank_was_killed_is_restored_at_the_next_start(t
 
 
 def _lost_of(engine) -> RankLostError:
-    import time
-
     stop_s = time.monotonic() + 20
     while engine.lost is None:
         assert time.monotonic() < stop_s, "nobody noticed"
