@@ -160,9 +160,10 @@ class TieredStore(ChunkStore):
         self._file.touch(span_ids)
 
     def pin(self, span_ids: Iterable[SpanId]) -> None:
-        known = [span_id for span_id in span_ids if self.find(span_id) is not None]
-        self._memory.pin_always(known)
-        self._file.pin_always(known)
+        """Also what cannot be found now: it may be by the time that it is unpinned, and the pin undone another's."""
+        span_ids = list(span_ids)
+        self._memory.pin_always(span_ids)
+        self._file.pin_always(span_ids)
 
     def unpin(self, span_ids: Iterable[SpanId]) -> None:
         span_ids = list(span_ids)
@@ -320,3 +321,5 @@ class TieredStore(ChunkStore):
         reads = [record.read_of(chunk_idx, chunk.cut(buffer)) for chunk_idx, chunk in enumerate(record.layout.chunks)]
         if self._file.get_into(reads).num_ok == len(reads) and is_wanted():
             self._memory.put(record, [read.out for read in reads])
+            if not is_wanted():  # since a moment ago: who deletes no longer waits for us
+                self._memory.delete([span_id])

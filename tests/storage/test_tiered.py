@@ -246,6 +246,49 @@ def test_deletion_reaches_spans_that_are_being_promoted(make):
         assert all(read_span(store, record)[0] == [] for record in records)
 
 
+def test_deletion_reaches_a_span_whose_promotion_hung_for_too_long(make, monkeypatch):
+    """It was given up, and deletion did not wait for it; then it goes on."""
+    store = make(1, deadline_s=0.2)
+    record, other = make_record(1), make_record(2)
+    for one in (record, other):
+        put(store, one)
+        store.flush()
+    assert store.tier_of(record.span_id) == "file"
+    put_in_memory, entered, deleted, done = store._memory.put, threading.Event(), threading.Event(), threading.Event()
+
+    def late(*args):
+        entered.set()
+        assert deleted.wait(20)
+        try:
+            return put_in_memory(*args)
+        finally:
+            done.set()
+
+    monkeypatch.setattr(store._memory, "put", late)
+    assert holds(store, record)  # all of it was read: it is promoted
+    assert entered.wait(20)
+    assert store.delete([record.span_id]) == 1
+    deleted.set()
+    assert done.wait(20)
+    wait_until(lambda: store.find(record.span_id) is None)
+
+
+def test_unpinning_undoes_no_pin_of_others(make):
+    """Also where a disk was away when its spans were pinned."""
+    store = make(1, promote=False)
+    record, other = make_record(1), make_record(2)
+    for one in (record, other):
+        put(store, one)
+        store.flush()
+    store._file.pin_always([record.span_id])  # as a context that is kept
+    store._file.presence._is_away = True
+    assert store.find(record.span_id) is None
+    with store.pinned([record.span_id]):
+        store._file.presence._is_away = False
+    assert store._file._index._order._pins == {record.span_id: 1}
+    assert store._memory._order._pins == {}
+
+
 def test_a_span_larger_than_dram_goes_straight_to_files(make):
     store = make(1)
     record = make_record("large", num_chunks=6)
