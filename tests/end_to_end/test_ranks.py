@@ -203,6 +203,7 @@ def test_ctrl_c_ends_all_in_order_and_says_the_same_as_one_process(tmp_path, alo
             with contextlib.suppress(ProcessLookupError):
                 os.kill(other, signal.SIGTERM)
                 os.kill(other, signal.SIGINT)
+                os.kill(other, signal.SIGHUP)
         assert server.process.wait(timeout=60) == 0, server.log_path.read_text()
         talker.join(5)
         assert running.answers[0]["usage"]["completion_tokens"] == 60, "running answers end"

@@ -99,7 +99,8 @@ class Follower:
 
 def main(arguments: Sequence[str]) -> int:
     """`rank size commands io life`: numbers, the last three of inherited sockets."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they mean the server: rank 0 ends the others in order
+    # they mean the server: rank 0 ends the others in order
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     rank, size, *sockets = (int(argument) for argument in arguments)
     commands, io, life_link = (Connection(number) for number in sockets)
