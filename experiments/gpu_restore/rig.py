@@ -35,8 +35,9 @@ from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.span_memory import span_memory
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.tap import SharedTap
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.records import SpanRecord
 from mii_hcache.storage.throttled import ThrottledStore
 
 SPARE_TOKENS = 1024

@@ -27,7 +27,8 @@ from mii_hcache.core.plans import uniform_storage
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import HostStream, HostStreams, Stream, Streams
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, StoreStats
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 
 GEOMETRY = ModelGeometry(num_layers=32, hidden_size=64, num_heads=4, num_kv_heads=2, head_size=16, dtype="float16")
 BATCHES = (1, 8, 32)

@@ -24,7 +24,8 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.saver import HEAL_WAIT_S, Saver
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.timeline import TraceFile
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import SpanRecord
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from mii_hcache.runtime.policy import RestoreChoice, RestorePolicy
 from mii_hcache.runtime.restore import Restore, RestoreOutcome
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.timeline import TraceFile
-from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.records import SpanRecord
 
 _log = logging.getLogger(__name__)
 

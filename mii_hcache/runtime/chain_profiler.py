@@ -19,7 +19,8 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Stream, Streams
 from mii_hcache.runtime.timeline import RestoreTimeline
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import SpanRecord
 
 _LOOK_S = 0.0005
 

@@ -21,7 +21,7 @@ from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Event, Streams, streams_of
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
-from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.slot_files import SlotFiles
 from mii_hcache.storage.workers import Workers
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import SpanRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from mii_hcache.runtime.pieces import HOST, Pieces
 from mii_hcache.runtime.restore import Restore
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.timeline import Activity, Event
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import SpanRecord
 
 _log = logging.getLogger(__name__)
 

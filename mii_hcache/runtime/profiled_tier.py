@@ -15,7 +15,8 @@ from mii_hcache.core.layout import SpanLayout
 from mii_hcache.runtime.buffers import as_bytes, host_empty
 from mii_hcache.runtime.pieces import pieces_on
 from mii_hcache.runtime.ports import EngineAdapter
-from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import ChunkRead, SpanRecord
 
 
 @dataclass(frozen=True, kw_only=True)

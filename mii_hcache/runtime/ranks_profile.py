@@ -19,9 +19,10 @@ from mii_hcache.runtime.sharded_tiles import next_read_id
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.streams import Stream
 from mii_hcache.runtime.work import Tile
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections
 from mii_hcache.storage.passing import PassingStore
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 
 _REPEATS = 9
 _TILE_SPANS = TILE_TOKENS // SPAN_TOKENS

@@ -26,7 +26,7 @@ from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.tiles import TileRead
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Fill, plan_fills, plan_tiles
-from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.records import SpanRecord
 
 if TYPE_CHECKING:
     from mii_hcache.runtime.restorer import Restorer

@@ -22,8 +22,9 @@ from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Event, Streams, streams_of
 from mii_hcache.runtime.tiles import LocalTiles, TileSource
 from mii_hcache.runtime.timeline import RestoreTimeline
-from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.presence import DEADLINE_S
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 from mii_hcache.storage.workers import Workers
 
 _log = logging.getLogger(__name__)

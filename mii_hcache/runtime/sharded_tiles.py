@@ -30,8 +30,8 @@ from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.tiles import Copies, TileRead, TileSource
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
-from mii_hcache.storage.base import ChunkRead, ReadOutcome
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,8 @@ from mii_hcache.runtime.scatter import Scatter, make_scatter
 from mii_hcache.runtime.snapshot import Snapshot, SpanPut
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan
-from mii_hcache.storage.base import ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import SpanRecord
 
 _log = logging.getLogger(__name__)
 

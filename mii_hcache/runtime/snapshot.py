@@ -9,7 +9,7 @@ import torch
 
 from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.track import OpenSpan
-from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.records import SpanRecord
 
 
 @dataclass(frozen=True, kw_only=True)

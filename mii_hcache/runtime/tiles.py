@@ -25,8 +25,8 @@ from mii_hcache.runtime.ports import KVTarget
 from mii_hcache.runtime.streams import Event
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
-from mii_hcache.storage.base import ChunkRead, ReadOutcome
 from mii_hcache.storage.directions import ChunkWanted
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 
 if TYPE_CHECKING:
     from mii_hcache.runtime.restorer import Restorer

@@ -11,7 +11,7 @@ import torch
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId, next_span_id, pack_tokens
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.records import SpanRecord
 
 
 @dataclass(eq=False, kw_only=True)

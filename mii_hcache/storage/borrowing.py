@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from mii_hcache.storage.dram import new_buffer
 
 if TYPE_CHECKING:
-    from mii_hcache.storage.base import ReadOutcome
+    from mii_hcache.storage.records import ReadOutcome
 
 
 class BorrowedChunks:

@@ -18,9 +18,9 @@ from crc32c import crc32c
 from mii_hcache.core.identity import ID_BYTES, SpanId
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.database import MAX_COUNT, Database
 from mii_hcache.storage.format import FORMAT_VERSION, UUID_BYTES, pack_kinds, parse_kinds
+from mii_hcache.storage.records import SpanRecord
 from mii_hcache.storage.slots import MAX_SEGMENT, MAX_SLOTS, Places, SlotSet
 from mii_hcache.storage.state_dir import new_store_uuid
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from crc32c import crc32c
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.base import DeviceRead, DeviceReader, ReadOutcome
+from mii_hcache.storage.base import DeviceReader
 from mii_hcache.storage.device_io import DeviceIO, PayloadRead
 from mii_hcache.storage.disk_io import DiskIO
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
+from mii_hcache.storage.records import DeviceRead, ReadOutcome
 from mii_hcache.storage.segment_space import StaleSlotError
 from mii_hcache.storage.segments import Segments
 

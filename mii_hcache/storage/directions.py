@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ReadOutcome, SpanRecord
 from mii_hcache.storage.format import SlotHeader
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from typing import NamedTuple
 from crc32c import crc32c
 
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.directions import PayloadDirection
 from mii_hcache.storage.format import BLOCK_BYTES, SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.presence import AWAY_ERRNOS, Presence
+from mii_hcache.storage.records import SpanRecord
 from mii_hcache.storage.room import Room
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Place, Places

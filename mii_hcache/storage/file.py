@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import ConfigError
-from mii_hcache.storage.base import ChunkRead, ChunkStore, DeviceReader, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, DeviceReader, StoreStats
 from mii_hcache.storage.catalog import Catalog
 from mii_hcache.storage.commits import Commits
 from mii_hcache.storage.device_reads import DeviceReaders, FileDeviceReader
@@ -23,6 +23,7 @@ from mii_hcache.storage.open_space import open_space
 from mii_hcache.storage.presence import DEADLINE_S, FIRST_PAUSE_S, Presence
 from mii_hcache.storage.probe import try_to_write
 from mii_hcache.storage.pulse import Pulse
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.recovery import recover
 from mii_hcache.storage.room import Watermarks
 from mii_hcache.storage.segments import Segments

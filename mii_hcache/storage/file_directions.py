@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from crc32c import crc32c
 
-from mii_hcache.storage.base import ReadOutcome, SpanRecord
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft, SlotDirection
 from mii_hcache.storage.drafts import FileDrafts, RowWrite, SpanDraft
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.presence import Presence
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.suspects import Suspects
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ChunkRead, DeviceRead, SpanRecord
 from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.format import SlotCounts, slot_counts
 from mii_hcache.storage.reasons import Reasons
+from mii_hcache.storage.records import ChunkRead, DeviceRead, SpanRecord
 from mii_hcache.storage.slots import Place, Places, SlotPool
 
 _ANY_SIZE = 0

@@ -13,7 +13,7 @@ from functools import partial
 from crc32c import crc32c
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, StoreStats
 from mii_hcache.storage.borrowing import BorrowedChunks, PlainMemory, SpanMemory
 from mii_hcache.storage.copying import copy_bytes, shared_copying
 from mii_hcache.storage.directions import ChunkWanted
@@ -21,6 +21,7 @@ from mii_hcache.storage.dram import SpareBuffers
 from mii_hcache.storage.eviction import Loss, order_named
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.reasons import Reasons
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 
 _log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, StoreStats
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 
 if TYPE_CHECKING:
     from mii_hcache.storage.directions import ChunkWanted, ReadDirections, SharedDraft, Writer

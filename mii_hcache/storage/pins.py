@@ -13,8 +13,9 @@ from typing import Protocol
 
 from mii_hcache.core.identity import ID_BYTES, SpanId
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.base import SpanRecord, StoreStats
+from mii_hcache.storage.base import StoreStats
 from mii_hcache.storage.database import Database
+from mii_hcache.storage.records import SpanRecord
 
 _APPLICATION_ID = 0x48435049  # "HCPI"
 _VERSION = 1

@@ -13,11 +13,11 @@ from pathlib import Path
 from crc32c import crc32c
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.directions import PayloadDirection, SlotDirection
 from mii_hcache.storage.disk_io import Arriving, DiskFile, DiskIO, PartWrite, SlotRead
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.lanes import Lanes
+from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.state_dir import open_private
 from mii_hcache.storage.throttled import Throttle
 

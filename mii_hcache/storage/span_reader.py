@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from crc32c import crc32c
 
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.base import ChunkRead, ReadOutcome
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.presence import Presence
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 from mii_hcache.storage.segment_space import StaleSlotError
 from mii_hcache.storage.segments import Segments, SlotsArriving
 from mii_hcache.storage.suspects import Suspects

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 from crc32c import crc32c
 
-from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
 from mii_hcache.storage.presence import AWAY_ERRNOS, Presence
+from mii_hcache.storage.records import SpanRecord
 from mii_hcache.storage.room import Room
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Places

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, StoreStats
 from mii_hcache.storage.directions import ChunkWanted, JoinedDirections, ReadDirections, SharedDraft, Writer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.lanes import Lanes
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.stripe_path import StripePath
 from mii_hcache.storage.turns import Turns
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from mii_hcache.core.identity import SpanId
 from mii_hcache.errors import CorruptChunkError
-from mii_hcache.storage.base import ChunkRead, SpanRecord
 from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.index import FileIndex, HeldSpan
+from mii_hcache.storage.records import ChunkRead, SpanRecord
 from mii_hcache.storage.segments import Segments
 
 _MAX_SUSPECTS = 64

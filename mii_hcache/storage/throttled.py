@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 
 from mii_hcache.errors import ConfigError
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.passing import PassingStore
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 
 
 class Throttle:

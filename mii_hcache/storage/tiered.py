@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, StoreStats
 from mii_hcache.storage.borrowing import BorrowedChunks
 from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.drafts import FileDrafts
@@ -18,6 +18,7 @@ from mii_hcache.storage.dram import new_buffer
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.presence import DEADLINE_S
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.striped import StripedStore
 from mii_hcache.storage.workers import StalledError, Workers
 

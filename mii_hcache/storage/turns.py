@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mii_hcache.core.identity import SpanId
-from mii_hcache.storage.base import SpanRecord
 from mii_hcache.storage.directions import Writer
+from mii_hcache.storage.records import SpanRecord
 
 _MAX_TURNS = 65_536
 """Spans whose turn is remembered for the sake of the next ones of their contexts."""

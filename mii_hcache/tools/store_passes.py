@@ -14,9 +14,10 @@ from crc32c import crc32c
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
 from mii_hcache.errors import HCacheError
-from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.records import ChunkRead, SpanRecord
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.tools.cost import Cost, aligned, measured

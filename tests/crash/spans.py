@@ -7,7 +7,7 @@ import random
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import LayoutChunk, SpanLayout
-from mii_hcache.storage.base import ChunkRead, SpanRecord
+from mii_hcache.storage.records import ChunkRead, SpanRecord
 
 _POOL = random.Random(7).randbytes(4 << 20)
 _HEAD_BYTES = 16

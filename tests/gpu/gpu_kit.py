@@ -12,7 +12,8 @@ from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.engine.ragged_engine import HCacheEngine, token_tensors
 from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.streams import Event, Stream, Streams
-from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import ChunkRead, SpanRecord
 
 MOST_CYCLES = 3_000_000
 """Of one sleep: one to two milliseconds."""

@@ -18,7 +18,8 @@ from mii_hcache.runtime.buffers import SpanBuffers
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Stream
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 from tests.fake_device import FakeStreams
 from tests.runtime.kit import FakeEngine, address_of, history_hashes, rows_of
 

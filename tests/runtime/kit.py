@@ -24,8 +24,9 @@ from mii_hcache.runtime.saver import Saver, StepSegment
 from mii_hcache.runtime.scatter import NativeScatter, Scatter, TorchScatter
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Stream
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome, SpanRecord, StoreStats
+from mii_hcache.storage.base import ChunkStore, StoreStats
 from mii_hcache.storage.native import why_not_built
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 
 SEED = chain_seed(b"test")
 GIVE_UP_S = 30.0

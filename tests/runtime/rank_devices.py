@@ -19,9 +19,10 @@ from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.sharded_tiles import ShardedTiles
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.disk_io import ThreadsIO
 from mii_hcache.storage.passing import PassingStore
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 from mii_hcache.storage.slot_files import SlotFiles
 from tests.fake_device import FakeStream, FakeStreams
 from tests.runtime.device_kit import Pool, PoolBlocks, TracedBuffers, device_restorer

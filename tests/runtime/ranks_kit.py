@@ -27,8 +27,9 @@ from mii_hcache.runtime.sharded_tiles import ShardedTiles
 from mii_hcache.runtime.share import Share
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Stream
-from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.disk_io import ThreadsIO
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 from mii_hcache.storage.slot_files import SlotFiles
 from tests.runtime.kit import (
     GIVE_UP_S,

@@ -22,10 +22,10 @@ from mii_hcache.runtime.placing import _CopiesOfPieces
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.streams import HostStream, Stream
 from mii_hcache.storage import memory as memory_module
-from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.borrowing import BorrowedChunks, SpanMemory
 from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.records import ReadOutcome
 from tests.fake_device import FakeStream, FakeStreams
 from tests.races import RaceError
 from tests.runtime.device_kit import Device, PoolBlocks, device_restorer

@@ -12,10 +12,11 @@ from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId, spans_of
 from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.storage.base import ChunkRead, ChunkStore
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.native import why_no_uring
+from mii_hcache.storage.records import ChunkRead
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
 from tests.runtime.kit import GIVE_UP_S, SEED, FakeEngine, FakeStore, geometry_of, open_saver, path, span_chunks

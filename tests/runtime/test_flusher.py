@@ -14,7 +14,7 @@ from mii_hcache.runtime.flusher import Flusher
 from mii_hcache.runtime.snapshot import RowCopy, Snapshot, SpanPut
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.track import OpenSpan
-from mii_hcache.storage.base import SpanRecord
+from mii_hcache.storage.records import SpanRecord
 from tests.runtime.kit import (
     GIVE_UP_S,
     SCATTERS,

@@ -11,7 +11,7 @@ import pytest
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.pieces import HOST
-from mii_hcache.storage.base import ChunkRead, ReadOutcome, SpanRecord
+from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 from tests.runtime.kit import GIVE_UP_S, FakeStore, wait_until
 from tests.runtime.test_restorer import Bench, _run
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.storage.base import ChunkRead, ChunkStore, SpanRecord
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.directions import ChunkWanted
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import slot_sizes
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.nvme import NvmeAddress, NvmeFile
 from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.records import ChunkRead, SpanRecord
 from mii_hcache.storage.regions import format_namespace
 from mii_hcache.storage.state_dir import StateDir, new_store_uuid
 from mii_hcache.storage.stripe_set import StripeSet

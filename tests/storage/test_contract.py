@@ -9,7 +9,8 @@ import time
 import pytest
 
 from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.storage.base import ChunkRead, ChunkStore, ReadOutcome
+from mii_hcache.storage.base import ChunkStore
+from mii_hcache.storage.records import ChunkRead, ReadOutcome
 from tests.storage.storage_kit import (
     SPAN_BYTES,
     StoreKit,

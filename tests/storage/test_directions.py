@@ -9,9 +9,10 @@ from multiprocessing.connection import Connection
 import pytest
 from crc32c import crc32c
 
-from mii_hcache.storage.base import ChunkStore, ReadOutcome, SpanRecord
+from mii_hcache.storage.base import ChunkStore
 from mii_hcache.storage.directions import ChunkWanted, ReadDirections
 from mii_hcache.storage.open_io import open_io
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 from mii_hcache.storage.slot_files import SlotFiles
 from tests.storage.storage_kit import IO, SPAN_DISK_BYTES, StoreKit, holds, make_chunks, make_record, put
 

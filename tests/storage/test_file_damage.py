@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
 from tests.storage.damage_kit import RECORDS, flip, held, rows, segment_of

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.records import ReadOutcome
 from tests.storage.faults import FullDisk, inject, interrupt_writes
 from tests.storage.storage_kit import (
     SPAN_DISK_BYTES,

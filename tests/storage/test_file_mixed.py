@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.layout import SpanLayout
-from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.catalog import Catalog, SpanRow
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.format import BLOCK_BYTES, slot_counts
+from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.segments import Segments
 from mii_hcache.storage.slots import Places

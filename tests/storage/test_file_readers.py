@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.records import ReadOutcome
 from tests.storage.faults import SlowDisk
 from tests.storage.storage_kit import (
     SPAN_DISK_BYTES,

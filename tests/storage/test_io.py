@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage import native, open_io
-from mii_hcache.storage.base import ChunkRead
 from mii_hcache.storage.disk_io import DiskIO, SlotRead, SlotWrite, ThreadsIO
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.records import ChunkRead
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.faults import inject
 from tests.storage.storage_kit import SPAN_DISK_BYTES, holds, make_chunks, make_record, put

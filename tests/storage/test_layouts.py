@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mii_hcache.storage.base import ReadOutcome
+from mii_hcache.storage.records import ReadOutcome
 from tests.storage.storage_kit import holds, layouts, make_chunks, make_id, make_record, put, reads_of
 
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
-from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.borrowing import PlainMemory
 from mii_hcache.storage.copying import copy_bytes
 from mii_hcache.storage.file import FileStore
@@ -21,6 +20,7 @@ from mii_hcache.storage.open import open_state
 from mii_hcache.storage.pulse import Pulse
 from mii_hcache.storage.reasons import MAX_REASONS, Reasons
 from mii_hcache.storage.recency import Recency
+from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.tiered import TieredStore
 from tests.storage.storage_kit import (
     CHUNK_BYTES,

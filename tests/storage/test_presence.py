@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import pytest
 
 from mii_hcache.errors import StateDirBusyError
-from mii_hcache.storage.base import ReadOutcome, SpanRecord
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.native import why_no_uring
 from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.presence import Presence
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.striped import StripedStore

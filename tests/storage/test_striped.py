@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mii_hcache.errors import StateDirBusyError
-from mii_hcache.storage.base import ReadOutcome, SpanRecord
 from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.open import open_state
 from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.records import ReadOutcome, SpanRecord
 from mii_hcache.storage.stripe_set import StripeSet
 from mii_hcache.storage.striped import StripedStore
 from mii_hcache.storage.tiered import TieredStore

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from mii_hcache.errors import ConfigError
-from mii_hcache.storage.base import ChunkRead
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.records import ChunkRead
 from mii_hcache.storage.throttled import ThrottledStore
 from tests.storage.storage_kit import CHUNK_BYTES, make_chunks, make_record, put
 

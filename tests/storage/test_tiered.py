@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mii_hcache.storage.base import ReadOutcome
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.memory import MemoryStore
+from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
 from tests.storage.storage_kit import IO, SPAN_BYTES, SPAN_DISK_BYTES, holds, make_record, put, read_span, reads_of

@@ -17,9 +17,9 @@ from pathlib import Path
 from crc32c import crc32c
 
 from mii_hcache.storage import native
-from mii_hcache.storage.base import DeviceRead
 from mii_hcache.storage.cufile import open_proven
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.records import DeviceRead
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.storage_kit import holds, make_chunks, make_record, put, reads_of
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mii_hcache.core.geometry import ChunkKind
-from mii_hcache.storage.base import ChunkRead, DeviceRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.device_reads import WINDOW_CHUNKS
 from mii_hcache.storage.file import FileStore
+from mii_hcache.storage.records import ChunkRead, DeviceRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.gpu.conftest import ROOM_BYTES
 from tests.storage.storage_kit import holds, make_chunks, make_record, put
