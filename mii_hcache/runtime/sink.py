@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from mii_hcache.core.identity import SpanId
+from mii_hcache.errors import RankLostError
 from mii_hcache.runtime.buffers import as_bytes
 from mii_hcache.runtime.scatter import Scatter, make_scatter
 from mii_hcache.runtime.snapshot import Snapshot, SpanPut
@@ -87,6 +88,9 @@ class SnapshotSink(ABC):
                 self._counters.add("saved_bytes_total", put.record.num_bytes)
             else:
                 self._counters.add("dropped_spans_total")
+        except RankLostError as error:  # the engine's end, which is told elsewhere, and once
+            _log.debug("a span is lost: %s", error)
+            self._counters.add("save_errors_total")
         except Exception:
             _log.exception("putting a span failed; it is lost")
             self._counters.add("save_errors_total")

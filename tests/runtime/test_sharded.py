@@ -336,7 +336,7 @@ def test_a_rank_that_dropped_rows_costs_nothing_once_the_span_is_healed(store, m
     saver.stop()
 
 
-def test_a_rank_that_is_gone_publishes_nothing(store, make_ranks):
+def test_a_rank_that_is_gone_publishes_nothing(store, make_ranks, caplog):
     ranks = make_ranks(MHA, 2)
     saver = ranks.open_saver(store, PLANS["kv"])
     tokens = path(1, 0, 64 * 4)
@@ -352,6 +352,7 @@ def test_a_rank_that_is_gone_publishes_nothing(store, make_ranks):
     assert len(spans_in(store, tokens)) == 2
     assert ranks.counters[0].get("save_errors_total") == 2
     check_saved(store, tokens[:128], MHA)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "the engine's end says it once"
 
 
 def test_a_step_that_fails_is_saved_by_nobody(store, make_ranks):
