@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,9 +233,20 @@ def test_what_is_wrong_is_a_line_of_json(start):
     assert line["level"] == "error" and "--allow-no-key" in line["message"]
 
 
+@contextmanager
+def hangup(reaction: signal.Handlers) -> Iterator[None]:
+    """What is started meanwhile inherits it, whether these tests run under nohup or not."""
+    before = signal.signal(signal.SIGHUP, reaction)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_running_streams(start, number):
-    process = start()
+    with hangup(signal.SIG_DFL):
+        process = start()
     url = process.url()
     body = {"prompt": [5, 6], "max_tokens": 100, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as response:
@@ -264,11 +277,8 @@ def test_whoever_reads_the_output_may_end_first(tmp_path):
 
 
 def test_a_closed_terminal_ends_no_server_under_nohup(start):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with hangup(signal.SIG_IGN):
         process = start()
-    finally:
-        signal.signal(signal.SIGHUP, before)
     url = process.url()
     process.popen.send_signal(signal.SIGHUP)
     time.sleep(0.3)
