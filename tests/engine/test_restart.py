@@ -27,9 +27,9 @@ DRAM_BYTES = 1 << 20  # smaller than the state, so that reads come from files
 def running(model_dir: Path, state_dir: Path, *, method: str = "hidden", keep: str = "none", dram: int = DRAM_BYTES):
     """A service over the saved state in `state_dir`."""
     state = open_state(state_dir, 256 << 20, dram, io=HCacheConfig().io)
-    client = open_client(
-        poisoned_engine(model_dir, num_blocks=200, max_batch_tokens=256), store=state.store, method=method, keep=keep
-    )
+    engine = poisoned_engine(model_dir, num_blocks=200, max_batch_tokens=256)
+    # all is saved, however busy the machine is
+    client = open_client(engine, store=state.store, method=method, keep=keep, save_wait=10.0)
     try:
         yield client
     finally:

@@ -158,8 +158,8 @@ def test_probes_come_ever_more_rarely_and_a_flapping_disk_waits_longer():
     wait_until(lambda: presence.is_here)
     pauses = [late - early for early, late in itertools.pairwise(probes)]
     assert len(probes) == 5 and all(pause >= 0.02 * 2 ** (idx + 1) for idx, pause in enumerate(pauses))
-    presence.failed(OSError(errno.EIO, "again"))
     again_s = time.monotonic()
+    presence.failed(OSError(errno.EIO, "again"))
     wait_until(lambda: presence.is_here)
     assert time.monotonic() - again_s >= 0.02 * 2**5
     presence.close()
