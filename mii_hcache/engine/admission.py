@@ -252,9 +252,11 @@ class Admission:
                 recompute_layers=choice.recompute_layers,
             )
             restore.read_ahead()
-        except Exception:
+        except Exception as error:
             if restore is not None:
                 restore.cancel()
+            if isinstance(error, RankLostError):
+                raise
             self._fail_restore(job)
             return False
         self.restoring.append(Restoring(job=job, restore=restore, choice=choice, records=records))

@@ -141,6 +141,7 @@ class CountingFiles(SlotFiles):
         super().__init__(ThreadsIO())
         self._moved = moved
         self._rank = rank
+        self._lock = threading.Lock()
 
     def read(self, slots: Any, outs: Any) -> ReadOutcome:
         outcome = super().read(slots, outs)
@@ -153,8 +154,9 @@ class CountingFiles(SlotFiles):
         return crcs
 
     def _count(self, places: Any, buffers: Any) -> None:
-        for place, buffer in zip(places, buffers, strict=True):
-            self._moved[self._rank, Path(place.path).parent.parent.name] += buffer.nbytes
+        with self._lock:  # several readers and writers count at once
+            for place, buffer in zip(places, buffers, strict=True):
+                self._moved[self._rank, Path(place.path).parent.parent.name] += buffer.nbytes
 
 
 class Ranks:

@@ -145,6 +145,7 @@ class ParallelEngine(HCacheEngine):
 
     def close(self) -> None:
         """Let the other ranks end, and leave their group; returns when they are gone. Idempotent."""
+        self.followers.let_go()
         with suppress(RankLostError):
             self.tell(STOP)
         self.followers.end()

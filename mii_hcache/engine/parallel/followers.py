@@ -256,10 +256,14 @@ class Followers:
 
     # --- ending -------------------------------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """The followers were told to stop, or nobody needs them: returns when they are gone. Idempotent."""
+    def let_go(self) -> None:
+        """They are about to be told to stop: from here on one that is gone is no loss."""
         with self._changed:
             self._is_ending = True
+
+    def end(self) -> None:
+        """The followers were told to stop, or nobody needs them: returns when they are gone. Idempotent."""
+        self.let_go()
         stop_s = time.monotonic() + (END_S if self._error is None else 0.0)
         for member in self._members:
             with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from mii_hcache.engine.ragged_engine import token_tensors
 from mii_hcache.errors import HCacheError, RankLostError
 from mii_hcache.runtime.generation import FinishReason, GenerationRequest, SamplingParams
-from tests.engine.parallel.ranks_kit import parallel_engine
+from tests.engine.parallel.ranks_kit import parallel_engine, wait_until_gone
 from tests.engine_kit import Client, ToldTap, answers, interleave, open_client, poisoned_engine
 
 TIGHT = {"num_blocks": 36, "max_batch_tokens": 96}
@@ -121,6 +122,21 @@ def test_the_death_of_a_rank_is_noticed_by_who_does_nothing(tiny_model):
         with pytest.raises(HCacheError, match="was killed by SIGKILL"):
             client.send([3, 4, 5], 4)
         client.service.close()
+
+
+@pytest.mark.timeout(120)
+def test_ranks_that_were_told_to_end_are_not_missed(tiny_model):
+    with parallel_engine(tiny_model("llama"), 2, num_blocks=20) as engine:
+        end = engine.followers.end
+
+        def end_late() -> None:
+            wait_until_gone(engine.followers.pids, 30.0)
+            time.sleep(0.5)  # the watching thread sees it now
+            end()
+
+        engine.followers.end = end_late
+        engine.close()
+        assert engine.lost is None and engine.rank_states[1] == "gone"
 
 
 @pytest.mark.timeout(120)

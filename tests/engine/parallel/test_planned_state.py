@@ -173,6 +173,30 @@ def test_what_was_saved_before_a_rank_was_killed_in_a_restore_is_restored_at_the
     assert state.notes == []
 
 
+@pytest.mark.timeout(120)
+def test_a_rank_lost_as_a_restore_starts_is_the_engines_end_and_no_failed_restore(tiny_model, tmp_path, caplog):
+    prompt = list(range(3, 3 + 64 * 2))
+    state = open_state(str(tmp_path), 1 << 30, 0)
+    with parallel_engine(tiny_model("llama"), 2, **SETTINGS) as engine:
+        client = open_client(engine, store=state.store, method="hidden", keep="none")
+        client.ask(prompt, 8)
+        assert client.service.drain_saves(20)
+        reserve = engine.reserve
+
+        def reserve_late(uid: int, num_tokens: int) -> None:
+            os.kill(engine.followers.pids[0], signal.SIGKILL)
+            _lost_of(engine)
+            reserve(uid, num_tokens)
+
+        engine.reserve = reserve_late
+        result = client.send([*prompt, 5], 8).get(timeout=30)
+        assert "rank 1 of 2" in str(result.error) and not client.service.is_alive
+        assert client.service.metrics().get("restore_errors_total", 0) == 0
+        assert not [record for record in caplog.records if record.exc_info]
+        client.service.close()
+    state.close()
+
+
 def _lost_of(engine) -> RankLostError:
     stop_s = time.monotonic() + 20
     while engine.lost is None:
