@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -13,12 +12,13 @@ import torch
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.runtime.buffers import SpanBuffers, as_bytes, host_empty
 from mii_hcache.runtime.gathering import Gathering, gather_now, place_now, positions_of, rubbish
+from mii_hcache.runtime.held_memory import HeldMemory
 from mii_hcache.runtime.parts import Reply
 from mii_hcache.runtime.peers import Failed, GatherRubbish, JoinRestore, OpenRestore, PlaceRubbish, PlaceTile, ReadPart
 from mii_hcache.runtime.placing import Placer, Placing
 from mii_hcache.runtime.ports import EngineAdapter
 from mii_hcache.runtime.stats import Counters
-from mii_hcache.runtime.streams import Event, Streams, streams_of
+from mii_hcache.runtime.streams import Streams, streams_of
 from mii_hcache.runtime.timeline import RestoreTimeline
 from mii_hcache.runtime.work import Tile
 from mii_hcache.storage.records import ReadOutcome
@@ -38,6 +38,9 @@ class _Part:
     job: Future[None] | None = None
     """Reads it, from when it was submitted on."""
     is_forgotten: bool = False
+
+    def release(self) -> None:
+        self.pool.release(self.buffer)
 
 
 class FollowingTiles:
@@ -62,8 +65,7 @@ class FollowingTiles:
         self._placer: Placer | None = None
         self._placings: dict[int, Placing] = {}
         """By uid, of restores that are open."""
-        self._held: deque[tuple[Event, _Part]] = deque()
-        """Parts whose memory the device still copies from, in the order of the copies."""
+        self._held = HeldMemory()
         self._nothing: torch.Tensor | None = None
         self._readers = Workers(NUM_READERS, "hcache-read")
         self._lock = threading.Lock()
@@ -110,7 +112,7 @@ class FollowingTiles:
             part.is_forgotten = True
             if part.job is not None:
                 self._readers.replace(part.job)
-            part.ended.add_done_callback(lambda _: part.pool.release(part.buffer))
+            part.ended.add_done_callback(lambda _: part.release())
 
     def place(self, order: PlaceTile) -> None:
         """Raises what the engine raises, and RuntimeError for a tile that this rank has not read."""
@@ -127,7 +129,7 @@ class FollowingTiles:
             placing.place_buffer(tile, self._no_rows() if part is None else part.buffer, tile.num_spans)
         finally:
             if part is not None:
-                self._give_back(part, placing.copied)
+                self._held.give_back(part.release, placing.copied)
 
     def open(self, order: OpenRestore) -> None:
         """A restore begins."""
@@ -147,15 +149,7 @@ class FollowingTiles:
 
     def collect(self) -> None:
         """Take back the memory that the device has copied. Does not block; to be called now and then."""
-        while self._held and self._held[0][0].is_done:
-            part = self._held.popleft()[1]
-            part.pool.release(part.buffer)
-
-    def _give_back(self, part: _Part, copied: Event | None) -> None:
-        if copied is None:
-            part.pool.release(part.buffer)
-        else:
-            self._held.append((copied, part))
+        self._held.collect()
 
     def _no_rows(self) -> torch.Tensor:
         """For a short tile none of whose spans is this rank's, which takes part in the gather all the same: a chunk of
@@ -178,12 +172,7 @@ class FollowingTiles:
     def stop(self) -> None:
         """End the threads; memory that the device copies from is left to it until it is done."""
         self._readers.close(2.0)
-        try:
-            while self._held:
-                self._held[0][0].synchronize()
-                self.collect()
-        except RuntimeError:  # the device failed: memory that it copies from stays
-            _log.exception("the device did not say that it has copied %d parts of tiles", len(self._held))
+        self._held.stop()
 
     @property
     def num_held(self) -> int:

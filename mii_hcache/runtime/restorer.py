@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,6 +13,7 @@ from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
 from mii_hcache.runtime.buffers import SpanBuffers, as_bytes
 from mii_hcache.runtime.gathering import Gathering
+from mii_hcache.runtime.held_memory import HeldMemory
 from mii_hcache.runtime.pieces import pieces_on
 from mii_hcache.runtime.placing import Placer
 from mii_hcache.runtime.ports import EngineAdapter, KVTarget
@@ -76,8 +76,7 @@ class Restorer:
         largest_bytes = self.pieces.tile_spans * max(adapter.geometry.chunk_bytes(kind) for kind in ChunkKind)
         self._max_ahead = max(self.pieces.least_ahead, self.pieces.read_ahead_bytes // largest_bytes)
         self._lent: list[memoryview] = []
-        self._held: deque[tuple[Event, Callable[[], None]]] = deque()
-        """What gives memory back that the device still copies from, in the order of the copies."""
+        self._held = HeldMemory()
         self.buffers = SpanBuffers(shape=(largest_bytes,), dtype=torch.uint8, max_buffers=1 << 20, on_made=self._lend)
         self.is_urgent = is_urgent
         self.placer = Placer(
@@ -114,19 +113,14 @@ class Restorer:
         return self._open_tiles(self, target, span_ids, timeline)
 
     def give_back(self, release: Callable[[], None], copied: Event | None) -> None:
-        """Host memory is needed no longer than until `copied`, which comes after those of earlier calls: `release` is
-        called then."""
-        if copied is not None:
-            self._held.append((copied, release))
-        else:
-            release()
+        """As `HeldMemory`, and looks for more that can be given back."""
+        self._held.give_back(release, copied)
         self.collect()
 
     def collect(self) -> bool:
         """Give back the host memory that the device has copied. Does not block. Restores do so as they go on; of the
         last one something is left when it is over, which somebody must come back for. False: nothing is left."""
-        while self._held and self._held[0][0].is_done:
-            self._held.popleft()[1]()
+        self._held.collect()
         return bool(self._held)
 
     def submit_read(self, read: Callable[[], ReadOutcome]) -> Future[ReadOutcome]:
@@ -141,12 +135,7 @@ class Restorer:
         """End the reader threads; no restore may be running. Returns also while reads hang; memory that these go to is
         not taken back from the store."""
         self._readers.close(STOP_S)
-        try:
-            while self._held:
-                self._held[0][0].synchronize()
-                self.collect()
-        except RuntimeError:  # the device failed: memory that it copies from stays
-            _log.exception("the device did not say that it has copied %d buffers", len(self._held))
+        self._held.stop()
         if not self.buffers.wait_until_unused(STOP_S):
             _log.warning("%d reads hang: their memory is left to them", self.buffers.num_in_use)
             return

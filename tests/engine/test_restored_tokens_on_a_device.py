@@ -155,7 +155,7 @@ def test_many_orders(tiny_model, never_evicted, on_a_device, seed):
 @pytest.mark.parametrize("wait", ["stream.wait(self._begun)", "self._main.wait(self._projected)", "is_done"])
 def test_a_wait_that_is_left_out_shows(tiny_model, on_a_device, wait):
     """Or the tests above would prove nothing. Which orders the streams take is chance, so there are several tries."""
-    places = [*waits_in("placing.py", {"wait"}), *waits_in("restorer.py", {"is_done"})]
+    places = [*waits_in("placing.py", {"wait"}), *waits_in("held_memory.py", {"is_done"})]
     ignored = next(place for place in places if wait in text_of(*place))
     for seed in range(8, 28):
         engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256, num_blocks=150)

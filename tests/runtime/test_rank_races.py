@@ -99,7 +99,7 @@ def test_every_byte_is_there_on_every_rank(saved, seed):
     assert _talk(saved, seed).checker.num_accesses > 100
 
 
-WAITS = [*waits_in("placing.py", {"wait"}), *waits_in("following_tiles.py", {"is_done"})]
+WAITS = [*waits_in("placing.py", {"wait"}), *waits_in("held_memory.py", {"is_done"})]
 
 
 def _is_race(error: BaseException | None) -> bool:

@@ -122,7 +122,7 @@ def test_every_byte_is_there_when_the_main_stream_looks(seed):
 
 WAITS = [
     (file, line, stream)
-    for file, line in [*waits_in("placing.py", {"wait"}), *waits_in("restorer.py", {"is_done"})]
+    for file, line in [*waits_in("placing.py", {"wait"}), *waits_in("held_memory.py", {"is_done"})]
     for stream in (("side stream 0", "side stream 1") if "_begun" in text_of(file, line) else ("",))
 ]
 
