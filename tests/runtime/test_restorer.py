@@ -414,10 +414,16 @@ def test_a_restore_that_is_over_does_nothing_more(bench, end):
     bench.check_all_is_given_back()
 
 
-def test_a_start_that_fails_pins_nothing(bench, monkeypatch):
-    monkeypatch.setattr(bench.store, "touch", lambda span_ids: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        bench.start([KV] * 3)
+@pytest.mark.parametrize("what", ["touch", "pin", "open_tiles"])
+def test_a_start_that_fails_pins_and_opens_nothing(bench, monkeypatch, what):
+    """Other ranks would keep what they opened for it."""
+    opened = []
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.restorer, "open_tiles", lambda *args: opened.append(args))
+        patch.setattr(bench.restorer if what == "open_tiles" else bench.store, what, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.start([KV] * 3)
+    assert not opened and bench.restorer.num_open == 0
     bench.check_all_is_given_back()
 
 

@@ -337,6 +337,37 @@ def test_a_rank_that_dropped_rows_costs_nothing_once_the_span_is_healed(store, m
     saver.stop()
 
 
+def test_a_span_that_is_read_again_is_waited_for_before_its_blocks_go(store, make_ranks, monkeypatch):
+    """A rank says that it has lost its rows just when rank 0 looks whether all is there: then it is not done."""
+    ranks = make_ranks(MHA, 2)
+    saver = ranks.open_saver(store, PLANS["hidden"])
+    ranks.settle()
+    ring = ranks.states[1].saver._capture.ring
+    lease = ring.acquire(ring.capacity_rows)
+    ranks.held_orders.clear()
+    uid, tokens = ranks.engines[0].open(), path(1, 0, 64 * 2)
+    saver.open(uid, seed=SEED, token_ids=[])
+    ranks.engines[0].step(saver, {uid: tokens})
+    is_pending = saver.is_pending
+
+    def is_pending_late(span_ids):
+        if lease is not None and not ranks.held_orders.is_set():
+            ranks.held_orders.set()
+            assert saver.drain(30.0)
+            ranks.settle()
+            ring.release(lease)
+            ranks.held_orders.clear()
+            monkeypatch.setattr(saver, "is_pending", is_pending)
+        return is_pending(span_ids)
+
+    monkeypatch.setattr(saver, "is_pending", is_pending_late)
+    assert not saver.heal(uid, 0.1), "a rank may lose it again"
+    ranks.held_orders.set()
+    assert saver.heal(uid, 30.0)
+    assert [record.layout.kind_names for record in check_saved(store, tokens, MHA)] == [("hidden",), ("kv",)]
+    saver.stop()
+
+
 def test_a_rank_that_is_gone_publishes_nothing(store, make_ranks, caplog):
     ranks = make_ranks(MHA, 2)
     saver = ranks.open_saver(store, PLANS["kv"])
