@@ -128,9 +128,11 @@ class SpanCutter:
         if is_last:
             track.close_open_span()
             release = partial(self._give_back, open_span)
-            completes = self._put_of(snapshot, track, span_idx, open_span.rows, release) if is_wanted else None
-            if completes is None:
-                snapshot.discard.append(release)
+            try:
+                completes = self._put_of(snapshot, track, span_idx, open_span.rows, release) if is_wanted else None
+            finally:
+                if completes is None:
+                    snapshot.discard.append(release)
         snapshot.copies.append(RowCopy(source=rows, target=open_span, span_row=span_row, completes=completes))
 
     def _put_of(

@@ -81,12 +81,13 @@ class Flusher(SnapshotSink):
         behind it are lost."""
         self._snapshots.put(None)
         if not self._wait_while_it_goes_on():
+            num_unsaved = self.num_pending
             _log.error(
                 "saving has hung for %g s: %d spans that were accepted are not saved, and their memory is left to what "
                 "hangs (a disk?)",
-                *(STALL_S, self.num_pending),
+                *(STALL_S, num_unsaved),
             )
-            self._counters.add("unsaved_spans_total", self.num_pending)
+            self._counters.add("unsaved_spans_total", num_unsaved)
             return
         self._scatterer.join()
         for _ in self._putters:

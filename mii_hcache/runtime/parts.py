@@ -55,15 +55,14 @@ class PartsSink(Flusher):
         """Write a put's chunks when they are there; `reply` says how it went, on any thread."""
         with self._lock:
             put = self._kept.pop(question.put_id, None)
-            is_lost = question.put_id in self._lost
-            self._lost.discard(question.put_id)
-            if put is None and not is_lost:
+            if put is not None:
+                self._write_later(put, question, reply)
+                return
+            if question.put_id not in self._lost:
                 self._asked[question.put_id] = question, reply
                 return
-        if put is None:
-            reply(PartLost())
-        else:
-            self._write_later(put, question, reply)
+            self._lost.discard(question.put_id)
+        reply(PartLost())
 
     def drop(self, put_id: int) -> None:
         """Nobody will ask for a put's chunks, or nobody waits any more for what was asked: a write that hangs goes on,
@@ -110,17 +109,17 @@ class PartsSink(Flusher):
             asked = self._asked.pop(put.put_id, None)
             is_dropped = put.put_id in self._dropped
             self._dropped.discard(put.put_id)
-            if asked is None and not is_dropped and not self._is_stopping:
+            if asked is not None:
+                self._write_later(put, *asked)
+                return
+            if not is_dropped and not self._is_stopping:
                 self._kept[put.put_id] = put
                 return
-        if asked is None:
-            self._finish(put)
-        else:
-            self._write_later(put, *asked)
+        self._finish(put)
 
     def _write_later(self, put: SpanPut, question: WritePart, reply: Reply) -> None:
-        with self._lock:
-            self._writing[put.put_id] = self._writers.submit(lambda: reply(self._write(put, question)))
+        """Lock held: at no moment is a put neither kept nor being written, or who drops it would not find it."""
+        self._writing[put.put_id] = self._writers.submit(lambda: reply(self._write(put, question)))
 
     def _write(self, put: SpanPut, question: WritePart) -> object:
         """The memory is given back before rank 0 hears of it: it bounds what is under way by its own."""

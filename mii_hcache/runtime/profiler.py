@@ -224,13 +224,15 @@ def _together(computing: _Computing, saved: ProfiledSpans, least_s: float) -> tu
     started_s = time.perf_counter()
     reader.start()
     num_projections = 0
-    while True:
-        computing.project()
-        computing.watch.settle()
-        num_projections += 1
-        elapsed_s = time.perf_counter() - started_s
-        if elapsed_s >= least_s and (rows_read >= saved.num_rows(ChunkKind.HIDDEN) or elapsed_s >= 8 * least_s):
-            break
-    is_over.set()
-    reader.join()
+    try:
+        while True:
+            computing.project()
+            computing.watch.settle()
+            num_projections += 1
+            elapsed_s = time.perf_counter() - started_s
+            if elapsed_s >= least_s and (rows_read >= saved.num_rows(ChunkKind.HIDDEN) or elapsed_s >= 8 * least_s):
+                break
+    finally:  # also when the engine fails: nobody goes on reading what is about to be deleted
+        is_over.set()
+        reader.join()
     return (reading_s / rows_read if rows_read else 0.0), elapsed_s / num_projections

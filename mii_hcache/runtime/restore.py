@@ -112,9 +112,13 @@ class Restore:
         self._tiers = [store.tier_of(span_id) or store.name for span_id in self._span_ids]
         self.outcome = RestoreOutcome()
         self.timeline = RestoreTimeline()
-        self._source = restorer.open_tiles(target, self._span_ids, self.timeline)
         store.touch(self._saved_ids)
         store.pin(self._saved_ids)
+        try:
+            self._source = restorer.open_tiles(target, self._span_ids, self.timeline)
+        except BaseException:
+            store.unpin(self._saved_ids)
+            raise
         restorer.num_open += 1
 
     @property

@@ -285,9 +285,10 @@ class Saver:
         span_id = track.span_ids[span_idx]
         if span_id in track.left_out or not self._is_worth_saving(span_id):
             return True
+        if self._sink.is_pending((span_id,)):  # asked before: what reaches the store in between would be healed
+            return True
         found = self._store.find(span_id)
-        is_saved = found is not None and found.layout.suits(self._share.num_ranks)
-        return is_saved or self._sink.is_pending((span_id,))
+        return found is not None and found.layout.suits(self._share.num_ranks)
 
     def _name_put(self, track: SequenceTrack, span_idx: int) -> int:
         """By which name several ranks speak of a span that is about to be put; 0 where there is one."""

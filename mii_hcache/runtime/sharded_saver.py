@@ -127,12 +127,16 @@ class ShardedSaver(Saver):
         if track is None:
             return True
         deadline_s = time.monotonic() + wait_s
+        is_last = False
         while super().heal(uid, max(0.0, deadline_s - time.monotonic())):
             if not self.is_pending(track.span_ids):
-                return super().heal(uid, 0.0)
-            if time.monotonic() >= deadline_s:
+                if is_last or all(self._is_settled(track, span_idx) for span_idx in range(track.num_spans)):
+                    return True
+                is_last = True  # what was lost just now is read again, but not for ever from ranks that cannot write
+            elif time.monotonic() >= deadline_s:
                 return False
-            time.sleep(_LOOK_S)
+            else:
+                time.sleep(_LOOK_S)
         return False
 
     def begin_step(self, segments: Sequence[StepSegment]) -> None:

@@ -26,7 +26,7 @@ from mii_hcache.runtime.capture import StagedCapture
 from mii_hcache.runtime.saver import Saver, stage_bytes
 from tests.fake_device import FakeStreams
 from tests.runtime.delayed_streams import DelayedStreams
-from tests.runtime.kit import FakeBlocks, FakeEngine, geometry_of, history_hashes, rows_of
+from tests.runtime.kit import GIVE_UP_S, FakeBlocks, FakeEngine, geometry_of, history_hashes, rows_of
 from tests.runtime.test_saver_any_order import HERE, MAX_BATCH, World
 
 GEOMETRY = geometry_of()
@@ -192,7 +192,7 @@ def _race(
         with nullcontext() if checked is None else checked.watching():
             for verb in _script(seed):
                 world.do(*verb)
-            world.heal_wait_s = 5.0
+            world.heal_wait_s = GIVE_UP_S if sabotage is None else 5.0  # some never give a buffer back
             world.finish()
         streams.run_all()
         assert not engine.misread, f"wrong bytes: the projections of layers {engine.misread} read them"

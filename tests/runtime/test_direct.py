@@ -166,24 +166,28 @@ def test_a_device_that_fails_costs_state_and_not_the_step(tmp_path, monkeypatch,
         uid = engine.open()
         saver.open(uid, seed=SEED, token_ids=[])
         engine.step(saver, {uid: path(1, 0, 10)})
-        is_broken = [True]
+        failing = {"write", "write_parts", "probe"}
 
-        def failing(real):
-            def write(slots):
-                if is_broken[0]:
+        def wrapped(name, real):
+            def call(*args):
+                if name in failing:
                     raise OSError(5, "the device is gone")
-                real(slots)
+                return real(*args)
 
-            return write
+            return call
 
         for name in ("write", "write_parts"):
-            monkeypatch.setattr(store.io, name, failing(getattr(store.io, name)))
+            monkeypatch.setattr(store.io, name, wrapped(name, getattr(store.io, name)))
+        monkeypatch.setattr(store.presence, "_probe", wrapped("probe", store.presence._probe))
         engine.step(saver, {uid: path(1, 10, 10)})
         assert counters.get("save_errors_total") == 1
         engine.step(saver, {uid: path(1, 20, 44)})
         assert counters.get("dropped_spans_total") == 1 and store.stats().num_spans == 0
+        failing.remove("probe")
+        wait_until_here(store)
         engine.step(saver, {uid: path(1, 64, 10)})  # its room is there, its rows are not
-        is_broken[0] = False
+        assert counters.get("save_errors_total") == 2
+        failing.clear()
         wait_until_here(store)
         engine.step(saver, {uid: path(1, 74, 54)})
         assert store.stats().num_spans == 1
@@ -233,8 +237,8 @@ def test_a_step_that_completes_many_spans_waits_for_no_room_and_drops_nothing():
 
 def test_no_threads_and_one_batch_of_memory():
     engine, store = FakeEngine(geometry_of()), FakeStore()
-    before = threading.active_count()
+    before = set(threading.enumerate())
     saver = open_saver(engine, store, HIDDEN, save="direct", ring_batches=3)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     assert saver._capture.ring.capacity_rows == engine.max_batch_tokens
     saver.stop()

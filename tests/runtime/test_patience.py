@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
+from mii_hcache.runtime import streams
 from mii_hcache.runtime.patience import Patience
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Event, HostStream
@@ -80,11 +81,13 @@ def test_a_step_that_failed_is_not_learnt():
     assert len(main.moments) == 1 and not patience._launched
 
 
-def test_on_a_cpu_a_step_is_known_when_it_returns():
+def test_on_a_cpu_a_step_is_known_when_it_returns(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(streams, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     patience = _patience(HostStream())
-    for _ in range(30):
+    for _ in range(60):
         patience.begin(MAX_BATCH, is_prefill=True)
         patience.start_clock(is_prefill=True)
-        time.sleep(0.002)
+        clock[0] += 0.002
         patience.end(MAX_BATCH)
-    assert 0.002 <= patience.pace.expected_s(MAX_BATCH) < 0.2
+    assert patience.pace.expected_s(MAX_BATCH) == pytest.approx(0.002, rel=1e-3)

@@ -9,7 +9,9 @@ import logging
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ class Books(Registrar):
     """Keeps books of what is registered, and looks at the memory itself."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.registered: dict[int, int] = {}
         self.num_registered = 0
         self.refusal: str | None = None
@@ -34,14 +37,17 @@ class Books(Registrar):
         if self.refusal is not None:
             raise OSError(self.refusal)
         assert address % 4096 == 0 and num_bytes % 4096 == 0
-        assert not any(a < address + num_bytes and address < a + n for a, n in self.registered.items()), "twice"
         assert ctypes.string_at(address, num_bytes) == bytes(num_bytes), "not touched"
         assert resident_bytes(address) >= num_bytes, "pages are not there"
-        self.registered[address] = num_bytes
-        self.num_registered += 1
+        with self._lock:
+            assert not any(a < address + num_bytes and address < a + n for a, n in self.registered.items()), "twice"
+            self.registered[address] = num_bytes
+            self.num_registered += 1
 
     def unregister(self, address: int) -> None:
-        ctypes.memset(address, 7, self.registered.pop(address))  # a fault if it were unmapped already
+        with self._lock:
+            num_bytes = self.registered.pop(address)
+        ctypes.memset(address, 7, num_bytes)  # a fault if it were unmapped already
 
     def knows(self, tensor: torch.Tensor) -> bool:
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.itemsize
@@ -122,11 +128,8 @@ def test_threads_that_take_and_drop_lose_nothing(memory, books):
                     wrong.append((seed, turn))
 
     wrong: list[tuple[int, int]] = []
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(1, 5)))  # raises what they raise
     assert not wrong
     gc.collect()
     memory._settle()
@@ -220,7 +223,7 @@ def test_host_memory_is_pinned_where_there_is_a_device(memory, books, monkeypatc
 def test_buffers_that_nobody_needed_for_a_while_go_back(memory, books, monkeypatch):
     monkeypatch.setattr(buffers, "pinned_memory", lambda: memory)
     clock = [0.0]
-    monkeypatch.setattr(buffers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(buffers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     made, gone = [], []
     pool = SpanBuffers(
         shape=(3 << 20,),

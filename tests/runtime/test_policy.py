@@ -106,7 +106,7 @@ def test_a_baseline_is_what_it_is_known_for():
 
 
 def test_a_restore_that_was_worth_it_is_planned_again():
-    costs = LayerCost(io_hidden_s=1e-3, io_kv_s=2e-3, c_hidden_s=1e-5, c_kv_s=1e-6, c_token_s=1.0)
+    costs = LayerCost(io_hidden_s=1e-2, io_kv_s=2e-2, c_hidden_s=1e-5, c_kv_s=1e-6, c_token_s=10.0)
     policy = _policy(costs=costs)
     choice, restore, records = _restored(policy, read_s=0.002)
     policy.learn(choice, restore, records)

@@ -14,7 +14,6 @@ from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
 from tests.fake_device import FakeStreams
-from tests.races import RaceError
 from tests.runtime.device_kit import waits_in
 from tests.runtime.kit import path, wait_until
 from tests.runtime.rank_devices import AllBlocks, RankDevices, buffers_of
@@ -32,7 +31,7 @@ def saved(request, tmp_path_factory):
     state_dir = StateDir(tmp_path_factory.mktemp("state"))
     store = FileStore(state_dir, 64 << 20)
     histories = [path(branch, 0, length * SPAN_TOKENS) for branch, length in enumerate(LENGTHS)]
-    save(ranks, store, PLANS["mixed"], histories)
+    save(ranks, store, PLANS["mixed"], histories, save_wait=1e6)  # what was dropped and healed is not gathered
     ranks.close()
     yield store, histories, request.param
     store.close()
@@ -40,15 +39,17 @@ def saved(request, tmp_path_factory):
 
 
 def _source(records, layer_idx, position):
-    """Some spans were healed, and are K and V in all layers."""
     kind = records[position // SPAN_TOKENS].layout.kinds[layer_idx]
     return "tokens" if kind is None else kind.value
 
 
-def _talk(saved, seed: int, ignored=None) -> FakeStreams:
+def _streams(seed: int, ignored=None) -> FakeStreams:
+    return FakeStreams(seed, ignored=ignored, haste=(0.02, 0.1, 0.4)[seed % 3])
+
+
+def _talk(saved, seed: int, streams: FakeStreams) -> None:
     store, histories, num_ranks = saved
     chooser = random.Random(seed)
-    streams = FakeStreams(seed, ignored=ignored, haste=chooser.choice([0.02, 0.1, 0.4]))
     with mock.patch("mii_hcache.runtime.following_tiles.SpanBuffers", buffers_of(streams)), streams.watching():
         devices = RankDevices(store, MHA, num_ranks, streams, chooser)
         with closing(_Stopper(devices)):
@@ -82,7 +83,6 @@ def _talk(saved, seed: int, ignored=None) -> FakeStreams:
             assert devices.meeting.num_met
             assert all(engine.pool.rows.isnan().all() for engine in devices.engines)
     assert not streams.checker.races
-    return streams
 
 
 class _Stopper:
@@ -96,15 +96,12 @@ class _Stopper:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_byte_is_there_on_every_rank(saved, seed):
-    assert _talk(saved, seed).checker.num_accesses > 100
+    streams = _streams(seed)
+    _talk(saved, seed, streams)
+    assert streams.checker.num_accesses > 100
 
 
 WAITS = [*waits_in("placing.py", {"wait"}), *waits_in("held_memory.py", {"is_done"})]
-
-
-def _is_race(error: BaseException | None) -> bool:
-    """Also one in a gather, after which the others' streams never go on, and cancelling fails."""
-    return error is not None and (isinstance(error, RaceError) or _is_race(error.__context__))
 
 
 def test_there_are_waits_to_be_left_out():
@@ -114,11 +111,13 @@ def test_there_are_waits_to_be_left_out():
 @pytest.mark.parametrize(("file", "line"), WAITS)
 def test_no_wait_can_be_left_out(saved, file, line):
     for seed in range(40):
+        streams = _streams(seed, (file, line, ""))
         try:
-            streams = _talk(saved, seed, (file, line, ""))
-        except AssertionError as error:
-            if _is_race(error):
-                return
-            raise
+            _talk(saved, seed, streams)
+        except AssertionError:
+            # Any: of a race in a gather others' streams never go on, and one on a reader's thread is heard by nobody.
+            if not streams.checker.races:
+                raise
+            return
         assert streams.num_ignored or seed < 39
     pytest.fail(f"nobody misses the wait in {file}, line {line}")

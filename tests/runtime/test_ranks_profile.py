@@ -9,6 +9,7 @@ from mii_hcache.runtime.profiler import TILE_TOKENS, profile_layer
 from mii_hcache.runtime.ranks_profile import RanksStore, RanksTarget
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
+from tests.runtime.kit import wait_until
 from tests.runtime.ranks_kit import LeadBlocks, Ranks
 from tests.runtime.test_sharded import MHA
 
@@ -42,7 +43,7 @@ def test_all_ranks_take_part_and_gathering_is_told_apart(tmp_path, num_ranks):
         assert min(read) > 0 and max(read) == min(read), "each its part"
         writes = [engine.target(uid).writes for engine in ranks.engines]
         assert writes[0] and all(own == writes[0] for own in writes), "all ranks place the same"
-        assert all(state.tiles.num_held == 0 for state in ranks.states[1:])
+        wait_until(lambda: all(state.tiles.num_held == 0 for state in ranks.states[1:]))
         assert store.stats().num_spans == 0
     finally:
         ranks.close()

@@ -14,9 +14,8 @@ from mii_hcache.runtime.restore import MAX_FILLS_AHEAD, Restore
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.stats import Counters
 from mii_hcache.runtime.streams import Event, HostStream, HostStreams
-from tests.races import RaceError
 from tests.runtime.device_kit import Device, PoolBlocks, device_restorer, text_of, waits_in
-from tests.runtime.kit import FakeBlocks, FakeEngine, FakeStore, geometry_of, path, wait_until
+from tests.runtime.kit import GIVE_UP_S, FakeBlocks, FakeEngine, FakeStore, geometry_of, path, wait_until
 
 HIDDEN, KV = ChunkKind.HIDDEN, ChunkKind.KV
 MAX_SPANS = 9
@@ -45,7 +44,7 @@ class _Sequence:
             # Tiles that are there before anything is filled: who has seen a fill done knows what the main stream did
             # before it, and misses no other wait for that.
             self.restore.read_ahead()
-            time.sleep(0.008)
+            wait_until(lambda: all(read.outcome.done() for read in self.restore._reads))
         if chooser.random() < 0.2:
             span_idx = chooser.randrange(len(self.kinds))
             layer_idx = chooser.choice(list(geometry.saved_layers(self.kinds[span_idx])))
@@ -137,7 +136,9 @@ def test_no_wait_can_be_left_out(file, line, stream):
         device = Device(seed, ignored=(file, line, stream))
         try:
             _talk(device)
-        except RaceError:
+        except AssertionError:
+            if not device.streams.checker.races:  # which a thread may have been told of that nobody waits for
+                raise
             assert device.streams.num_ignored
             return
     pytest.fail(f"nobody misses the wait in {file}, line {line}")
@@ -169,11 +170,13 @@ def test_a_device_that_is_late_bounds_what_is_read_ahead_and_holds_up_nobody():
         blocks = PoolBlocks(device.pool, len(tokens))
         restore = restorer.start(blocks, records, tokens)
         started_s = time.monotonic()
+        while restore._source.num_held < restorer.tiles_ahead:
+            assert restore.step(0.01, wait=True) is None
         for wait in (False, True):
             for _ in range(20):
                 assert restore.step(0.01, wait=wait) is None
                 assert restorer.buffers.num_in_use <= restorer.tiles_ahead
-        assert time.monotonic() - started_s < 10
+        assert time.monotonic() - started_s < GIVE_UP_S
         assert blocks.committed is None and not restore.can_work and not restore.is_settled
         device.streams.haste = 0.5
         while (outcome := restore.step(0.1, wait=True)) is None:

@@ -174,9 +174,12 @@ def test_reads_ahead_are_bounded():
     restore, _ = bench.start([KV] * 8)
     for _ in range(20):
         assert restore.step(1.0, wait=False) is None
+    wait_until(lambda: len(bench.store.reads) == HOST.least_ahead * 2)
+    for _ in range(20):
+        assert restore.step(1.0, wait=False) is None
     time.sleep(0.02)
     assert bench.restorer.buffers.num_in_use == HOST.least_ahead
-    assert len(bench.store.reads) <= HOST.least_ahead * 2
+    assert len(bench.store.reads) == HOST.least_ahead * 2
     bench.store.read_gate.set()
     assert _run(restore).num_tokens == 8 * SPAN_TOKENS
     bench.restorer.stop()
@@ -306,8 +309,8 @@ def test_a_slice_that_may_not_wait_never_does(bench):
     restore, target = bench.start([HIDDEN] * 4)
     started_s = time.monotonic()
     for _ in range(100):
-        assert restore.step(10.0, wait=False) is None
-    assert time.monotonic() - started_s < 5
+        assert restore.step(60.0, wait=False) is None
+    assert time.monotonic() - started_s < GIVE_UP_S
     assert {layer for layer, _, _ in target.writes} == {0}  # from token ids: needs no read
     bench.store.read_gate.set()
     assert _run(restore).num_tokens == 4 * SPAN_TOKENS
@@ -320,11 +323,9 @@ def test_a_slice_that_waits_ends_when_its_time_is_up(bench):
     restore, target = bench.start([KV] * 4)
     started_s = time.monotonic()
     assert restore.step(0.05, wait=True) is None
-    assert 0.05 <= time.monotonic() - started_s < 5
+    assert 0.05 <= time.monotonic() - started_s < GIVE_UP_S / 2, "it waits for the reads"
     threading.Timer(0.02, bench.store.read_gate.set).start()
-    started_s = time.monotonic()
     assert restore.step(float("inf"), wait=True) is not None
-    assert time.monotonic() - started_s < 5
     bench.check(target, [KV] * 4, 4)
 
 
@@ -361,7 +362,7 @@ def test_a_cancelled_restore_does_not_wait_for_its_reads_and_keeps_their_buffers
     wait_until(lambda: bench.store.reads != [])
     started_s = time.monotonic()
     restore.cancel()
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < GIVE_UP_S / 2, "it waits for the reads"
     assert not +bench.store.pins
     assert bench.restorer.buffers.num_in_use > 0, "a buffer that is still being read into was given back"
     other, other_target = bench.start([HIDDEN] * 4, branch=2)
@@ -413,10 +414,16 @@ def test_a_restore_that_is_over_does_nothing_more(bench, end):
     bench.check_all_is_given_back()
 
 
-def test_a_start_that_fails_pins_nothing(bench, monkeypatch):
-    monkeypatch.setattr(bench.store, "touch", lambda span_ids: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        bench.start([KV] * 3)
+@pytest.mark.parametrize("what", ["touch", "pin", "open_tiles"])
+def test_a_start_that_fails_pins_and_opens_nothing(bench, monkeypatch, what):
+    """Other ranks would keep what they opened for it."""
+    opened = []
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.restorer, "open_tiles", lambda *args: opened.append(args))
+        patch.setattr(bench.restorer if what == "open_tiles" else bench.store, what, lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.start([KV] * 3)
+    assert not opened and bench.restorer.num_open == 0
     bench.check_all_is_given_back()
 
 

@@ -73,7 +73,7 @@ def test_conversations_come_back(kind, capacity_spans, seed):
         for _ in range(chooser.randint(0, 80)):
             engine.step(saver, {uid: path(branch, len(engine.tokens[uid]), 1)})
         histories[branch] = list(engine.tokens[uid])
-        saver.heal(uid)
+        assert saver.heal(uid, GIVE_UP_S)
         saver.close(uid)
         engine.evict(uid)
         assert saver.drain(GIVE_UP_S)

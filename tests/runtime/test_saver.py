@@ -9,6 +9,7 @@ import pytest
 
 from mii_hcache.core.geometry import SPAN_TOKENS, ChunkKind
 from mii_hcache.core.identity import spans_of
+from mii_hcache.core.plans import StoragePlan
 from mii_hcache.runtime import flusher as flusher_module
 from mii_hcache.runtime.pace import Pace
 from mii_hcache.runtime.saver import Saver
@@ -207,9 +208,23 @@ def test_decode_never_waits(bench, kind):
     started_s = time.monotonic()
     for _ in range(70):
         bench.run(*((uid, 1) for uid in uids))
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < GIVE_UP_S
     assert bench.counters.get("dropped_rows_total") - dropped == (140 if kind is HIDDEN else 4 * SPAN_TOKENS)
     assert bench.counters.get("save_wait_seconds_total") == 0
+
+
+def _note_waits(room) -> list[float]:
+    """How long whoever finds no room says that he would wait: what a clock tells of it is also the machine's doing."""
+    asked_s, acquire = [], room.acquire
+
+    def noted(*args):
+        got = acquire(*args)
+        if got is None:
+            asked_s.append(args[-1])
+        return got
+
+    room.acquire = noted
+    return asked_s
 
 
 @pytest.mark.parametrize("kind", ChunkKind)
@@ -220,10 +235,12 @@ def test_a_prefill_that_finds_no_room_waits_its_share_and_no_longer(bench, kind)
     allowed_s = 0.6 * 0.5  # half a second is what a full step is first thought to take
     dropped = bench.counters.get("dropped_rows_total")
     uid = bench.open()
+    room = saver._capture.ring if kind is HIDDEN else saver._cutter._kv_blocks
+    asked_s = _note_waits(room)
     started_s = time.monotonic()
     bench.run((uid, MAX_BATCH))  # kv: two spans, and one share between them
     waited_s = time.monotonic() - started_s
-    assert allowed_s <= waited_s < 1.9 * allowed_s
+    assert asked_s == pytest.approx([allowed_s] if kind is HIDDEN else [allowed_s, 0.0]), "no longer"
     assert allowed_s <= bench.counters.get("save_wait_seconds_total") <= waited_s
     assert bench.counters.get("dropped_rows_total") - dropped == MAX_BATCH
 
@@ -235,11 +252,9 @@ def test_a_prefill_goes_on_as_soon_as_there_is_room(bench, kind):
     saver._patience.share = 1000.0
     uid = bench.open()
     threading.Timer(0.05, bench.store.put_gate.set).start()
-    started_s = time.monotonic()
     bench.run((uid, MAX_BATCH))
-    assert time.monotonic() - started_s < 10
     assert bench.stored(uid) == [kind] * 2
-    assert 0 < bench.counters.get("save_wait_seconds_total") < 10
+    assert 0 < bench.counters.get("save_wait_seconds_total") < GIVE_UP_S, "it could have been minutes"
 
 
 def test_room_is_found_for_two_full_batches_while_the_store_hangs(bench):
@@ -302,13 +317,37 @@ def test_healing_saves_nothing_twice(bench):
     assert bench.counters.get("healed_spans_total") == 0
 
 
+def test_what_reaches_the_store_while_it_is_looked_for_is_not_healed(bench, monkeypatch):
+    saver = bench.open_saver()
+    uid = bench.open()
+    bench.store.put_gate.clear()
+    bench.run((uid, SPAN_TOKENS))
+    wait_until(lambda: bench.store.puts)
+    find = bench.store.find
+
+    def find_slowly(span_id):
+        found = find(span_id)
+        bench.store.put_gate.set()
+        assert saver.drain(GIVE_UP_S)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "find", find_slowly)
+        assert saver.heal(uid)
+    bench.store.put_gate.set()
+    assert bench.stored(uid) == [HIDDEN]
+    assert bench.counters.get("healed_spans_total") == 0 and len(bench.store.puts) == 1
+
+
 def test_a_store_that_hangs_holds_up_an_eviction_once_not_for_every_span(bench):
     saver = bench.open_saver()
     bench.store.put_gate.clear()
     uid = bench.open(num_tokens=12 * SPAN_TOKENS)
+    asked_s = _note_waits(saver._healer._blocks)
     started_s = time.monotonic()
     assert not saver.heal(uid, 0.2)
-    assert 0.2 <= time.monotonic() - started_s < 1.2
+    assert time.monotonic() - started_s >= 0.2
+    assert len(asked_s) == 1 and asked_s[0] <= 0.2, "once, and for what is left of it"
     assert not saver.heal(uid, 0.0)
     saver.give_up(uid)
     assert bench.counters.get("healed_spans_total") + bench.counters.get("unhealed_spans_total") == 12
@@ -381,6 +420,23 @@ def test_blocks_that_cannot_be_read_cost_the_span_and_no_buffer(bench, kind, mon
     assert bench.stored(uid) == [KV] * 10 + [kind]
 
 
+def test_a_span_for_whose_k_and_v_there_is_no_memory_gives_its_rows_back(bench, monkeypatch):
+    def no_memory(*shape, dtype):
+        raise RuntimeError("no memory")
+
+    saver = bench.open_saver(StoragePlan(method="mixed", kinds=(None, HIDDEN, KV)))
+    uid = bench.open()
+    bench.run((uid, 10))
+    with monkeypatch.context() as patch:
+        patch.setattr("mii_hcache.runtime.buffers.host_empty", no_memory)
+        bench.run((uid, 54))
+    assert bench.counters.get("save_errors_total") == 1
+    assert saver.heal(uid)
+    assert bench.stored(uid) == [KV]
+    saver.close(uid)
+    _assert_all_memory_is_back(saver)
+
+
 def test_rows_of_a_step_in_which_a_layer_was_not_tapped_are_dropped(bench, monkeypatch):
     """A forward that does not pass the tap (a replayed graph, a patched model) leaves rows that nobody wrote."""
     saver = bench.open_saver()
@@ -421,7 +477,7 @@ def test_stop_does_not_wait_for_a_disk_that_hangs(bench, monkeypatch, caplog):
     before = bench.store.spans.copy()
     started_s = time.monotonic()
     saver.stop()
-    assert 0.3 <= time.monotonic() - started_s < 3
+    assert 0.3 <= time.monotonic() - started_s < GIVE_UP_S / 2
     assert bench.counters.get("unsaved_spans_total") == 4 and "4 spans" in caplog.text
     assert saver._capture.ring.leased_rows > 0, "memory was taken from what still reads it"
     assert bench.store.spans == before
@@ -433,14 +489,19 @@ def test_stop_does_not_wait_for_a_disk_that_hangs(bench, monkeypatch, caplog):
 def test_stop_waits_for_a_disk_that_is_slow(bench, monkeypatch):
     monkeypatch.setattr(flusher_module, "STALL_S", 0.3)
     saver = bench.open_saver()
-    put = bench.store.put
-    monkeypatch.setattr(bench.store, "put", lambda *args: time.sleep(0.1) or put(*args))
-    for branch in range(1, 9):
+    put, changed, granted_s = bench.store.put, saver._sink._changed, []
+    wait_for = changed.wait_for
+
+    def patient(condition, timeout_s):
+        granted_s.append(timeout_s)
+        return wait_for(condition, GIVE_UP_S)  # what a busy machine takes longer is no fault of the disk's
+
+    monkeypatch.setattr(bench.store, "put", lambda *args: time.sleep(0.02) or put(*args))
+    monkeypatch.setattr(changed, "wait_for", patient)
+    for branch in range(1, 5):
         bench.run((bench.open(branch=branch), SPAN_TOKENS), branch=branch)
-        wait_until(lambda: saver._capture.ring.leased_rows == 0 or saver.num_pending > 0)
-    started_s = time.monotonic()
     saver.stop()
     bench.savers.pop()
-    assert bench.counters.get("unsaved_spans_total") == 0
-    assert len(bench.store.spans) * SPAN_TOKENS + bench.counters.get("dropped_rows_total") == 8 * SPAN_TOKENS
-    assert len(bench.store.spans) >= 4 and time.monotonic() - started_s > 0.3, "it was not slow"
+    assert bench.counters.get("unsaved_spans_total") == bench.counters.get("dropped_rows_total") == 0
+    assert len(bench.store.spans) == 4
+    assert set(granted_s) == {0.3} and len(granted_s) > 1, "the whole of it, after each thing that got done"
