@@ -31,6 +31,7 @@ from tests.storage.storage_kit import (
     make_record,
     put,
     reads_of,
+    wait_until,
     wanted_of,
 )
 
@@ -225,16 +226,32 @@ def test_a_pulse_beats_soon_and_again_after_a_failure(caplog):
     pulse = Pulse(beat, 0.02, "test-pulse")
     for num_beats in (1, 2):
         pulse.poke()
-        deadline_s = time.monotonic() + 5
-        while len(beats) < num_beats:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.001)
+        wait_until(lambda num_beats=num_beats: len(beats) >= num_beats)
+    pulse.stop()
     assert "test-pulse failed" in caplog.text
     pulse.stop()
     pulse.stop()
     pulse.poke(at_once=True)
-    time.sleep(0.05)
+    assert not pulse._thread.is_alive(), "nobody is left to beat"
     assert len(beats) == 2
+
+
+@pytest.mark.parametrize("event", ["_wanted", "_at_once"])
+def test_a_pulse_that_is_stopped_at_the_very_moment_of_a_beat_stops(event, monkeypatch):
+    """Its poke may be swept away together with the one before."""
+    pulse = Pulse(lambda: None, 0.0, "test-pulse")
+    swept = getattr(pulse, event)
+    clear = swept.clear
+
+    def cleared_a_moment_late() -> None:
+        pulse._stopped = True
+        pulse.poke(at_once=True)
+        clear()
+
+    monkeypatch.setattr(swept, "clear", cleared_a_moment_late)
+    pulse.poke()
+    pulse._thread.join(30)
+    assert not pulse._thread.is_alive()
 
 
 def test_damage_in_dram_is_corrupt_once_then_gone():
