@@ -130,6 +130,67 @@ def test_put_waits_for_room_that_comes(make, monkeypatch):
     assert all(holds(store, make_record(idx)) for idx in range(3))
 
 
+@pytest.mark.parametrize("num_written", [1, 2])
+def test_room_that_comes_while_a_put_fails_is_not_missed(make, monkeypatch, num_written):
+    """Written, and unpinned, after the put found no room and before it began to wait for some; or all of them are, and
+    nothing is left to wait for."""
+    store = make(2, num_writers=2, put_wait_s=5.0)
+    records = [make_record(idx) for idx in range(3)]
+    may_write = {record.span_id: threading.Event() for record in records}
+    put_checked, put_in_memory = FileStore.put_checked, store._memory.put
+
+    def gated(self, record, chunks, crcs):
+        assert may_write[record.span_id].wait(60)
+        return put_checked(self, record, chunks, crcs)
+
+    def put_while_room_comes(*arguments):
+        kept = put_in_memory(*arguments)
+        if not kept:
+            for record in records[:num_written]:
+                may_write[record.span_id].set()
+                wait_until(lambda one=record: not {one.span_id} & {*store._to_write, *store._claimed})
+        return kept
+
+    monkeypatch.setattr(FileStore, "put_checked", gated)
+    assert all(put(store, record) for record in records[:2])
+    wait_until(lambda: len(store._claimed) == 2)
+    monkeypatch.setattr(store._memory, "put", put_while_room_comes)
+    assert put(store, records[2])
+    for event in may_write.values():
+        event.set()
+    assert all(holds(store, record) for record in records)
+
+
+def test_a_put_waits_for_what_another_one_has_not_queued_yet(make, monkeypatch):
+    """DRAM is full of it, and nobody is seen to write."""
+    store = make(1, num_writers=1, put_wait_s=60.0)
+    records, kept = [make_record(idx) for idx in range(2)], {}
+    put_in_memory = store._memory.put
+    is_placed = threading.Event()
+
+    def placed_early(record, chunks):
+        is_kept = put_in_memory(record, chunks)
+        if record == records[0]:
+            is_placed.set()
+            wait_until(lambda: 1 in kept or len(store._changed._waiters) > 1)
+        return is_kept
+
+    def put_one(idx: int) -> None:
+        kept[idx] = put(store, records[idx])
+
+    monkeypatch.setattr(store._memory, "put", placed_early)
+    first, second = (threading.Thread(target=put_one, args=(idx,)) for idx in range(2))
+    first.start()
+    assert is_placed.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert kept == {0: True, 1: True}
+    assert all(holds(store, record) for record in records)
+    store.flush()
+    assert store._memory._order._pins == {}
+
+
 def test_flush_waits_until_all_is_durable(make, monkeypatch, tmp_path):
     gate = Gate(monkeypatch)
     store = make(10)
