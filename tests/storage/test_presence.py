@@ -165,6 +165,23 @@ def test_probes_come_ever_more_rarely_and_a_flapping_disk_waits_longer():
     presence.close()
 
 
+def test_a_probe_that_trips_over_the_end_is_not_told_of(caplog):
+    is_probed, is_closed = threading.Event(), threading.Event()
+
+    def probe() -> None:
+        is_probed.set()
+        assert is_closed.wait(60)
+        raise RuntimeError("closed")
+
+    presence = Presence("a disk", probe, first_pause_s=0.01)
+    presence.failed(OSError(errno.EIO, "gone"))
+    assert is_probed.wait(60)
+    presence.close()
+    is_closed.set()
+    wait_until(lambda: not any(thread.name == "hcache-probe" for thread in threading.enumerate()))
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "it went away"
+
+
 @pytest.mark.parametrize("may_be_cancelled", [True, False])
 def test_a_disk_that_hangs_is_away_until_it_answers(single, disk, io_name, may_be_cancelled):
     records = filled(single)
