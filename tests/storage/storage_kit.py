@@ -178,7 +178,7 @@ class StoreKit:
         file = FileStore(
             self._state_dir, capacity_bytes, segment_bytes=1 << 20, io=IO, first_pause_s=PAUSE_S, **settings
         )
-        self._store = file if self.kind != "tiered" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=5.0)
+        self._store = file if self.kind != "tiered" else TieredStore(MemoryStore(4 * SPAN_BYTES), file, put_wait_s=60.0)
         return self._store
 
     def record(self, name: object, **what: Any) -> SpanRecord:

@@ -90,10 +90,10 @@ def test_look_up_in_a_long_text_among_many_is_fast():
     transcripts.remember(b"t", text[:300_000], list(range(1000)))
     best_s = 1e9
     for _ in range(3):
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         assert transcripts.longest_prefix(b"t", text) == (300_000, list(range(1000)))
         assert transcripts.longest_prefix(b"t", "system prompt " * 200 + "question 77!") is not None
-        best_s = min(best_s, time.perf_counter() - started_s)
+        best_s = min(best_s, time.thread_time() - started_s)
     assert best_s < 0.25
 
 
