@@ -72,5 +72,7 @@ def open_striped(
                     raise ConfigError(f"state_dir {path.path} cannot be used ({error})") from error
                 raise error
         made.append(StripedStore(paths))
+        for late in made[0].stores:  # that opened while the store was being made: it was told of nobody
+            opens(late)
         undo.pop_all()
     return made[0]

@@ -142,7 +142,8 @@ class Presence:
             except OSError:
                 continue
             except Exception:
-                _log.exception("a probe of %s failed", self._name)
+                if not self._is_closed:  # else what it probed was taken from under it
+                    _log.exception("a probe of %s failed", self._name)
                 continue
             with self._changed:
                 if self.is_stuck:

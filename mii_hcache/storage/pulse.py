@@ -37,10 +37,10 @@ class Pulse:
         while True:
             self._wanted.wait()
             self._at_once.wait(self._interval_s)
-            if self._stopped:
-                return
             self._wanted.clear()
             self._at_once.clear()
+            if self._stopped:  # asked last: a stop whose poke was cleared a moment ago shows here
+                return
             try:
                 self._beat()
             except Exception:

@@ -66,6 +66,10 @@ class TieredStore(ChunkStore):
         """With its bytes; in `_to_write`, 0."""
         self._claimed: set[SpanId] = set()
         """Being written, promoted or deleted now, by one thread each."""
+        self._num_eased = 0
+        """How often room in DRAM may have come: something was unpinned, or deleted."""
+        self._num_placing = 0
+        """Puts that may have taken room in DRAM and are not queued yet."""
         self._closing = False
         self._most_promoted_bytes = _PROMOTED_SHARE * memory.stats().capacity_bytes
         self._promoted_bytes = 0
@@ -183,6 +187,7 @@ class TieredStore(ChunkStore):
         finally:
             with self._changed:
                 self._claimed -= doomed
+                self._num_eased += 1
                 self._changed.notify_all()
         return num_known
 
@@ -237,23 +242,50 @@ class TieredStore(ChunkStore):
         if record.num_bytes > self._memory.stats().capacity_bytes:
             return self._file.put(record, chunks)
         deadline_s = time.monotonic() + self._put_wait_s
+        is_queued = False
         self._memory.pin_always([span_id])
-        while not self._memory.put(record, chunks):
-            with self._changed:
-                is_busy = bool(self._to_write or self._claimed) and not self._closing
-                if not is_busy or not self._changed.wait(max(0.0, deadline_s - time.monotonic())):
-                    self._memory.unpin([span_id])
-                    return False
         with self._changed:
-            if self._closing:
-                self._memory.unpin([span_id])
-                return False  # nobody would write it
-            if span_id in self._to_write or self._file.find(span_id) is not None:
+            self._num_placing += 1
+            num_eased = self._num_eased
+        try:
+            while not self._memory.put(record, chunks):
+                with self._changed:
+                    if not self._room_came(num_eased, deadline_s):
+                        return False
+                    num_eased = self._num_eased
+            with self._changed:
+                if self._closing:
+                    return False  # nobody would write it
+                if span_id not in self._to_write and self._file.find(span_id) is None:
+                    self._to_write[span_id] = 0
+                    is_queued = True
+            return True
+        finally:
+            if not is_queued:
                 self._memory.unpin([span_id])  # another writer's copy has a pin of its own
-            else:
-                self._to_write[span_id] = 0
+            with self._changed:
+                self._num_placing -= 1
+                self._num_eased += not is_queued
                 self._changed.notify_all()
-        return True
+
+    def _room_came(self, num_eased: int, deadline_s: float) -> bool:
+        """Wait until a put is worth another try, for as long as there is hope. `num_eased`: as it was before the last
+        one, so that what came while that failed is not missed. Lock held."""
+        self._num_placing -= 1  # or those who wait would wait for each other
+        self._changed.notify_all()
+        try:
+            self._changed.wait_for(
+                lambda: self._num_eased != num_eased or self._closing or not self._is_busy,
+                max(0.0, deadline_s - time.monotonic()),
+            )
+        finally:
+            self._num_placing += 1
+        return self._num_eased != num_eased and not self._closing
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether room may come by itself. Lock held."""
+        return bool(self._to_write or self._claimed or self._num_placing)
 
     def _promote_later(self, reads: Sequence[ChunkRead]) -> None:
         if not self._promote:
@@ -298,6 +330,7 @@ class TieredStore(ChunkStore):
                     self._memory.unpin([span_id])
                 with self._changed:
                     self._claimed.discard(span_id)
+                    self._num_eased += 1
                     self._changed.notify_all()
 
     def _next(self) -> tuple[OrderedDict[SpanId, int], SpanId] | None:

@@ -172,10 +172,10 @@ class Transcripts:
     def flush(self) -> None:
         """Return when everything remembered before the call is durable. Blocks on I/O. A database that cannot be
         written is warned about and tried again with the next flush."""
-        database = self._database
-        if database is None:
-            return
         with self._commit_lock:
+            database = self._database
+            if database is None:
+                return
             now_s = time.monotonic()
             with self._lock:
                 unsaved, self._unsaved = self._unsaved, {}
@@ -196,6 +196,7 @@ class Transcripts:
                 self._trouble.tell("transcripts cannot be saved (%s); new ones are not durable", error)
                 with self._lock:
                     self._unsaved = unsaved | self._unsaved
+                    self._recency.note_moved(key for key, _ in moved)
                 return
             if moved:
                 self._ticks_due_s = now_s + _TICKS_INTERVAL_S
@@ -212,9 +213,10 @@ class Transcripts:
             self._pulse.stop()
         self._ticks_due_s = 0.0
         self.flush()
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+        with self._commit_lock:  # somebody else may be flushing
+            database, self._database = self._database, None
+            if database is not None:
+                database.close()
 
     def _longest(self, rolling: RollingText, num_chars: int) -> tuple[_Row, bytes] | None:
         """The longest remembered prefix that can be rebuilt, with its packed ids."""

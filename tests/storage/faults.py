@@ -14,6 +14,8 @@ import pytest
 from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.uring import NativeIO
 
+HANG_S = 0.25
+"""Deadline of a disk that hangs as a test says."""
 Fault = Callable[[bool, int, int], "int | None"]
 """(is_write, offset, num_bytes) of an attempt: None lets it pass, else a negative errno, or how many bytes to move."""
 
@@ -86,7 +88,7 @@ class SlowDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, store: FileStore) -> None:
         self.is_reading, self.may_read = threading.Event(), threading.Event()
-        self._deadline_s = time.monotonic() + 20
+        self._deadline_s = time.monotonic() + 60
         self._is_ring = isinstance(store.io, NativeIO)
         inject(monkeypatch, store, self)
 
@@ -98,7 +100,7 @@ class SlowDisk:
             from mii_hcache._io import HOLD
 
             return HOLD  # a ring's one thread may not block: that would hold up writes as well
-        return None if self.may_read.wait(20) else -errno.ETIMEDOUT
+        return None if self.may_read.wait(60) else -errno.ETIMEDOUT
 
 
 class DeadDisk:
@@ -112,6 +114,7 @@ class DeadDisk:
         self.bad_offsets: set[int] = set()
         """Where reads fail all the same."""
         self.may_be_cancelled = False
+        self._presence, self._patience_s = store.presence, store.presence.deadline_s
         self._answers = threading.Event()
         self._answers.set()
         self._folder = str(store._state_dir.path) + "/"
@@ -122,11 +125,14 @@ class DeadDisk:
             monkeypatch.setattr(os, name, self._faulty(name, getattr(os, name)))
 
     def hang(self) -> None:
-        """Nothing that begins from now on ends before `answer`."""
+        """Nothing that begins from now on ends before `answer`. That is noticed soon, and only from now on: a disk that
+        is slow because the machine is busy does not hang."""
+        self._presence.deadline_s = min(HANG_S, self._patience_s)
         self._answers.clear()
 
     def answer(self) -> None:
         """Let go of what hangs."""
+        self._presence.deadline_s = self._patience_s
         self._answers.set()
 
     def _ask_ring(self, is_write: bool, offset: int, num_bytes: int) -> int | None:

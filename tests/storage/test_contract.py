@@ -25,6 +25,9 @@ from tests.storage.storage_kit import (
     wanted_of,
 )
 
+ENOUGH = 20
+"""Chunks that each thread must have seen, however long that takes on a busy machine."""
+
 
 def chain(kit: StoreKit, name: str, num_spans: int) -> list:
     return [
@@ -341,13 +344,13 @@ def test_threads_that_put_read_and_delete_never_see_a_wrong_byte(kit):
     store = kit.open_for(6)
     records = [kit.record(idx, **({"chunk_bytes": 9000} if idx % 4 == 0 else {})) for idx in range(16)]
     allowed = {r.span_id: [make_chunks(r, writer) for writer in range(2)] for r in records}
-    stop_s = time.monotonic() + 1.5
+    stop_s = time.monotonic() + 0.8
     wrong: list[str] = []
     num_read = [0] * 4
 
     def worker(seed: int) -> None:
         rng = random.Random(seed)
-        while time.monotonic() < stop_s and not wrong:
+        while (time.monotonic() < stop_s or num_read[seed] <= ENOUGH) and not wrong:
             record = rng.choice(records)
             action = rng.random()
             if action < 0.45:
@@ -370,7 +373,6 @@ def test_threads_that_put_read_and_delete_never_see_a_wrong_byte(kit):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert min(num_read) > 20
     assert store.stats().corrupt_chunks == 0
     if kit.kind != "memory":
         assert disk_bytes(kit.path) <= kit.capacity_for(6)
@@ -467,13 +469,18 @@ def test_what_is_lent_outlives_the_store(kit):
 
 def test_threads_that_borrow_while_others_delete_never_see_a_wrong_byte(kit):
     store = kit.open_for(6)
+    if kit.kind not in LENDERS:
+        assert store.borrow(wanted_of(kit.record("a"))) is None
+        return
     records = [kit.record(idx) for idx in range(10)]
     stop_s = time.monotonic() + 0.5
     wrong: list[str] = []
+    num_lent = [0, 0]
+    has_ended = [threading.Event(), threading.Event()]
 
     def churn(seed: int) -> None:
         chooser = random.Random(seed)
-        while time.monotonic() < stop_s:
+        while not has_ended[seed].is_set():
             record = chooser.choice(records)
             put(store, record)
             if chooser.random() < 0.5:
@@ -482,11 +489,12 @@ def test_threads_that_borrow_while_others_delete_never_see_a_wrong_byte(kit):
     def borrow(seed: int) -> None:
         chooser = random.Random(seed)
         held = []
-        while time.monotonic() < stop_s:
+        while time.monotonic() < stop_s or num_lent[seed] <= ENOUGH:
             record = chooser.choice(records)
             borrowed = store.borrow(wanted_of(record))
             if borrowed is not None:
                 held.append((borrowed, record))
+                num_lent[seed] += len(borrowed.chunks)
                 if borrowed.outcome.reason not in (None, "missing"):
                     wrong.append(str(borrowed.outcome))
             if len(held) > chooser.randrange(4):
@@ -496,6 +504,7 @@ def test_threads_that_borrow_while_others_delete_never_see_a_wrong_byte(kit):
                 borrowed.give_back()
         for borrowed, _ in held:
             borrowed.give_back()
+        has_ended[seed].set()
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2) for work in (churn, borrow)]
     for thread in threads:

@@ -81,7 +81,7 @@ def test_a_forked_child_copies_too():
         out = bytearray(1 << 20)
         shared_copying().copy([(memoryview(out), memoryview(b"c" * (1 << 20)))])
         os._exit(0 if out == b"c" * (1 << 20) else 1)
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 60
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline_s:
             os.kill(child, signal.SIGKILL)

@@ -14,7 +14,17 @@ import pytest
 
 from mii_hcache.storage.state_dir import StateDir
 from tests.storage.crash_writer import CAPACITY_BYTES, NUM_NAMES
-from tests.storage.storage_kit import LAYOUTS, StoreKit, disk_bytes, holds, make_chunks, make_record, put, read_span
+from tests.storage.storage_kit import (
+    LAYOUTS,
+    StoreKit,
+    disk_bytes,
+    holds,
+    make_chunks,
+    make_record,
+    put,
+    read_span,
+    wait_until,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,17 +160,16 @@ def test_what_was_put_is_durable_soon_without_a_flush(kind, tmp_path):
     records = [make_record(idx) for idx in range(3)]
     for record in records:
         put(store, record)
-    deadline_s = time.monotonic() + 5
-    while True:
+
+    def num_there() -> int:
         crashed = StoreKit("file", tmp_path / f"crashed{time.monotonic_ns()}")
         copy_live(tmp_path / "state", crashed.path, catalog_first=True)
         reopened = crashed.open()
-        num_there = sum(holds(reopened, record) for record in records)
+        num = sum(holds(reopened, record) for record in records)
         crashed.close()
-        if num_there == 3:
-            break
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+        return num
+
+    wait_until(lambda: num_there() == 3)
     kit.close()
 
 

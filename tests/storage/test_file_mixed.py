@@ -241,9 +241,11 @@ def test_threads_that_need_slots_of_both_sizes_neither_wait_for_each_other_nor_p
 
     def writer(seed: int) -> None:
         rng = random.Random(seed)
-        for idx in itertools.takewhile(lambda _: time.monotonic() < stop_s, itertools.count()):
-            record = make_record(f"{seed} {idx}", layout=rng.choice(kinds))
+        for idx in itertools.count():
+            if time.monotonic() > stop_s and num_put[seed] > 10:
+                break
             num_tried[seed] += 1
+            record = make_record(f"{seed} {idx}", layout=rng.choice(kinds))
             num_put[seed] += put(store, record)
             if rng.random() < 0.2:
                 store.delete([record.span_id])
@@ -261,12 +263,12 @@ def test_threads_that_need_slots_of_both_sizes_neither_wait_for_each_other_nor_p
     for thread in (*threads, watching):
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     stop.set()
     watching.join()
     assert not any(thread.is_alive() for thread in threads), "they wait for each other"
     assert over == []
-    assert min(num_put) > 10 and sum(num_put) > 0.9 * sum(num_tried), (num_put, num_tried)
+    assert sum(num_put) > 0.9 * sum(num_tried), (num_put, num_tried)
     assert store.stats().corrupt_chunks == 0
     store.flush()
     assert disk_bytes(file_kit.path) <= capacity_bytes
@@ -321,6 +323,7 @@ def test_a_span_is_durable_only_when_both_segments_are(file_kit, monkeypatch, ba
 
 
 def test_a_full_disk_means_evict_for_both_sizes(file_kit, monkeypatch):
+    monkeypatch.setattr("mii_hcache.storage.room._FULL_DISK_PAUSE_S", 600.0)  # which a busy machine may outlast
     store = file_kit.open()
     disk = FullDisk(monkeypatch, store, 4096 + 4 * SLOT_BYTES[KV])
     records = [make_record(idx, layout=MIXED) for idx in range(12)]

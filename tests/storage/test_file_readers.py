@@ -30,7 +30,7 @@ def test_a_span_that_is_being_read_is_neither_evicted_nor_overwritten(file_kit, 
         put(store, record)
     disk = SlowDisk(monkeypatch, store)
     reader, found = read_in_thread(store, records[0])
-    assert disk.is_reading.wait(20)
+    assert disk.is_reading.wait(60)
     store.touch([record.span_id for record in records[1:]])
     for idx in range(10, 16):
         assert put(store, make_record(idx))
@@ -50,7 +50,7 @@ def test_a_span_that_is_deleted_while_it_is_read_is_not_overwritten(file_kit, mo
     outcomes = []
     reader = threading.Thread(target=lambda: outcomes.append(store.get_into(reads)))
     reader.start()
-    assert disk.is_reading.wait(20)
+    assert disk.is_reading.wait(60)
     store.delete([record.span_id])
     store.flush()
     num_put = sum(put(store, make_record(idx)) for idx in range(10, 14))
@@ -75,7 +75,7 @@ def test_damage_of_a_deleted_span_does_not_harm_the_one_that_took_its_name(file_
     outcomes = []
     reader = threading.Thread(target=lambda: outcomes.append(store.get_into(reads_of(record))))
     reader.start()
-    assert disk.is_reading.wait(20)
+    assert disk.is_reading.wait(60)
     store.delete([record.span_id])
     assert put(store, record, writer=2)
     disk.may_read.set()
@@ -89,7 +89,7 @@ def test_close_waits_for_a_read(file_kit, monkeypatch):
     put(store, make_record(0))
     disk = SlowDisk(monkeypatch, store)
     reader, found = read_in_thread(store, make_record(0))
-    assert disk.is_reading.wait(20)
+    assert disk.is_reading.wait(60)
     closer = threading.Thread(target=store.close)
     closer.start()
     closer.join(0.1)

@@ -19,6 +19,7 @@ from tests.storage.storage_kit import (
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_means_evict(file_kit, monkeypatch, code):
+    monkeypatch.setattr("mii_hcache.storage.room._FULL_DISK_PAUSE_S", 600.0)  # which a busy machine may outlast
     store = file_kit.open()
     disk = FullDisk(monkeypatch, store, 4096 + 4 * SPAN_DISK_BYTES + 5000, code)
     records = [make_record(idx) for idx in range(12)]

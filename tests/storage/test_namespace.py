@@ -229,7 +229,7 @@ def test_a_killed_process_leaves_what_was_flushed(site):
         command = [sys.executable, "-m", "tests.storage.crash_writer", str(site.state), str(seed), "uniform"]
         writer = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         promised: set[int] = set()
-        stop_s = time.monotonic() + 20
+        stop_s = time.monotonic() + 120
         num_flushed = 0
         for line in writer.stdout:
             word, *rest = line.split()

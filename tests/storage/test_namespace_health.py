@@ -50,14 +50,16 @@ def test_a_namespace_that_hangs_is_called_back_and_used_again(site):
     from mii_hcache._io import HOLD
 
     site.format()
-    store = site.open(first_pause_s=PAUSE_S, deadline_s=0.3)
+    store = site.open(first_pause_s=PAUSE_S, deadline_s=60.0)
     records = [make_record(name) for name in range(3)]
     assert put(store, records[0])
+    store.presence.deadline_s = 0.3
     store.io.device.fault = lambda is_write, offset, num_bytes: HOLD
     start_s = time.monotonic()
     assert not put(store, records[1])
-    assert time.monotonic() - start_s < 5 and not store.presence.is_here
+    assert time.monotonic() - start_s < 30 and not store.presence.is_here
     assert not put(store, records[2]) and not holds(store, records[0])
+    store.presence.deadline_s = 60.0  # a busy machine does not make it hang again
     store.io.device.fault = None
     wait_until_here(store)
     assert put(store, records[1]) and holds(store, records[0]) and holds(store, records[1])

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage import stripe_set
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.stripe_path import StripePath
 from mii_hcache.storage.stripe_set import SET_FILE, Member, SetFile, StripeSet, mount_point, read_set_file
 from mii_hcache.storage.striped import StripedStore
-from tests.storage.storage_kit import IO, holds, make_record, put, wait_until
+from tests.storage.storage_kit import IO, PAUSE_S, holds, make_record, put, wait_until
 
 CAPACITY = 1 << 22
+
+
+@pytest.fixture(autouse=True)
+def is_looked_for_soon(monkeypatch) -> None:
+    """What is missing, which takes a second else."""
+    monkeypatch.setattr("mii_hcache.storage.open.open_striped", partial(open_striped, first_look_s=PAUSE_S))
 
 
 def open_dirs(*paths: Path) -> OpenedState:
@@ -223,6 +231,32 @@ def test_a_directory_that_hangs_at_the_start_is_waited_for_in_the_background(tmp
     store.close()
 
 
+def test_a_directory_that_opens_while_the_store_is_being_made_is_told_of_pins(tmp_path, monkeypatch):
+    """Too late to be asked, too early to be told by who looked for it."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    records = fill(a, b)
+    answers = threading.Event()
+
+    def hangs(directory: Path) -> SetFile | None:
+        assert directory != b or answers.wait(60)
+        return read_set_file(directory)
+
+    class MadeMeanwhile(StripedStore):
+        def __init__(self, paths: Sequence[StripePath]) -> None:
+            super().__init__(paths)
+            answers.set()
+            wait_until(lambda: not any(thread.name == "hcache-look" for thread in threading.enumerate()))
+
+    monkeypatch.setattr(stripe_set, "LOOK_S", 0.1)
+    monkeypatch.setattr(stripe_set, "read_set_file", hangs)
+    monkeypatch.setattr("mii_hcache.storage.open_striped.StripedStore", MadeMeanwhile)
+    store = open_striped(StripeSet.of([b, a]), CAPACITY, io=IO, opening_s=0.2, first_look_s=0.01)
+    assert len(store.stores) == 2
+    store.pin([record.span_id for record in records])
+    assert [len(one._index._order._pins) for one in store.stores] == [len(records)] * 2
+    store.close()
+
+
 def test_deleted_while_its_disk_was_missing_is_deleted_when_it_is_back(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     records = fill(a, b)
@@ -273,6 +307,7 @@ def test_a_damaged_set_file_is_told_of_and_mended(tmp_path):
     assert read_set_file(b).ordinal == 1
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=300) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
 def test_hostile_set_files_are_refused(raw):
     with pytest.raises(ValueError):

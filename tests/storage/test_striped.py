@@ -202,7 +202,7 @@ def test_capacity_and_pins(opening):
 
 
 def test_behind_dram(opening):
-    store = TieredStore(MemoryStore(2 * SPAN_BYTES), opening(), put_wait_s=5.0)
+    store = TieredStore(MemoryStore(2 * SPAN_BYTES), opening(), put_wait_s=60.0)
     records = chain("a", 9)
     for record in records:
         assert put(store, record)

@@ -14,7 +14,17 @@ from mii_hcache.storage.memory import MemoryStore
 from mii_hcache.storage.records import ReadOutcome
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.tiered import TieredStore
-from tests.storage.storage_kit import IO, SPAN_BYTES, SPAN_DISK_BYTES, holds, make_record, put, read_span, reads_of
+from tests.storage.storage_kit import (
+    IO,
+    SPAN_BYTES,
+    SPAN_DISK_BYTES,
+    holds,
+    make_record,
+    put,
+    read_span,
+    reads_of,
+    wait_until,
+)
 
 
 class Gate:
@@ -27,7 +37,7 @@ class Gate:
 
         def gated(store, record, chunks, crcs):
             self.num_waiting += 1
-            assert self.is_open.wait(20)
+            assert self.is_open.wait(60)
             return original(store, record, chunks, crcs)
 
         monkeypatch.setattr(FileStore, "put_checked", gated)
@@ -40,6 +50,7 @@ def make(tmp_path) -> Iterator:
     def make(num_in_memory: int, num_in_files: int = 100, **options) -> TieredStore:
         state_dir = StateDir(tmp_path)
         file = FileStore(state_dir, num_in_files * SPAN_DISK_BYTES + 4096, io=IO)
+        options = {"put_wait_s": 60.0, "deadline_s": 60.0, **options}  # a busy machine may take its time
         store = TieredStore(MemoryStore(num_in_memory * SPAN_BYTES), file, **options)
         opened.append((store, state_dir))
         return store
@@ -50,13 +61,6 @@ def make(tmp_path) -> Iterator:
         state_dir.close()
 
 
-def wait_until(condition) -> None:
-    deadline_s = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
-
-
 def test_readable_at_once_and_pinned_until_written(make, monkeypatch):
     gate = Gate(monkeypatch)
     store = make(3, put_wait_s=0.05)
@@ -65,7 +69,7 @@ def test_readable_at_once_and_pinned_until_written(make, monkeypatch):
     assert [store.tier_of(record.span_id) for record in records[:3]] == ["memory"] * 3
     started_s = time.monotonic()
     assert not put(store, records[3]), "DRAM is full of unwritten spans"
-    assert 0.04 < time.monotonic() - started_s < 5
+    assert 0.04 < time.monotonic() - started_s < 30
     assert store.stats().dropped_spans == 1
     assert all(holds(store, record) for record in records[:3])
     gate.is_open.set()
@@ -86,10 +90,9 @@ def test_racing_writers_leave_no_pin_behind(make, monkeypatch):
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.05)
-    gate.is_open.set()
     for thread in threads:
         thread.join()
+    gate.is_open.set()
     store.flush()
     monkeypatch.setattr(store, "find", find)
     assert store._memory._order._pins == {}
@@ -98,22 +101,23 @@ def test_racing_writers_leave_no_pin_behind(make, monkeypatch):
 
 def test_nothing_is_accepted_that_nobody_will_write(tmp_path):
     state_dir = StateDir(tmp_path)
-    store = TieredStore(MemoryStore(20 * SPAN_BYTES), FileStore(state_dir, 1 << 30, io=IO), put_wait_s=20.0)
+    store = TieredStore(MemoryStore(20 * SPAN_BYTES), FileStore(state_dir, 1 << 30, io=IO), put_wait_s=60.0)
     accepted = []
 
     def work(seed: int) -> None:
-        names = ((seed, idx) for idx in range(100_000))
-        accepted.extend(itertools.takewhile(lambda name: put(store, make_record(name)), names))
+        for idx in itertools.count():
+            if not put(store, make_record((seed, idx))):
+                break
+            accepted.append((seed, idx))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.05)
+    wait_until(lambda: len(accepted) > 20)
     store.close()
     for thread in threads:
         thread.join()
     file = FileStore(state_dir, 1 << 30, io=IO)
-    assert accepted
     assert all(holds(file, make_record(name)) for name in accepted)
     assert file.stats().num_spans == len(accepted)
     file.close()
@@ -122,12 +126,73 @@ def test_nothing_is_accepted_that_nobody_will_write(tmp_path):
 
 def test_put_waits_for_room_that_comes(make, monkeypatch):
     gate = Gate(monkeypatch)
-    store = make(2, put_wait_s=20.0)
+    store = make(2, put_wait_s=60.0)
     for idx in range(2):
         put(store, make_record(idx))
     threading.Timer(0.1, gate.is_open.set).start()
     assert put(store, make_record(2))
     assert all(holds(store, make_record(idx)) for idx in range(3))
+
+
+@pytest.mark.parametrize("num_written", [1, 2])
+def test_room_that_comes_while_a_put_fails_is_not_missed(make, monkeypatch, num_written):
+    """Written, and unpinned, after the put found no room and before it began to wait for some; or all of them are, and
+    nothing is left to wait for."""
+    store = make(2, num_writers=2, put_wait_s=5.0)
+    records = [make_record(idx) for idx in range(3)]
+    may_write = {record.span_id: threading.Event() for record in records}
+    put_checked, put_in_memory = FileStore.put_checked, store._memory.put
+
+    def gated(self, record, chunks, crcs):
+        assert may_write[record.span_id].wait(60)
+        return put_checked(self, record, chunks, crcs)
+
+    def put_while_room_comes(*arguments):
+        kept = put_in_memory(*arguments)
+        if not kept:
+            for record in records[:num_written]:
+                may_write[record.span_id].set()
+                wait_until(lambda one=record: not {one.span_id} & {*store._to_write, *store._claimed})
+        return kept
+
+    monkeypatch.setattr(FileStore, "put_checked", gated)
+    assert all(put(store, record) for record in records[:2])
+    wait_until(lambda: len(store._claimed) == 2)
+    monkeypatch.setattr(store._memory, "put", put_while_room_comes)
+    assert put(store, records[2])
+    for event in may_write.values():
+        event.set()
+    assert all(holds(store, record) for record in records)
+
+
+def test_a_put_waits_for_what_another_one_has_not_queued_yet(make, monkeypatch):
+    """DRAM is full of it, and nobody is seen to write."""
+    store = make(1, num_writers=1, put_wait_s=60.0)
+    records, kept = [make_record(idx) for idx in range(2)], {}
+    put_in_memory = store._memory.put
+    is_placed = threading.Event()
+
+    def placed_early(record, chunks):
+        is_kept = put_in_memory(record, chunks)
+        if record == records[0]:
+            is_placed.set()
+            wait_until(lambda: 1 in kept or len(store._changed._waiters) > 1)
+        return is_kept
+
+    def put_one(idx: int) -> None:
+        kept[idx] = put(store, records[idx])
+
+    monkeypatch.setattr(store._memory, "put", placed_early)
+    first, second = (threading.Thread(target=put_one, args=(idx,)) for idx in range(2))
+    first.start()
+    assert is_placed.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert kept == {0: True, 1: True}
+    assert all(holds(store, record) for record in records)
+    store.flush()
+    assert store._memory._order._pins == {}
 
 
 def test_flush_waits_until_all_is_durable(make, monkeypatch, tmp_path):
@@ -140,7 +205,7 @@ def test_flush_waits_until_all_is_durable(make, monkeypatch, tmp_path):
     flusher.start()
     assert not done.wait(0.1)
     gate.is_open.set()
-    assert done.wait(10)
+    assert done.wait(60)
     flusher.join()
     import sqlite3
 
@@ -169,7 +234,7 @@ def test_a_context_larger_than_dram_does_not_pass_through_it_whole(make, monkeyp
     """What is copied last would drive out what was copied first, and all that was there before."""
     is_open = threading.Event()
     copy_up = TieredStore._copy_up
-    monkeypatch.setattr(TieredStore, "_copy_up", lambda *arguments: is_open.wait(20) and copy_up(*arguments))
+    monkeypatch.setattr(TieredStore, "_copy_up", lambda *arguments: is_open.wait(60) and copy_up(*arguments))
     store = make(8, num_writers=1)
     records = [make_record(idx) for idx in range(40)]
     for record in records:
@@ -258,18 +323,17 @@ def test_deletion_reaches_a_span_whose_promotion_hung_for_too_long(make, monkeyp
 
     def late(*args):
         entered.set()
-        assert deleted.wait(20)
+        assert deleted.wait(60)
         try:
             return put_in_memory(*args)
         finally:
             done.set()
 
     monkeypatch.setattr(store._memory, "put", late)
-    assert holds(store, record)  # all of it was read: it is promoted
-    assert entered.wait(20)
+    wait_until(lambda: holds(store, record) and entered.wait(1.0))  # read whole it is promoted, unless the machine naps
     assert store.delete([record.span_id]) == 1
     deleted.set()
-    assert done.wait(20)
+    assert done.wait(60)
     wait_until(lambda: store.find(record.span_id) is None)
 
 

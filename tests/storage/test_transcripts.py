@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import time
 from array import array
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from mii_hcache.storage.rolling import STEP_CHARS, RollingText
 from mii_hcache.storage.transcripts import Transcripts
+from tests.storage.storage_kit import wait_until
 
 
 def ids_of(text: str) -> list[int]:
@@ -88,10 +90,10 @@ def test_look_up_in_a_long_text_among_many_is_fast():
     transcripts.remember(b"t", text[:300_000], list(range(1000)))
     best_s = 1e9
     for _ in range(3):
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         assert transcripts.longest_prefix(b"t", text) == (300_000, list(range(1000)))
         assert transcripts.longest_prefix(b"t", "system prompt " * 200 + "question 77!") is not None
-        best_s = min(best_s, time.perf_counter() - started_s)
+        best_s = min(best_s, time.thread_time() - started_s)
     assert best_s < 0.25
 
 
@@ -153,15 +155,12 @@ def test_restart_and_the_text_itself_is_not_stored(tmp_path):
 def test_durable_soon_without_a_flush(tmp_path):
     transcripts = Transcripts(tmp_path / "t.sqlite", flush_interval_s=0.05)
     transcripts.remember(b"", "ab", [1])
-    deadline_s = time.monotonic() + 5
-    while True:
-        connection = sqlite3.connect(tmp_path / "t.sqlite")
-        num_rows = connection.execute("SELECT count(*) FROM transcript").fetchone()[0]
-        connection.close()
-        if num_rows:
-            break
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+
+    def num_rows() -> int:
+        with closing(sqlite3.connect(tmp_path / "t.sqlite")) as connection:
+            return connection.execute("SELECT count(*) FROM transcript").fetchone()[0]
+
+    wait_until(lambda: num_rows() == 1)
     transcripts.close()
 
 
@@ -346,6 +345,29 @@ def test_a_database_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch)
     transcripts.close()
     transcripts = Transcripts(tmp_path / "t.sqlite")
     assert transcripts.longest_prefix(b"", "ab") == (2, [1])
+    transcripts.close()
+
+
+def test_last_uses_that_cannot_be_written_are_tried_again(tmp_path, monkeypatch):
+    """Or a text that is used every day would be forgotten as one that was not."""
+    transcripts = Transcripts(tmp_path / "t.sqlite", flush_interval_s=None)
+    for text in ("old", "young"):
+        transcripts.remember(b"", text, [1])
+    transcripts.flush()
+    transcripts._ticks_due_s = 0.0  # as after half a minute
+    transcripts._recency._clock = lambda: time.time() + 60.0
+    assert transcripts.longest_prefix(b"", "old") == (3, [1])
+
+    def refused(change, durable=True):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transcripts._database, "transact", refused)
+        transcripts.flush()
+    transcripts.close()
+    transcripts = Transcripts(tmp_path / "t.sqlite")
+    assert transcripts.expire(time.time() + 30.0) == 1
+    assert [transcripts.longest_prefix(b"", text) for text in ("old", "young")] == [(3, [1]), None]
     transcripts.close()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.room import Watermarks
-from tests.storage.storage_kit import LAYOUTS, StoreKit, disk_bytes, holds, put
+from tests.storage.storage_kit import LAYOUTS, StoreKit, disk_bytes, holds, put, wait_until
 
 WATERMARKS = Watermarks(high=0.9, low=0.7)
 NUM_FIT = 40
@@ -52,10 +52,7 @@ def test_the_background_does_it_without_being_asked(tmp_path):
     store = kit.open(kit.capacity_for(NUM_FIT), watermarks=WATERMARKS, flush_interval_s=3600.0)
     for name in range(NUM_FIT):
         put(store, kit.record(name))
-    for _ in range(1000):
-        if store.stats().evicted_ahead_spans:
-            break
-        store._pulse._thread.join(0.01)
+    wait_until(lambda: store.stats().evicted_ahead_spans > 0)
     assert store.stats().evicted_ahead_spans >= 10
     kit.close()
 
