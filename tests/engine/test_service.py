@@ -73,6 +73,29 @@ def test_nobody_waits_for_an_engine_that_died(tiny_model, monkeypatch):
     client.service.close()
 
 
+def test_who_submits_while_the_engine_looks_through_its_requests_ends_nothing(tiny_model):
+    client = open_client(poisoned_engine(tiny_model("llama")), method="recompute", keep="none")
+    sent, senders = [], []
+
+    class Overtaken(dict):
+        """Whoever looks through it is overtaken by one who submits, if he does not keep him out."""
+
+        def values(self):
+            for job in super().values():
+                yield job
+                if not senders:
+                    senders.append(threading.Thread(target=lambda: sent.append(client.send([8, 9], 2))))
+                    senders[0].start()
+                    senders[0].join(0.2)
+
+    with client.service._changed:
+        client.service._jobs = Overtaken(client.service._jobs)
+    assert len(client.ask([5, 6, 7], 3).token_ids) == 3
+    senders[0].join(30)
+    assert len(sent[0].get(timeout=60).token_ids) == 2 and client.service.is_alive
+    client.service.close()
+
+
 def test_seeded_sampling_does_not_depend_on_the_neighbours(tiny_model):
     client = open_client(poisoned_engine(tiny_model("llama")), keep="none")
     sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
