@@ -27,6 +27,7 @@ from tests.engine_kit import (
     poisoned_engine,
     restorable,
 )
+from tests.runtime.kit import wait_until
 
 FAMILIES = ["llama", "llama-gqa", "opt"]
 
@@ -263,19 +264,57 @@ def test_logits_that_are_not_finite_are_an_error_and_their_state_is_thrown_away(
     client.service.close()
 
 
+class LateStore(MemoryStore):
+    """Takes as many spans as it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 30)
+        self.entered, self.let = threading.Event(), threading.Semaphore(0)
+
+    def put(self, record, chunks):
+        self.entered.set()
+        assert self.let.acquire(timeout=60)
+        return super().put(record, chunks)
+
+
+@pytest.mark.parametrize("num_there", [3, 1])
+def test_state_that_is_thrown_away_is_not_restored_though_it_comes_as_somebody_asks(tiny_model, monkeypatch, num_there):
+    """Right before it is looked for; one span of three where somebody waited for the others for long enough."""
+    monkeypatch.setattr("mii_hcache.engine.scheduler.POISONED_WAIT_S", 0.05)
+    monkeypatch.setattr("mii_hcache.engine.admission.PENDING_WAIT_S", 60.0 if num_there == 3 else 0.0)
+    store, prompt = LateStore(), random.Random(6).choices(range(3, VOCAB), k=200)
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="none", store=store, save_threads=1)
+    saver, admission = client.service._saver, client.service._scheduler._admission
+    step, is_let = admission.step, threading.Event()
+
+    def step_late() -> None:
+        if store.entered.is_set() and not is_let.is_set():
+            is_let.set()
+            store.let.release(num_there)
+            wait_until(lambda: saver.num_pending == 3 - num_there)
+        step()
+
+    forward = engine.model().forward
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model(), "forward", lambda batch: forward(batch) * float("nan"))
+        assert client.send(prompt, 5).get(timeout=60).finish_reason is FinishReason.ERROR
+    assert store.entered.wait(60) and not store.span_ids()
+    admission.step = step_late
+    result = client.send(prompt, 5).get(timeout=60)
+    assert is_let.is_set() and result.error is None and result.report.restored_tokens == 0
+    store.let.release(100)
+    client.service.close()
+    reference = open_client(poisoned_engine(tiny_model("llama")), method="recompute", keep="none")
+    assert result.token_ids == reference.ask(prompt, 5).token_ids
+    reference.service.close()
+
+
 @pytest.mark.parametrize("asks_again", [True, False])
 def test_state_that_is_thrown_away_is_deleted_also_when_the_store_takes_it_late(tiny_model, monkeypatch, asks_again):
     """Longer than anybody waits for it."""
     monkeypatch.setattr("mii_hcache.engine.scheduler.POISONED_WAIT_S", 0.05)
-    gate, entered = threading.Event(), threading.Event()
-
-    class LateStore(MemoryStore):
-        def put(self, record, chunks):
-            entered.set()
-            assert gate.wait(60)
-            return super().put(record, chunks)
-
-    store = LateStore(1 << 30)
+    store = LateStore()
     engine = poisoned_engine(tiny_model("llama"))
     client = open_client(engine, keep="none", store=store)
     prompt = random.Random(6).choices(range(3, VOCAB), k=200)
@@ -283,11 +322,11 @@ def test_state_that_is_thrown_away_is_deleted_also_when_the_store_takes_it_late(
     with monkeypatch.context() as patch:
         patch.setattr(engine.model(), "forward", lambda batch: forward(batch) * float("nan"))
         assert client.send(prompt, 5).get(timeout=60).finish_reason is FinishReason.ERROR
-    assert entered.is_set() and not store.span_ids()
+    assert store.entered.wait(60) and not store.span_ids()
     others = random.Random(8).choices(range(3, VOCAB), k=30)  # too few to be saved
     if asks_again:
         assert client.ask(others, 3).finish_reason is FinishReason.LENGTH
-    gate.set()
+    store.let.release(100)
     if asks_again:
         assert client.service.drain_saves(60) and len(store.span_ids()) == 3
         assert client.ask(prompt, 5).report.restored_tokens == 0
