@@ -6,6 +6,7 @@ import itertools
 import queue
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,10 @@ class Client:
         )
         return results
 
+    def at_once(self) -> AbstractContextManager[Any]:
+        """What is sent within the block reaches the engine together, whenever this thread gets to run."""
+        return self.service._changed
+
     def ask(self, prompt: Sequence[int], num_tokens: int, **kwargs: Any) -> GenerationResult:
         """Submit and wait."""
         result = self.send(prompt, num_tokens, **kwargs).get(timeout=120)
@@ -196,14 +201,15 @@ def open_client(
     costs: Mapping[str, LayerCost] | None = None,
     **settings: Any,
 ) -> Client:
-    """A service over an engine; the store is DRAM unless given."""
+    """A service over an engine; the store is DRAM unless given. A prefill waits for room to save its state, however
+    busy the machine is."""
     return Client(
         EngineService(
             engine=engine,
             store=store or MemoryStore(1 << 30),
             method=METHODS[method],
             fingerprint=b"test",
-            config=HCacheConfig(method=method, **settings),
+            config=HCacheConfig(method=method, **{"save_wait": 10.0, **settings}),
             costs=costs,
         )
     )
@@ -245,9 +251,10 @@ def interleave(
     conversations = [Conversation(first_seed + idx) for idx in range(num_conversations)]
     for turn in range(num_turns):
         sent = []
-        for idx, conversation in enumerate(conversations):
-            prompt = conversation.next_prompt(17 + 53 * ((idx + turn) % 4))
-            sent.append((conversation, prompt, client.send(prompt, num_tokens + 7 * idx)))
+        with client.at_once():
+            for idx, conversation in enumerate(conversations):
+                prompt = conversation.next_prompt(17 + 53 * ((idx + turn) % 4))
+                sent.append((conversation, prompt, client.send(prompt, num_tokens + 7 * idx)))
         for conversation, prompt, results in sent:
             conversation.take(prompt, results.get(timeout=120))
     return conversations

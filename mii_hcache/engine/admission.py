@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import SpanId
@@ -55,8 +55,10 @@ class Admission:
         max_sequences: int,
         running: Mapping[int, Job],
         enqueue: Callable[[Job, int], None],
+        poisoned: Set[SpanId] = frozenset(),
     ) -> None:
-        """`running`: jobs that MII has, by uid; only read here."""
+        """`running`: jobs that MII has, by uid. `poisoned`: spans that may yet reach the store, from where the caller
+        deletes them, and must not be restored meanwhile. Both are only read here."""
         self._engine = engine
         self._store = store
         self._saver = saver
@@ -67,6 +69,7 @@ class Admission:
         self._max_sequences = max_sequences
         self._running = running
         self._enqueue = enqueue
+        self._poisoned = poisoned
         self._uids = itertools.count(1)
         self.waiting: deque[Job] = deque()
         self.restoring: deque[Restoring] = deque()
@@ -193,6 +196,8 @@ class Admission:
             lookup = Lookup(records=[], next_span=None, why_missing="prompt_logprobs")
         elif self._policy.storage is None:
             lookup = Lookup(records=[], next_span=None, why_missing="recompute")
+        elif not self._poisoned.isdisjoint(job.span_ids()):
+            lookup = Lookup(records=[], next_span=None, why_missing="not_saved")
         else:
             lookup = self._policy.find(self._store, job.spans(), max_tokens=max_reused)
         found = self.residents.best(job.seed, job.token_ids, max_reused)

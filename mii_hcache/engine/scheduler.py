@@ -10,7 +10,6 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -82,8 +81,8 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._running: dict[int, Job] = {}
         self._prefill: tuple[int, int, Event] | None = None
         """Sequence, tokens and start of a step that only prefills one of them."""
-        self._poisoned: list[Sequence[SpanId]] = []
-        """Spans of poisoned sequences, of which some were on their way to the store when the others were deleted."""
+        self._poisoned: set[SpanId] = set()
+        """Spans of poisoned sequences that were on their way to the store when the others were deleted."""
         self._admission = Admission(
             engine=engine,
             store=store,
@@ -96,6 +95,7 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
             max_sequences=max_sequences,
             running=self._running,
             enqueue=self._enqueue,
+            poisoned=self._poisoned,
         )
         engine.model().qkv_input_tap = saver
 
@@ -204,15 +204,16 @@ class HCacheScheduler(RaggedBatchBase):  # type: ignore[misc]
         self._engine.evict(uid)
         if job.is_poisoned:
             self._saver.drain(POISONED_WAIT_S)
-            if self._saver.is_pending(job.span_ids()):  # asked before: what comes in between is deleted twice
-                self._poisoned.append(job.span_ids())
+            # asked before: what comes in between is deleted twice
+            self._poisoned |= {span_id for span_id in job.span_ids() if self._saver.is_pending([span_id])}
             self._store.delete(job.span_ids())
 
     def _forget_poisoned(self) -> None:
         """Delete what had not reached the store in time, and has now."""
-        for span_ids in [one for one in self._poisoned if not self._saver.is_pending(one)]:
-            self._poisoned.remove(span_ids)
-            self._store.delete(span_ids)
+        late = [span_id for span_id in self._poisoned if not self._saver.is_pending([span_id])]
+        if late:
+            self._store.delete(late)
+            self._poisoned.difference_update(late)
 
     def _fail_running(self, error: HCacheError) -> None:
         self.buffer.clear()

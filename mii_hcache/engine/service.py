@@ -322,8 +322,8 @@ class EngineService:
         return True
 
     def _forget_finished(self) -> None:
-        if any(job.finish_reason is not None for job in self._jobs.values()):
-            with self._changed:
+        with self._changed:  # others submit meanwhile
+            if any(job.finish_reason is not None for job in self._jobs.values()):
                 self._jobs = {name: job for name, job in self._jobs.items() if job.finish_reason is None}
 
 

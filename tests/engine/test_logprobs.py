@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
@@ -51,12 +52,14 @@ def test_prompt_and_generated_logprobs(tiny_model, num_prompt):
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model):
     client = open_client(poisoned_engine(tiny_model("llama")), max_waiting=3, max_sequences=1)
-    sent = [client.send([5, 6, 7], 200)]
+    is_full = threading.Event()
+    sent = [client.send([5, 6, 7], 20, on_token=lambda token_id: not is_full.wait(60))]
     with pytest.raises(QueueFullError, match="3 requests are waiting") as refusal:
         for _ in range(10):
-            sent.append(client.send([5, 6, 7], 200))
+            sent.append(client.send([5, 6, 7], 20))
     assert refusal.value.retry_after_s > 0
+    is_full.set()
     for results in sent:
-        assert len(results.get(timeout=60).token_ids) == 200
+        assert len(results.get(timeout=60).token_ids) == 20
     assert client.service.metrics()["requests_refused_total"] == 1
     client.service.close()

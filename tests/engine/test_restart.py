@@ -17,6 +17,7 @@ import pytest
 
 from mii_hcache.config import HCacheConfig
 from mii_hcache.storage.open import open_state
+from mii_hcache.storage.tiered import TieredStore
 from tests.engine_kit import VOCAB, Client, open_client, poisoned_engine
 
 PROMPTS = [random.Random(seed).choices(range(3, VOCAB), k=length) for seed, length in enumerate((130, 300, 520))]
@@ -27,9 +28,10 @@ DRAM_BYTES = 1 << 20  # smaller than the state, so that reads come from files
 def running(model_dir: Path, state_dir: Path, *, method: str = "hidden", keep: str = "none", dram: int = DRAM_BYTES):
     """A service over the saved state in `state_dir`."""
     state = open_state(state_dir, 256 << 20, dram, io=HCacheConfig().io)
+    assert isinstance(state.store, TieredStore)
+    state.store._put_wait_s = 20.0  # all is saved, however busy the machine is
     engine = poisoned_engine(model_dir, num_blocks=200, max_batch_tokens=256)
-    # all is saved, however busy the machine is
-    client = open_client(engine, store=state.store, method=method, keep=keep, save_wait=10.0)
+    client = open_client(engine, store=state.store, method=method, keep=keep)
     try:
         yield client
     finally:

@@ -27,6 +27,7 @@ from tests.engine_kit import (
     poisoned_engine,
     restorable,
 )
+from tests.runtime.kit import wait_until
 
 FAMILIES = ["llama", "llama-gqa", "opt"]
 
@@ -127,8 +128,15 @@ def test_saving_within_the_step_gives_the_same_answers_and_bytes(tiny_model, nev
 class SlowStore(MemoryStore):
     """Takes its time to put: much longer than any engine takes for the rows."""
 
+    client: Client
+
     def put(self, record, chunks):
-        time.sleep(0.1)
+        def at() -> tuple[float, float]:
+            metrics = self.client.service.metrics()
+            return metrics.get("steps_total", 0), metrics["requests_running"]
+
+        began, _ = at()
+        wait_until(lambda: at()[0] >= began + 50 or not at()[1])  # or all wait for what is put here
         return super().put(record, chunks)
 
 
@@ -136,7 +144,7 @@ class SlowStore(MemoryStore):
 def test_what_found_no_room_is_healed_from_the_blocks(tiny_model, never_evicted, method):
     engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=64)
     store = SlowStore(1 << 30)
-    client = open_client(engine, method=method, keep="none", store=store, save_wait=0.0, save_threads=1)
+    store.client = client = open_client(engine, method=method, keep="none", store=store, save_wait=0.0, save_threads=1)
     conversations = interleave(client, 4, 3)
     metrics = client.service.metrics()
     client.service.close()
@@ -152,6 +160,7 @@ def test_what_found_no_room_is_healed_from_the_blocks(tiny_model, never_evicted,
 def test_a_store_too_small_for_one_context_is_only_slower(tiny_model, never_evicted):
     client = open_client(poisoned_engine(tiny_model("llama")), keep="none", store=MemoryStore(1 << 20))
     conversations = interleave(client, 4, 3)
+    assert client.service.drain_saves(60)
     assert (
         client.service.metrics()["store_evicted_spans_total"] + client.service.metrics()["store_dropped_spans_total"]
         > 0
@@ -195,7 +204,9 @@ def test_a_resident_goes_to_one_request_and_the_other_restores_its_own_copy(tiny
     prompt = conversation.next_prompt(300)
     conversation.take(prompt, client.ask(prompt, 30))
     follow_ups = [conversation.token_ids + [idx] * 20 for idx in (4, 5, 6)]
-    results = [results.get(timeout=60) for results in [client.send(prompt, 10) for prompt in follow_ups]]
+    with client.at_once():
+        sent = [client.send(prompt, 10) for prompt in follow_ups]
+    results = [results.get(timeout=60) for results in sent]
     client.service.close()
     assert sorted(result.report.resident_tokens for result in results) == [0, 0, 329]
     assert sorted(result.report.restored_tokens for result in results) == [0, 320, 320]
@@ -210,18 +221,19 @@ def test_others_keep_decoding_while_a_long_context_is_restored(tiny_model):
     prompt = random.Random(4).choices(range(3, VOCAB), k=1500)
     client.ask(prompt, 2)
     order: list[str] = []
+    both_sent = threading.Event()
 
     def note(name: str):
         def on_token(token_id: int) -> bool:
+            assert both_sent.wait(60)
             order.append(name)
             return False
 
         return on_token
 
     running = client.send([3, 4, 5], 400, on_token=note("running"))
-    while not order:
-        time.sleep(0.001)
     restored = client.send([*prompt, 6], 2, on_token=note("restored"))
+    both_sent.set()
     assert restored.get(timeout=60).report.restored_tokens == 1472
     assert running.get(timeout=60).finish_reason is FinishReason.LENGTH
     client.service.close()
@@ -235,11 +247,16 @@ def test_cancelled_requests_leave_nothing_behind(tiny_model):
     client = open_client(engine, keep="none")
     prompt = random.Random(5).choices(range(3, VOCAB), k=600)
     sent = []
+    are_cancelled = threading.Event()
     for idx in range(12):
-        sent.append(client.send([*prompt, idx], 400))
+        # the last one comes no further than to its first token
+        on_token = (lambda token_id: False) if idx < 11 else (lambda token_id: not are_cancelled.wait(60))
+        sent.append(client.send([*prompt, idx], 400, on_token=on_token))
         time.sleep(0.004 * (idx % 3))
-    for name in list(client.service._jobs):
-        client.service.cancel(name)
+    with client.at_once():
+        for name in client.service._jobs:
+            client.service.cancel(name)
+    are_cancelled.set()
     reasons = {results.get(timeout=60).finish_reason for results in sent}
     assert FinishReason.CANCELLED in reasons
     assert client.ask([3, 4, 5], 3).finish_reason is FinishReason.LENGTH
@@ -263,19 +280,57 @@ def test_logits_that_are_not_finite_are_an_error_and_their_state_is_thrown_away(
     client.service.close()
 
 
+class LateStore(MemoryStore):
+    """Takes as many spans as it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 30)
+        self.entered, self.let = threading.Event(), threading.Semaphore(0)
+
+    def put(self, record, chunks):
+        self.entered.set()
+        assert self.let.acquire(timeout=60)
+        return super().put(record, chunks)
+
+
+@pytest.mark.parametrize("num_there", [3, 1])
+def test_state_that_is_thrown_away_is_not_restored_though_it_comes_as_somebody_asks(tiny_model, monkeypatch, num_there):
+    """Right before it is looked for; one span of three where somebody waited for the others for long enough."""
+    monkeypatch.setattr("mii_hcache.engine.scheduler.POISONED_WAIT_S", 0.05)
+    monkeypatch.setattr("mii_hcache.engine.admission.PENDING_WAIT_S", 60.0 if num_there == 3 else 0.0)
+    store, prompt = LateStore(), random.Random(6).choices(range(3, VOCAB), k=200)
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="none", store=store, save_threads=1)
+    saver, admission = client.service._saver, client.service._scheduler._admission
+    step, is_let = admission.step, threading.Event()
+
+    def step_late() -> None:
+        if store.entered.is_set() and not is_let.is_set():
+            is_let.set()
+            store.let.release(num_there)
+            wait_until(lambda: saver.num_pending == 3 - num_there)
+        step()
+
+    forward = engine.model().forward
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model(), "forward", lambda batch: forward(batch) * float("nan"))
+        assert client.send(prompt, 5).get(timeout=60).finish_reason is FinishReason.ERROR
+    assert store.entered.wait(60) and not store.span_ids()
+    admission.step = step_late
+    result = client.send(prompt, 5).get(timeout=60)
+    assert is_let.is_set() and result.error is None and result.report.restored_tokens == 0
+    store.let.release(100)
+    client.service.close()
+    reference = open_client(poisoned_engine(tiny_model("llama")), method="recompute", keep="none")
+    assert result.token_ids == reference.ask(prompt, 5).token_ids
+    reference.service.close()
+
+
 @pytest.mark.parametrize("asks_again", [True, False])
 def test_state_that_is_thrown_away_is_deleted_also_when_the_store_takes_it_late(tiny_model, monkeypatch, asks_again):
     """Longer than anybody waits for it."""
     monkeypatch.setattr("mii_hcache.engine.scheduler.POISONED_WAIT_S", 0.05)
-    gate, entered = threading.Event(), threading.Event()
-
-    class LateStore(MemoryStore):
-        def put(self, record, chunks):
-            entered.set()
-            assert gate.wait(60)
-            return super().put(record, chunks)
-
-    store = LateStore(1 << 30)
+    store = LateStore()
     engine = poisoned_engine(tiny_model("llama"))
     client = open_client(engine, keep="none", store=store)
     prompt = random.Random(6).choices(range(3, VOCAB), k=200)
@@ -283,11 +338,11 @@ def test_state_that_is_thrown_away_is_deleted_also_when_the_store_takes_it_late(
     with monkeypatch.context() as patch:
         patch.setattr(engine.model(), "forward", lambda batch: forward(batch) * float("nan"))
         assert client.send(prompt, 5).get(timeout=60).finish_reason is FinishReason.ERROR
-    assert entered.is_set() and not store.span_ids()
+    assert store.entered.wait(60) and not store.span_ids()
     others = random.Random(8).choices(range(3, VOCAB), k=30)  # too few to be saved
     if asks_again:
         assert client.ask(others, 3).finish_reason is FinishReason.LENGTH
-    gate.set()
+    store.let.release(100)
     if asks_again:
         assert client.service.drain_saves(60) and len(store.span_ids()) == 3
         assert client.ask(prompt, 5).report.restored_tokens == 0

@@ -40,9 +40,15 @@ SILENCE_AT_START_S = 120.0
 """The same while it loads: an import may hold all of Python up."""
 END_S = 5.0
 """Longest that followers may take to end by themselves."""
+VERDICT_S = 2.0
+"""How long who met an error waits to hear which rank is behind it, at least."""
 TAIL_LINES = 12
 """Last lines of a follower's output that are told when it died."""
 _LOOK_S = 0.5
+_REAP_S = 3.0
+"""Longest that a process takes to end when its lines are closed."""
+_LAST_WORDS_S = 1.0
+"""Longest that its last words are on their way: who it started may hold its output open."""
 _SEND_BUFFER_BYTES = 4 << 20
 
 
@@ -59,8 +65,15 @@ class FollowerProcess:
     """What it said last: `starting`, `imported`, `ready`, `gone`."""
     heard_s: float = field(default_factory=time.monotonic)
     tail: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
+    reader: threading.Thread = field(init=False)
+    """Adds to `tail` what the process prints, and ends when it does."""
     failure: str | None = None
     """Why it ends, in its own words."""
+
+    def __post_init__(self) -> None:
+        name = f"hcache-rank-{self.rank}-log"
+        self.reader = threading.Thread(target=_keep_tail, args=(self,), name=name, daemon=True)
+        self.reader.start()
 
 
 class Followers:
@@ -78,6 +91,10 @@ class Followers:
         self._error: RankLostError | None = None
         self._is_ending = False
         self._has_ended = False
+        self._ending = threading.Lock()
+        """One thread at a time ends them."""
+        self._num_looks = 0
+        """How often the watching thread heard all that was said."""
         self._members: list[FollowerProcess] = []
         self._watcher = threading.Thread(target=self._watch, name="hcache-ranks", daemon=True)
         try:
@@ -106,9 +123,7 @@ class Followers:
             for pair in pairs:
                 pair[1].close()
         commands, io, life = (_connection(pair[0]) for pair in pairs)
-        member = FollowerProcess(rank=rank, process=process, commands=commands, io=io, life=life)
-        threading.Thread(target=_keep_tail, args=(member,), name=f"hcache-rank-{rank}-log", daemon=True).start()
-        return member
+        return FollowerProcess(rank=rank, process=process, commands=commands, io=io, life=life)
 
     # --- talking ------------------------------------------------------------------------------------------------
 
@@ -173,8 +188,13 @@ class Followers:
 
     def _await_verdict(self, reason: str) -> RankLostError:
         """A collective or a socket failed: the watching thread knows in a moment which rank is gone."""
+        stop_s = time.monotonic() + VERDICT_S
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None, timeout=2.0)
+            stop_looks = self._num_looks + 2  # the first may have begun before; this process may have stood still since
+            while self._error is None and self._watcher.is_alive():
+                if self._num_looks >= stop_looks and time.monotonic() > stop_s:
+                    break
+                self._changed.wait(0.05)
         self._give_up(reason)
         return RankLostError(str(self._error))
 
@@ -201,6 +221,17 @@ class Followers:
             threading.Thread(target=what, name="hcache-ranks-lost", daemon=True).start()
 
     def _watch(self) -> None:
+        try:
+            self._look()
+        except Exception as error:
+            _log.exception("the ranks cannot be watched any more")
+            self._give_up(f"rank 0 cannot watch the others any more: {error}")
+        finally:
+            for member in self._members:
+                member.life.close()
+
+    def _look(self) -> None:
+        """Until all are gone."""
         looked_s = time.monotonic()
         while True:
             with self._changed:
@@ -218,13 +249,17 @@ class Followers:
                 silence_s = SILENCE_S if member.state == "ready" else SILENCE_AT_START_S
                 if member.state != "gone" and now_s - member.heard_s > silence_s and not self._is_ending:
                     self._give_up(f"{self._name(member)} hangs: nothing was heard of it for {silence_s:.0f} s")
+            self._num_looks += 1
 
     def _hear(self, member: FollowerProcess) -> None:
+        """All that it said so far."""
         try:
-            kind, said = member.life.recv()
+            while member.life.poll():
+                self._take(member, *member.life.recv())
         except (EOFError, OSError):
             self._bury(member)
-            return
+
+    def _take(self, member: FollowerProcess, kind: str, said: Any) -> None:
         member.heard_s = time.monotonic()
         if kind == "state":
             with self._changed:
@@ -239,7 +274,7 @@ class Followers:
     def _bury(self, member: FollowerProcess) -> None:
         """Its end of the line is closed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            member.process.wait(1.0)
+            member.process.wait(_REAP_S)
         with self._changed:
             member.state = "gone"
             self._changed.notify_all()
@@ -264,6 +299,10 @@ class Followers:
     def end(self) -> None:
         """The followers were told to stop, or nobody needs them: returns when they are gone. Idempotent."""
         self.let_go()
+        with self._ending:
+            self._end()
+
+    def _end(self) -> None:
         stop_s = time.monotonic() + (END_S if self._error is None else 0.0)
         for member in self._members:
             with contextlib.suppress(OSError):
@@ -275,9 +314,7 @@ class Followers:
             member.process.wait()
         self._has_ended = True
         if self._watcher is not threading.current_thread() and self._watcher.is_alive():
-            self._watcher.join(5 * _LOOK_S)
-        for member in self._members:  # who reads the io line hears its end, and then lets go of it
-            member.life.close()
+            self._watcher.join(5 * _LOOK_S)  # who reads a line hears its end, and then lets go of it
         shutil.rmtree(self.meeting, ignore_errors=True)
 
 
@@ -314,6 +351,6 @@ def _how_it_ended(member: FollowerProcess) -> str:
         with contextlib.suppress(ValueError):
             return f"was killed by {signal.Signals(-code).name}"
         return f"was killed by signal {-code}"
-    time.sleep(0.1)  # its last words are on their way
-    told = "".join(f"\n  {line}" for line in member.tail)
+    member.reader.join(_LAST_WORDS_S)
+    told = "".join(f"\n  {line}" for line in list(member.tail))
     return f"ended with status {code}; its last words:{told or ' none'}"

@@ -16,6 +16,10 @@ from mii_hcache.engine.ragged_engine import build_engine
 from mii_hcache.errors import ConfigError, RankLostError
 from mii_hcache.runtime.machine import num_usable_cpus
 
+MEET_END_S = 1.0
+"""Longest that the thread which meets the other ranks takes to notice that one is gone. Until then the place where they
+meet must be there: in native code it would wait for it to come."""
+
 
 def device_of(rank: int) -> torch.device:
     """Where a rank computes: a GPU of its own, where there are any."""
@@ -106,7 +110,11 @@ def _meet(followers: Followers, size: int) -> RankGroup:
     thread = threading.Thread(target=join, name="hcache-meet", daemon=True)
     thread.start()
     while thread.is_alive():
-        followers.check()
+        try:
+            followers.check()
+        except RankLostError:
+            thread.join(MEET_END_S)
+            raise
         thread.join(0.05)
     if isinstance(met[0], BaseException):
         raise met[0]
