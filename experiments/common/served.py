@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -98,16 +98,14 @@ def serving(served: Served) -> Iterator[str]:
         if known_profile.exists():
             state_dir.mkdir()
             shutil.copyfile(known_profile, profile)
-        port = _free_port()
-        command = [sys.executable, "-m", "mii_hcache.serve", "--port", str(port), "--state-dir", str(state_dir)]
+        command = [sys.executable, "-m", "mii_hcache.serve", "--port", "0", "--state-dir", str(state_dir)]
         environment = {name: value for name, value in os.environ.items() if name != "MII_HCACHE_API_KEY"}
         with log_path.open("w") as log:
             process = subprocess.Popen(
                 [*command, *served.arguments()], stdout=log, stderr=subprocess.STDOUT, env=environment
             )
         try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(process, url, log_path)
+            url = _wait_until_ready(process, log_path)
             if profile.exists():
                 shutil.copyfile(profile, known_profile)
             yield url
@@ -120,20 +118,17 @@ def serving(served: Served) -> Iterator[str]:
                 process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], log_path: Path) -> str:
+    """Its URL: the port is its own choice."""
     stop_s = time.monotonic() + START_LIMIT_S
     while time.monotonic() < stop_s:
         if process.poll() is not None:
             raise RuntimeError(f"the server did not start ({process.returncode}): {_end_of(log_path)}")
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
-                return
+        found = re.search(r"address  (http://\S+)\s", log_path.read_text(errors="replace"))
+        if found is not None:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{found[1]}/health", timeout=5, trust_env=False).status_code == 200:
+                    return found[1]
         time.sleep(0.1)
     raise RuntimeError(f"the server was not ready after {START_LIMIT_S:g} s: {_end_of(log_path)}")
 

@@ -68,7 +68,7 @@ def _serve(options: Options) -> int:
         drain = False
         try:
             server = _server_of(options, opened, sock, loading)
-            loss.server = server
+            loss.take(server)
             with server.taking_signals():
                 server.run(sockets=[sock])
                 drain = not server.forced

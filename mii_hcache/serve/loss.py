@@ -22,7 +22,7 @@ class Loss:
         """`complain` tells the operator. `exit_status`: of a process that does not end by itself in time."""
         self._exit_status = exit_status
         self.error: RankLostError | None = None
-        self.server: Server | None = None
+        self._server: Server | None = None
         self._complain = complain
         self._lock = threading.Lock()
         self._is_told = False
@@ -32,8 +32,15 @@ class Loss:
         self.error = error
         _in(END_S, self._end_now)
         _in(FORCE_S, self._close_connections)
-        if self.server is not None:
-            self.server.should_exit = True
+        if self._server is not None:
+            self._server.should_exit = True
+
+    def take(self, server: Server) -> None:
+        """The server that is to end, before it runs. If a rank was lost since the engine was opened, it does at
+        once."""
+        self._server = server
+        if self.error is not None:
+            server.should_exit = True
 
     def tell(self, error: RankLostError) -> None:
         """The operator, once; when everything is closed."""
@@ -41,8 +48,8 @@ class Loss:
             self._tell_once(error)
 
     def _close_connections(self) -> None:
-        if self.server is not None:
-            self.server.should_exit = self.server.force_exit = True
+        if self._server is not None:
+            self._server.should_exit = self._server.force_exit = True
 
     def _end_now(self) -> None:
         """Loading, or closing, hangs: what is on disk is whole at any time."""

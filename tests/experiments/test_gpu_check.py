@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def check(tmp_path):
         settings = {"MII_HCACHE_PYTHON": str(pretender), "CALLS": str(calls), "OUT": str(out), "REAL": sys.executable}
         command = [str(SCRIPT), "--out", str(out), "--wheelhouse", str(tmp_path / "none"), *options]
         settings |= {"PATH": "/usr/bin:/bin", **environment}
-        return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=250)
 
     run.calls = lambda: calls.read_text().splitlines()
     run.out = out
@@ -56,14 +57,16 @@ def check(tmp_path):
 
 
 def test_it_runs_tests_then_the_benchmark_then_the_report(check):
+    begin_s = time.monotonic()
     done = check("--deadline-s", "300")
+    took_s = time.monotonic() - begin_s
     assert done.returncode == 0, done.stderr
     modules = [call.split("-m ")[1].split()[0] for call in check.calls() if "-m " in call]
     assert modules == ["pytest", "experiments.gpu_restore.run", "experiments.gpu_restore.report"]
     tests, benchmark, report = (call for call in check.calls() if "-m " in call)
     assert tests.endswith("tests/gpu tests/storage/gpu/test_cufile.py::test_on_a_gpu")
     deadline_s = float(benchmark.split("--deadline-s ")[1])
-    assert 250 <= deadline_s <= 280 and "--device" not in benchmark and "--only" not in benchmark
+    assert 280 - took_s - 1 <= deadline_s <= 280 and "--device" not in benchmark and "--only" not in benchmark
     assert f"--out {check.out}" in benchmark and f"--rows {check.out}/rows.jsonl" in report
     for line in ("gpu_check: tests: 3 passed", "gpu_check: benchmark: 7 cells done", "| a target | met |"):
         assert line in done.stdout

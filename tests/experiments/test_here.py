@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -145,7 +147,14 @@ def test_a_contender_keeps_what_it_has_learned():
     one = Contender(engine=bench.engine, method="auto", read_bytes_per_s=float("inf"), costs={"memory": cost})
     history = list(range(5, 5 + 512))
     one.save(history)
-    for _ in range(3):
+
+    def off_by_s(idx: int) -> float:
+        planned_s = one._planned_s[idx]
+        return math.inf if planned_s is None else abs(planned_s - statistics.median(one._times_s))
+
+    for num_turns in range(20):  # more than three where the machine was busy with something else in one of them
+        if num_turns >= 3 and off_by_s(-1) < off_by_s(0):
+            break
         one.take_turn(history)
     outcome = one.outcome()
     assert outcome.profiled_s is not None and outcome.planned_s is not None

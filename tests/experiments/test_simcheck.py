@@ -106,6 +106,7 @@ def test_one_method_for_real():
     for what in PAIRS:
         values = ratios(rows, what)
         assert ("KV Offload", 512 if what == "restore alone" else 0.4) in values
-        assert all(0.05 < value < 20 for value in values.values()), (what, values)
+        # milliseconds would be off by 1000; a machine that stands still for a second may be off by 50
+        assert all(1 / 200 < value < 200 for value in values.values()), (what, values)
     assert {r.how for r in rows if r.panel in "bdfh"} == {"simulated"}
     assert {r.how for r in rows if r.panel in "aceg"} == {"emulated"}

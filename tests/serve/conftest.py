@@ -60,11 +60,11 @@ def known(live, service):
 
 @pytest.fixture
 def http(live, service):
-    with httpx.Client(base_url=live[3], timeout=10) as http:
+    with httpx.Client(base_url=live[3], timeout=30) as http:
         yield http
 
 
 @pytest.fixture
 def client(live, service):
-    with openai.OpenAI(base_url=live[3] + "/v1", api_key="none", max_retries=0, timeout=10) as client:
+    with openai.OpenAI(base_url=live[3] + "/v1", api_key="none", max_retries=0, timeout=30) as client:
         yield client

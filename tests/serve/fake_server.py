@@ -1,8 +1,10 @@
 """`python fake_server.py ...`: the server's command over a fake engine and bytes for tokens; starts in a second."""
 
 import logging
+import os
 import socket
 import sys
+import time
 import types
 from collections.abc import Callable
 
@@ -36,6 +38,12 @@ class ByteTokenizer:
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
+def stand_still() -> None:
+    """While the file is there that $HOLD names."""
+    while os.path.exists(os.environ.get("HOLD", "")):
+        time.sleep(0.01)
+
+
 class Opened:
     """Stands in for `mii_hcache.engine.open.OpenedService`."""
 
@@ -49,6 +57,7 @@ class Opened:
         self.service = FakeService()
         self.service.max_context_tokens = 10_000
         self.service.step_s = 0.01
+        self.service.before_step = stand_still
         self.service.values |= {"blocks": 100.0, "block_tokens": 16.0, "store_spans": 3.0}
         self.tokenizer = ByteTokenizer()
         self.transcripts = DictTexts()

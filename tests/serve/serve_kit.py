@@ -103,6 +103,7 @@ class FakeService:
         """As new, for the next test."""
         self.script: Callable[[GenerationRequest], list[int]] = tokens_for
         self.step_s = 0.0
+        self.before_step: Callable[[], None] = lambda: None
         self.fail_after: int | None = None
         self.restored_from: str | None = None
         self.refuse: Callable[[], None] = lambda: None
@@ -153,6 +154,7 @@ class FakeService:
                 if not self._running:
                     return
                 batch = list(self._running.values())
+            self.before_step()
             for running in batch:
                 self._step(running)
             if self.step_s:
@@ -230,11 +232,11 @@ def live_server(app) -> Iterator[str]:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive(), "the server did not stop"
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
