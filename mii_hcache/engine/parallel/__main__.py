@@ -2,7 +2,7 @@
 
 import sys
 
-from mii_hcache.engine.parallel.follower import main
+from mii_hcache.engine.parallel.rank_process import main
 
 if __name__ == "__main__":
     if len(sys.argv) != 6:

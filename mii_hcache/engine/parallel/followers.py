@@ -62,7 +62,7 @@ class FollowerProcess:
     io: Connection
     life: Connection
     state: str = "starting"
-    """What it said last: `starting`, `imported`, `ready`, `gone`."""
+    """What it said last: `starting`, `imported`, `met`, `ready`, `gone`."""
     heard_s: float = field(default_factory=time.monotonic)
     tail: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=TAIL_LINES))
     reader: threading.Thread = field(init=False)

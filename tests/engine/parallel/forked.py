@@ -21,7 +21,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt  # noqa: F401
 
 from mii_hcache.engine import compat, families, modules, ragged_engine  # noqa: F401
-from mii_hcache.engine.parallel import follower, state  # noqa: F401
+from mii_hcache.engine.parallel import follower, rank_process, state  # noqa: F401
 
 compat.missing_names()  # imports all that `compat.install` does; that itself starts threads, and forks have none
 context = multiprocessing.get_context("forkserver")
@@ -86,4 +86,4 @@ def _be_rank(numbers: list[str], handed: list[int]) -> None:
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
-    os._exit(follower.main([*numbers, *(str(fd) for fd in sockets)]))
+    os._exit(rank_process.main([*numbers, *(str(fd) for fd in sockets)]))
