@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-
 pytestmark = pytest.mark.timeout(600)  # its kernels are compiled, unless they were before
 
 
