@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-MAX_ACTORS = 64
+MAX_ACTORS = 256
+"""Threads that were given up are replaced by others, with names of their own: more of them on a slow machine."""
 
 
 class RaceError(AssertionError):

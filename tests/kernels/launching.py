@@ -208,22 +208,23 @@ def main() -> None:
     tell(what="profiler", at=looks.at(once))
     triton.knobs.runtime.launch_enter_hook.remove(hook)
     tell(what="no profiler", at=looks.at(once))
-    ours_us, triton_us = cpu_us(once), cpu_us(lambda: launch._launch((TOKENS, 1, 1), product, out, WIDTH))
+    ours_us, triton_us = cpu_us(once, lambda: launch._launch((TOKENS, 1, 1), product, out, WIDTH))
     tell(what="speed", note="Python alone, nothing is launched", us=ours_us, triton_us=triton_us)
 
     Launches.is_changed = True
     tell(what="changed", at=[looks.at(once) for _ in range(3)])
 
 
-def cpu_us(call: Callable[[], Any]) -> float:
-    """The least of several."""
-    times_s = []
-    for _ in range(10):
-        started_s = time.process_time()
-        for _ in range(100):
-            call()
-        times_s.append(time.process_time() - started_s)
-    return round(1e4 * min(times_s), 2)
+def cpu_us(*calls: Callable[[], Any]) -> list[float]:
+    """The least of several of each, by turns: others who share the core slow all of them alike."""
+    times_s: list[list[float]] = [[] for _ in calls]
+    for _ in range(20):
+        for call, own_s in zip(calls, times_s, strict=True):
+            started_s = time.thread_time()
+            for _ in range(50):
+                call()
+            own_s.append(time.thread_time() - started_s)
+    return [round(2e4 * min(own_s), 2) for own_s in times_s]
 
 
 if __name__ == "__main__":

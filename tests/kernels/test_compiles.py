@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install 'mii-
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = pytest.mark.timeout(900)  # a minute, unless all was compiled before; more on a machine that is busy
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:

@@ -9,13 +9,15 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # its kernels are compiled, unless they were before
+
 
 @pytest.fixture(scope="module")
 def seen():
     """What `launching.py` saw, in a process where nothing is interpreted."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "tests.kernels.launching"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 

@@ -40,6 +40,7 @@ from tests.runtime.kit import (
     PoisonedRing,
     history_hashes,
     rows_of,
+    wait_until,
 )
 
 
@@ -195,12 +196,11 @@ class Ranks:
                     )
                 )
         self._questions: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(num_ranks)]
-        for rank in range(1, num_ranks):
-            threading.Thread(target=self._answer, args=(rank,), daemon=True).start()
-        self._threads = [
-            threading.Thread(target=self._follow, args=(rank,), daemon=True) for rank in range(1, num_ranks)
-        ]
-        for thread in self._threads:
+        self._threads, self._answerers = (
+            [threading.Thread(target=target, args=(rank,), daemon=True) for rank in range(1, num_ranks)]
+            for target in (self._follow, self._answer)
+        )
+        for thread in (*self._threads, *self._answerers):
             thread.start()
 
     # --- the port -----------------------------------------------------------------------------------------------
@@ -270,14 +270,14 @@ class Ranks:
         for orders, event in zip(self._orders[1:], done, strict=True):
             orders.put(("call", event.set))
         for event in done:
-            assert self.errors or event.wait(GIVE_UP_S)
+            wait_until(lambda event=event: bool(self.errors) or event.is_set())
         if self.errors:
             raise self.errors[0]
 
     def close(self) -> None:
         for waiting in (*self._orders[1:], *self._questions[1:]):
             waiting.put(None)
-        for thread in self._threads:
+        for thread in (*self._threads, *self._answerers):
             thread.join(GIVE_UP_S)
         for state in self.states[1:]:
             assert state is not None

@@ -118,7 +118,7 @@ def test_room_between_pieces_is_used_again(memory, books):
 def test_threads_that_take_and_drop_lose_nothing(memory, books):
     def work(seed: int) -> None:
         chooser, mine = random.Random(seed), []
-        for turn in range(150):
+        for turn in range(80):
             piece = memory.empty(chooser.choice((100, 5000, 1 << 20)))
             piece.fill_(seed)
             mine.append(piece)

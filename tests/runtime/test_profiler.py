@@ -14,7 +14,7 @@ from mii_hcache.runtime.stopwatch import Stopwatch
 from tests.runtime.kit import FakeBlocks, FakeEngine, geometry_of
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.lists(st.floats(1e-7, 10.0), min_size=12, max_size=12))
 def test_noise_makes_no_negative_costs(times_s):
     engine = FakeEngine(geometry_of())

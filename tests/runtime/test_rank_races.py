@@ -66,7 +66,8 @@ def _talk(saved, seed: int, streams: FakeStreams) -> None:
                     live.append((devices.restorer.start(blocks, records, tokens), blocks, tokens, records))
                 for one in list(live):
                     restore, blocks, tokens, records = one
-                    if chooser.random() < 0.03:
+                    # Only where it could go on: a slow machine asks it more often, and shall not cancel all of them.
+                    if restore.can_work and chooser.random() < 0.06:
                         restore.cancel()
                     else:
                         outcome = restore.step(0.0, wait=chooser.random() < 0.5)
@@ -110,14 +111,15 @@ def test_there_are_waits_to_be_left_out():
 
 @pytest.mark.parametrize(("file", "line"), WAITS)
 def test_no_wait_can_be_left_out(saved, file, line):
-    for seed in range(40):
+    for seed in range(80):
         streams = _streams(seed, (file, line, ""))
         try:
             _talk(saved, seed, streams)
-        except AssertionError:
-            # Any: of a race in a gather others' streams never go on, and one on a reader's thread is heard by nobody.
+        except Exception:
+            # Whatever comes of a race: rank 0 that cannot place is the end of all ranks, of one in a gather others'
+            # streams never go on, and one on a reader's thread is heard by nobody.
             if not streams.checker.races:
                 raise
             return
-        assert streams.num_ignored or seed < 39
+        assert streams.num_ignored or seed < 79
     pytest.fail(f"nobody misses the wait in {file}, line {line}")

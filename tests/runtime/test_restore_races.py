@@ -80,7 +80,8 @@ def _talk(device: Device, *, num_sequences: int = 5) -> None:
                     branch += 1
                     live.append(_Sequence(device, restorer, store, branch))
                 for sequence in list(live):
-                    if chooser.random() < 0.02:
+                    # Only where it could go on: a slow machine asks it more often, and shall not cancel all of them.
+                    if sequence.restore.can_work and chooser.random() < 0.04:
                         sequence.restore.cancel()
                         sequence.blocks.give_back()
                         live.remove(sequence)
@@ -132,7 +133,7 @@ def test_there_are_waits_to_be_left_out():
 
 @pytest.mark.parametrize(("file", "line", "stream"), WAITS)
 def test_no_wait_can_be_left_out(file, line, stream):
-    for seed in range(60):
+    for seed in range(120):
         device = Device(seed, ignored=(file, line, stream))
         try:
             _talk(device)

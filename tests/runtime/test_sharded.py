@@ -544,6 +544,7 @@ def test_reads_that_hang_on_a_follower_hold_up_no_others(store, make_ranks, monk
         return read(slots, outs)
 
     monkeypatch.setattr(tiles._files, "read", hang)
+    monkeypatch.setattr("mii_hcache.runtime.restorer.STOP_S", 0.1)  # nothing that hangs is waited for
     settings = {"read_deadline_s": 0.5, "tile_spans": 2}
     while len(hanging) < NUM_READERS:
         _, outcome = ranks.restore(store, records, tokens, restorer=settings)
