@@ -1,6 +1,6 @@
 // What nearly every source here includes of the library, compiled once for all of them (see the Makefile): reading it
-// takes longer than compiling what stands behind it. Sources include what they use all the same; the package's own build
-// knows nothing of this.
+// takes longer than compiling what stands behind it. Sources include what they use all the same; the package's own
+// build knows nothing of this.
 #include <algorithm>
 #include <array>
 #include <atomic>
