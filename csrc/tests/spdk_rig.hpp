@@ -3,12 +3,12 @@
 
 #include <cstdint>
 #include <memory>
-#include <random>
 #include <span>
 #include <vector>
 
 #include "../io/device.hpp"
 #include "../spdk/queue.hpp"
+#include "bytes.hpp"
 #include "check.hpp"
 #include "fake_ops.hpp"
 
@@ -42,7 +42,7 @@ struct Rig {
     }
     std::int64_t move(Op op, std::uint64_t offset, std::span<std::byte> data) {
         const io::Transfer transfer = device->submit({{op, target, offset, data.data(), data.size()}});
-        const auto result = transfer.wait(0, 20s);
+        const auto result = transfer.wait(0, 60s);
         CHECK(result.has_value());
         return *result;
     }
@@ -60,10 +60,3 @@ struct Rig {
     SpdkQueue* queue = nullptr;
     std::unique_ptr<io::Device> device;
 };
-
-inline std::vector<std::byte> noise(std::size_t num_bytes, unsigned seed) {
-    std::mt19937 random(seed);
-    std::vector<std::byte> bytes(num_bytes);
-    for (auto& byte : bytes) byte = static_cast<std::byte>(random());
-    return bytes;
-}

@@ -136,7 +136,7 @@ struct Rig {
     }
     std::int64_t read_one(std::size_t num_bytes = 65536) {
         const io::Transfer transfer = device->submit({{io::Op::read, file, 0, at(0), num_bytes}});
-        const auto result = transfer.wait(0, 20s);
+        const auto result = transfer.wait(0, 60s);
         CHECK(result.has_value());
         return *result;
     }
@@ -157,24 +157,24 @@ void fail_transfers(long times, long result, long error = 0) {
 void reads_and_writes_reach_device_memory() {
     Rig rig;
     const io::Transfer reading = rig.device->submit(rig.pieces(io::Op::read, 65536));
-    CHECK(reading.wait_all(20s));
+    CHECK(reading.wait_all(60s));
     for (std::size_t idx = 0; idx < reading.size(); ++idx) CHECK(reading.wait(idx, 0ms) == 65536);
     CHECK(rig.in_memory() == rig.bytes);
     std::reverse(rig.bytes.begin(), rig.bytes.end());
     rig.gpu->copy_in(rig.memory, rig.bytes);
-    CHECK(rig.device->submit(rig.pieces(io::Op::write, 131072)).wait_all(20s));
+    CHECK(rig.device->submit(rig.pieces(io::Op::write, 131072)).wait_all(60s));
     std::vector<std::byte> out(kSome);
     CHECK(::pread(rig.file->descriptor(false), out.data(), out.size(), 0) == static_cast<ssize_t>(out.size()));
     CHECK(out == rig.bytes);
     const io::Transfer to_host = rig.device->submit({{io::Op::read, rig.file, 5, out.data(), 1000}});
-    CHECK(to_host.wait(0, 20s) == 1000);
+    CHECK(to_host.wait(0, 60s) == 1000);
     CHECK(std::memcmp(out.data(), &rig.bytes[5], 1000) == 0);
 }
 
 void several_run_at_once() {
     Rig rig(8, 4);
     set_cufile("delay_us", 2000);
-    CHECK(rig.device->submit(rig.pieces(io::Op::read, 32768)).wait_all(20s));
+    CHECK(rig.device->submit(rig.pieces(io::Op::read, 32768)).wait_all(60s));
     CHECK(get_cufile("most_at_once") == 4);
     CHECK(rig.in_memory() == rig.bytes);
 }
@@ -185,7 +185,7 @@ void short_transfers_and_the_files_end() {
     CHECK(rig.read_one(kSome) == kSome);
     CHECK(rig.in_memory() == rig.bytes);
     const io::Transfer over = rig.device->submit({{io::Op::read, rig.file, kSome - 100, rig.at(0), 4096}});
-    CHECK(over.wait(0, 20s) == 100);
+    CHECK(over.wait(0, 60s) == 100);
 }
 
 void errors_are_errnos() {
@@ -231,7 +231,7 @@ void lent_memory_is_registered_and_found() {
         CHECK(!queue.lend(whole));
     });
     CHECK(get_cufile("buffers") == 1);
-    CHECK(rig.device->submit(rig.pieces(io::Op::read, 65536)).wait_all(20s));
+    CHECK(rig.device->submit(rig.pieces(io::Op::read, 65536)).wait_all(60s));
     CHECK(rig.in_memory() == rig.bytes);
     rig.device->run([&](io::Queue& queue) {
         queue.take_back(whole.first(10));  // not what was lent
@@ -253,7 +253,7 @@ void files_may_be_forgotten_while_they_are_read() {
     rig.device->forget(*rig.file);
     CHECK(get_cufile("handles") == 1);
     set_cufile("hold", 0);
-    CHECK(reading.wait_all(20s));
+    CHECK(reading.wait_all(60s));
     for (std::size_t idx = 0; idx < reading.size(); ++idx) CHECK(reading.wait(idx, 0ms) == 65536);
     CHECK(rig.in_memory() == rig.bytes);
     CHECK(get_cufile("handles") == 0);

@@ -20,7 +20,7 @@ std::vector<std::byte> noise(std::size_t num_bytes, unsigned seed) {
 }
 
 std::int64_t result_of(const Transfer& transfer, std::size_t idx = 0) {
-    const auto result = transfer.wait(idx, 20s);
+    const auto result = transfer.wait(idx, 60s);
     CHECK(result.has_value());
     return *result;
 }
@@ -36,7 +36,7 @@ void whole_batches_arrive() {
             requests.push_back({Op::read, file, start, &out[start], 1000});
         }
         const Transfer transfer = device.submit(requests);
-        CHECK(transfer.wait_all(20s));
+        CHECK(transfer.wait_all(60s));
         for (std::size_t idx = 0; idx < transfer.size(); ++idx) CHECK(result_of(transfer, idx) == 1000);
         CHECK(out == disk.bytes);
         CHECK(disk.most_in_flight == 4);

@@ -122,7 +122,7 @@ void reads_arrive_in_the_gpu() {
         const auto num_bounced = rig.queue->num_bounced();
         const io::Transfer transfer =
             rig.device->submit({{io::Op::read, rig.target, 0, window->bytes().data(), window->bytes().size()}});
-        CHECK(transfer.wait(0, 20s) == std::int64_t{kWindowBytes});
+        CHECK(transfer.wait(0, 60s) == std::int64_t{kWindowBytes});
         CHECK(rig.queue->num_bounced() == num_bounced);
         std::vector<std::byte> seen(kWindowBytes);
         gpu().read(gpu().address(), seen.data(), seen.size());
@@ -216,7 +216,7 @@ void nothing_goes_while_a_transfer_is_in_flight() {
     rig.disk->held = false;
     closing.join();
     CHECK((take_steps() == Steps{"unregister", "unmap", "unpin"}));
-    CHECK(transfer.wait(0, 20s) == 64 << 10);
+    CHECK(transfer.wait(0, 60s) == 64 << 10);
 }
 
 void a_window_may_outlive_its_devices_thread() {

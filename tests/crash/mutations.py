@@ -94,7 +94,7 @@ MUTATIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "forgotten-deletions": (_forgotten_deletions, "kill"),
     "short-writes": (_short_writes, "short"),
 }
-"""Each with the kind of case that must find it within a minute."""
+"""Each with the kind of case that must find it, within a minute on a machine that does nothing else."""
 
 
 @contextlib.contextmanager

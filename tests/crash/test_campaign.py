@@ -32,7 +32,7 @@ def test_a_few_cases_of_every_kind(kind, io, tmp_path):
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_every_defect_is_found(mutation, tmp_path):
     _, kind = MUTATIONS[mutation]
-    plan = Plan(kinds=[kind], ios=["threads"], paths=[1], seed=1, seconds=60, mutate=mutation, max_failures=1)
+    plan = Plan(kinds=[kind], ios=["threads"], paths=[1], seed=1, seconds=240, mutate=mutation, max_failures=1)
     report = run_campaign(plan)
     if report.skipped:
         pytest.skip(str(report.skipped))

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -120,8 +121,11 @@ def build_fakes() -> Path:
     if not (shutil.which("g++") and shutil.which("make")):
         pytest.skip("no g++ or no make: the fakes of NVIDIA's libraries cannot be built")
     build = ROOT / "build" / "csrc-tests" / "plain"
+    build.mkdir(parents=True, exist_ok=True)
     command = ["make", "-C", str(ROOT / "csrc"), "fakes", f"BUILD={build}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    with (build / "fakes.lock").open("w") as lock:  # several processes run tests, and each may be the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return build / "fakes"
 

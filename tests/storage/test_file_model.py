@@ -16,7 +16,7 @@ from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.open_striped import open_striped
 from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.stripe_set import StripeSet
-from tests.storage.storage_kit import disk_bytes, holds, make_chunks, make_record, put, read_span, reads_of
+from tests.storage.storage_kit import IO, disk_bytes, holds, make_chunks, make_record, put, read_span, reads_of
 
 NAMES = range(6)
 LAYOUTS = (
@@ -53,7 +53,7 @@ class FileStoreMachine(RuleBasedStateMachine):
     def open(self, path: Path) -> None:
         self.path = path
         self.state_dir = StateDir(path)
-        self.store = FileStore(self.state_dir, self.capacity_bytes, flush_interval_s=None, segment_bytes=50_000)
+        self.store = FileStore(self.state_dir, self.capacity_bytes, flush_interval_s=None, segment_bytes=50_000, io=IO)
 
     def close(self) -> None:
         self.store.close()
@@ -202,7 +202,7 @@ class StripedStoreMachine(FileStoreMachine):
         if self.num_dirs % 2:
             folders.reverse()  # the order of arguments means nothing
         self.store = open_striped(
-            StripeSet.of(folders), self.capacity_bytes, flush_interval_s=None, segment_bytes=50_000
+            StripeSet.of(folders), self.capacity_bytes, flush_interval_s=None, segment_bytes=50_000, io=IO
         )
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ def test_the_background_does_it_without_being_asked(tmp_path):
     for name in range(NUM_FIT):
         put(store, kit.record(name))
     wait_until(lambda: store.stats().evicted_ahead_spans > 0)
-    assert store.stats().evicted_ahead_spans >= 10
+    assert store.stats().evicted_ahead_spans >= 9, "from above the high mark down to the low one"
     kit.close()
 
 

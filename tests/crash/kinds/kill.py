@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from tests.crash import tripwires
 from tests.crash.case import Case
@@ -48,6 +49,8 @@ def _live(case: Case, spec: StoreSpec, workload: Workload):  # type: ignore[no-u
     more = {"tripwire": tripwires.choose(rng)} if by_tripwire else {}
     child = case.nursery.plain.start(make_job(spec, workload, events, mutate=case.mutate, **more))
     if not by_tripwire:
+        if rng.random() < 0.7:  # else it may not have come so far on a busy machine
+            _wait_until_opened(events)
         time.sleep(rng.choice([rng.uniform(0, 0.02), rng.uniform(0, 0.2)]))
         child.kill()
     status = child.wait()
@@ -56,6 +59,13 @@ def _live(case: Case, spec: StoreSpec, workload: Workload):  # type: ignore[no-u
     if status == RAISED:
         raise Broken(f"the writer failed: {events.read_text().splitlines()[-1:]}")
     return events
+
+
+def _wait_until_opened(events: Path) -> None:
+    """Or until it is clear that something else is wrong."""
+    stop_s = time.monotonic() + 60.0
+    while time.monotonic() < stop_s and not (events.exists() and "opened" in events.read_text()):
+        time.sleep(0.001)
 
 
 def _die_opening(case: Case, spec: StoreSpec) -> None:
