@@ -18,7 +18,7 @@ SETTINGS = {"num_blocks": 200, "max_batch_tokens": 192}
 
 def _talk(client: Client, *, num_turns: int = 3, first_seed: int = 0):
     conversations = interleave(client, 4, num_turns, num_tokens=40, first_seed=first_seed)
-    assert client.service.drain_saves(20)
+    assert client.service.drain_saves(60)
     return conversations
 
 
@@ -86,7 +86,7 @@ def test_hidden_states_saved_at_one_n_are_restored_at_another(tiny_model, tmp_pa
             for seed in range(3):
                 prompt = [3 + (7 * seed + at * at) % 900 for at in range(200)] + [5] * 3 * len(histories)
                 turns.append(client.ask(prompt, 8))
-            assert client.service.drain_saves(20)
+            assert client.service.drain_saves(60)
             client.service.close()
             return turns
 
