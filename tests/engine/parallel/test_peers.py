@@ -76,6 +76,19 @@ def test_many_threads_may_ask():
     assert not wrong
 
 
+def test_long_questions_and_long_answers_do_not_wait_for_each_other():
+    peers, (link,) = _peers(1)
+    start_answering(link, lambda question, reply: reply(question))
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.extend(peers.ask(1, bytes([number]) * 200_000) for number in range(50)), daemon=True
+    )
+    asking.start()
+    asking.join(30)
+    assert not asking.is_alive(), "no question goes out before an answer is taken, and no answer before a question"
+    assert [answer.result(60)[0] for answer in answers] == list(range(50))
+
+
 def test_who_is_gone_answers_nothing_more():
     peers, (link,) = _peers(1)
     before = peers.ask(1, "are you there?")
