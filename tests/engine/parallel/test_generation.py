@@ -71,7 +71,6 @@ def test_ranks_answer_as_one_engine_does(tiny_model, expected, name, size):
     assert metrics["preemptions_total"] > 0 and metrics["evicted_residents_total"] > 0, "there was no pressure"
 
 
-@pytest.mark.timeout(120)
 def test_what_is_refused_is_told_to_nobody(tiny_model):
     with parallel_engine(tiny_model("llama"), 2, num_blocks=8) as engine:
         for refused in (
@@ -95,7 +94,6 @@ def test_what_is_refused_is_told_to_nobody(tiny_model):
         assert engine.lost is None
 
 
-@pytest.mark.timeout(120)
 def test_ranks_that_disagree_stop_at_once(tiny_model):
     with parallel_engine(tiny_model("llama"), 2, num_blocks=20) as engine:
         engine.put([1], token_tensors([[3, 4, 5]]))
@@ -107,7 +105,6 @@ def test_ranks_that_disagree_stop_at_once(tiny_model):
             engine.evict(1)
 
 
-@pytest.mark.timeout(120)
 def test_the_death_of_a_rank_is_noticed_by_who_does_nothing(tiny_model):
     told: queue.SimpleQueue[RankLostError] = queue.SimpleQueue()
     with parallel_engine(tiny_model("llama"), 2, num_blocks=20, on_lost=told.put) as engine:
@@ -123,7 +120,6 @@ def test_the_death_of_a_rank_is_noticed_by_who_does_nothing(tiny_model):
         client.service.close()
 
 
-@pytest.mark.timeout(120)
 def test_ranks_that_were_told_to_end_are_not_missed(tiny_model):
     with parallel_engine(tiny_model("llama"), 2, num_blocks=20) as engine:
         end = engine.followers.end
@@ -137,7 +133,6 @@ def test_ranks_that_were_told_to_end_are_not_missed(tiny_model):
         assert engine.lost is None and engine.rank_states[1] == "gone"
 
 
-@pytest.mark.timeout(120)
 def test_a_step_that_fails_here_only_is_the_engines_end(tiny_model):
     with parallel_engine(tiny_model("llama"), 2, num_blocks=20) as engine:
 

@@ -53,7 +53,7 @@ def _start(target: Any, directory: Path, size: int, *arguments: Any) -> list[Any
 def test_ranks_sum_and_gather(tmp_path, size):
     answers = context.Queue()
     processes = _start(_collect, tmp_path, size, answers)
-    told = dict(answers.get(timeout=60) for _ in processes)
+    told = dict(answers.get(timeout=200) for _ in processes)
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -86,7 +86,7 @@ def _lose(directory: str, rank: int, size: int, answers: Any) -> None:
 def test_a_rank_that_is_gone_is_an_error(tmp_path):
     answers = context.Queue()
     _start(_lose, tmp_path, 2, answers)
-    message, seconds = answers.get(timeout=60)
+    message, seconds = answers.get(timeout=200)
     assert "rank 0 of 2: all_reduce failed" in message
     assert seconds < 0.75 * TIMEOUT_S, "it waited for who is gone"
 

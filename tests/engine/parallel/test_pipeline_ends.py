@@ -56,7 +56,6 @@ print("the end", flush=True)
 """
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("what", ["a rank dies", "it ends"])
 def test_a_program_ends_by_itself(tmp_path, what):
     model = ensure_demo_model(tmp_path / "model")

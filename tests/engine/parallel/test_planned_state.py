@@ -173,7 +173,6 @@ def test_what_was_saved_before_a_rank_was_killed_in_a_restore_is_restored_at_the
     assert state.notes == []
 
 
-@pytest.mark.timeout(120)
 def test_a_rank_lost_as_a_restore_starts_is_the_engines_end_and_no_failed_restore(tiny_model, tmp_path, caplog):
     prompt = list(range(3, 3 + 64 * 2))
     state = open_state(str(tmp_path), 1 << 30, 0)

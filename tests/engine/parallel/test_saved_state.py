@@ -65,7 +65,6 @@ def test_conversations_that_come_back_go_on_as_if_they_had_stayed(tiny_model, tm
     assert all(reads), reads
 
 
-@pytest.mark.timeout(120)
 def test_a_store_that_only_one_process_can_read_is_refused(tiny_model):
     with parallel_engine(tiny_model("llama"), 2, **SETTINGS) as engine:
         with pytest.raises(ConfigError, match="where only one process can read it"):
@@ -73,7 +72,6 @@ def test_a_store_that_only_one_process_can_read_is_refused(tiny_model):
         assert engine.lost is None
 
 
-@pytest.mark.timeout(300)
 def test_hidden_states_saved_at_one_n_are_restored_at_another(tiny_model, tmp_path, expected):
     path: Path = tiny_model("llama-gqa")
     histories = []
