@@ -300,10 +300,11 @@ class EngineService:
 
     @staticmethod
     def _end_all(jobs: Iterable[Job], error: HCacheError) -> None:
+        """Also those that were over, where the engine failed before it could say so; who has heard hears no more."""
         for job in jobs:
             if job.finish_reason is None:
                 job.fail(HCacheError(str(error)))
-                job.request.on_finish(job.result())
+            job.request.on_finish(job.result())
 
     def _take_commands(self) -> bool:
         """Run what was asked for; wait when there is nothing to do. False when it is time to end."""

@@ -48,8 +48,15 @@ def _talk(client: Client) -> list:
     return interleave(client, 4, 3, num_tokens=45)
 
 
-@pytest.mark.parametrize("costs", COSTS)
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "ideal"])
+@pytest.mark.parametrize(
+    ("method", "costs"),
+    [
+        (name, costs)
+        for name, method in METHODS.items()
+        for costs in COSTS
+        if name != "ideal" and (method.needs_costs or costs == "dear")  # who asks for none has one way
+    ],
+)
 @pytest.mark.parametrize("family", ["llama", "llama-gqa"])
 def test_every_method_gives_the_same_tokens(tiny_model, never_evicted, family, method, costs):
     engine = poisoned_engine(tiny_model(family), max_batch_tokens=256)
@@ -70,7 +77,14 @@ def test_every_method_gives_the_same_tokens(tiny_model, never_evicted, family, m
                 assert brought == restorable(before)
 
 
-def test_the_default_plans_mix_ways(tiny_model):
+@pytest.fixture
+def nothing_learnt(monkeypatch):
+    """Plans are those of the given costs, however fast this machine is just now."""
+    for name in ("learn", "learn_prefill"):
+        monkeypatch.setattr(RestorePolicy, name, lambda self, *args: None)
+
+
+def test_the_default_plans_mix_ways(tiny_model, nothing_learnt):
     """Or the test above would compare one way with itself."""
     ways = {}
     for name, cost in COSTS.items():
@@ -143,6 +157,7 @@ def test_a_restore_that_should_not_have_been_is_not_done_again(tiny_model, never
         client.service.drain_saves()
         tokens.append(result.token_ids)
         reports.append(result.report)
+        store._throttle._bytes_per_s = 2e6 * min(1.0, 0.1 / (1e-3 * reports[0].ttft_ms))  # also on a slow machine
     metrics = client.service.metrics()
     client.service.close()
     assert reports[1].restored_tokens > 0 and reports[1].restore_ms > reports[0].ttft_ms
@@ -154,7 +169,7 @@ def test_a_restore_that_should_not_have_been_is_not_done_again(tiny_model, never
     plain.service.close()
 
 
-def test_every_restore_leaves_its_timeline_in_the_trace(tiny_model, tmp_path):
+def test_every_restore_leaves_its_timeline_in_the_trace(tiny_model, tmp_path, nothing_learnt):
     engine = poisoned_engine(tiny_model("llama"), max_batch_tokens=256)
     trace = tmp_path / "trace.json"
     client = open_client(engine, method="auto", keep="none", costs={"memory": READS_DEAR}, trace=str(trace))

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mii_hcache.errors import HCacheError, RequestError
+from mii_hcache.errors import HCacheError, RankLostError, RequestError
 from mii_hcache.runtime.generation import FinishReason
 from mii_hcache.storage.memory import MemoryStore
 from tests.engine.conftest import PATIENCE_S
@@ -75,6 +75,24 @@ def test_nobody_waits_for_an_engine_that_died(tiny_model, monkeypatch):
     client.service._thread.join(30)
     assert not client.service.is_alive
     with pytest.raises(HCacheError, match="shutting down"):
+        client.send([5], 1)
+    client.service.close()
+
+
+def test_who_was_answered_hears_of_it_though_a_rank_is_lost_as_his_context_leaves(tiny_model):
+    engine = poisoned_engine(tiny_model("llama"))
+    client = open_client(engine, keep="none")
+
+    def evict(uid: int) -> None:
+        raise RankLostError("rank 1 of 2 was killed")
+
+    engine.evict = evict
+    results = client.send([5, 6, 7], 3)
+    result = results.get(timeout=30)
+    assert result.error is None and result.finish_reason is FinishReason.LENGTH and len(result.token_ids) == 3
+    client.service._thread.join(30)
+    assert not client.service.is_alive and results.empty()
+    with pytest.raises(HCacheError, match="rank 1 of 2 was killed"):
         client.send([5], 1)
     client.service.close()
 

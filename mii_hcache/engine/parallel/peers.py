@@ -62,8 +62,11 @@ class _Line:
         self._rank = rank
         self._on_broken = on_broken
         self._link = link
+        self._sending = threading.Lock()
+        """Numbers come in order. Taken before `_lock`; who takes answers never waits for it: a follower may read no
+        question before its answer is taken."""
         self._lock = threading.Lock()
-        """Guards what follows, and sending: numbers come in order."""
+        """Guards what follows."""
         self._numbers = itertools.count()
         self._open: dict[int, Future[object]] = {}
         self._is_lost = False
@@ -71,21 +74,30 @@ class _Line:
 
     def ask(self, question: object) -> Future[object]:
         answer: Future[object] = Future()
-        with self._lock:
-            if not self._is_lost:
+        with self._sending:
+            with self._lock:
                 number = next(self._numbers)
-                self._open[number] = answer
-                try:
-                    self._link.send((number, question))
-                    return answer
-                except BrokenPipeError:
-                    del self._open[number]
-                except OSError as error:  # it takes nothing: a part of this may have gone, and nothing fits behind it
-                    del self._open[number]
-                    self._is_lost = True
-                    self._tell(f"rank {self._rank} takes no more questions: {error}")
-        answer.set_exception(self._error())
+                is_open = not self._is_lost
+                if is_open:
+                    self._open[number] = answer
+            if is_open and not self._send(number, question):
+                with self._lock:  # whoever takes an answer out ends it
+                    is_open = self._open.pop(number, None) is None
+        if not is_open:
+            answer.set_exception(self._error())
         return answer
+
+    def _send(self, number: int, question: object) -> bool:
+        try:
+            self._link.send((number, question))
+            return True
+        except BrokenPipeError:
+            return False
+        except OSError as error:  # it takes nothing: a part of this may have gone, and nothing fits behind it
+            with self._lock:
+                self._is_lost = True
+            self._tell(f"rank {self._rank} takes no more questions: {error}")
+            return False
 
     def _listen(self) -> None:
         try:

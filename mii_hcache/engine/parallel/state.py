@@ -28,7 +28,7 @@ from mii_hcache.storage.slot_files import SlotFiles
 from mii_hcache.storage.throttled import Throttle
 
 OPEN = "open state"
-ANSWER_S = 5.0
+ANSWER_S = 20.0
 """Longest that the others may take to say what they counted."""
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 import mii_hcache
 from mii_hcache.engine.demo_model import ensure_demo_model
 
 STORY = "The sailor remembers the lighthouse. " * 12
 
 
-@pytest.mark.timeout(300)
 def test_a_pipeline_over_two_ranks_restores_and_says_what_one_says(tmp_path):
     model, said = ensure_demo_model(tmp_path / "model"), {}
     for size in (1, 2):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mii_hcache.engine.demo_model import ensure_demo_model
+from mii_hcache.engine.parallel.group import TIMEOUT_S
 from tests.engine.parallel.ranks_kit import wait_until_gone
 
 PROGRAM = """
@@ -21,15 +22,15 @@ import mii_hcache
 def begin(pipe):
     told = []
     def ask():
-        began_s = time.monotonic()
         try:
-            pipe("The sailor remembers the lighthouse.", max_new_tokens=1500, ignore_eos=True)
+            pipe("The sailor remembers the lighthouse.", max_new_tokens=3000, ignore_eos=True)
             told.append("an answer?")
         except mii_hcache.errors.HCacheError as error:
             told.append(f"error: {error}")
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    time.sleep(0.3)
+    while not pipe._opened.service.metrics().get("generated_tokens_total", 0) > 10:
+        time.sleep(0.01)
     return thread, told
 
 pipe = mii_hcache.pipeline(
@@ -41,7 +42,7 @@ thread, told = begin(pipe)
 if sys.argv[3] == "a rank dies":
     os.kill(followers.pids[0], signal.SIGKILL)
     killed_s = time.monotonic()
-    thread.join(20)
+    thread.join(60)
     print(told, f"told after {time.monotonic() - killed_s:.1f} s", flush=True)
     try:
         pipe("again", max_new_tokens=1)
@@ -55,7 +56,6 @@ print("the end", flush=True)
 """
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("what", ["a rank dies", "it ends"])
 def test_a_program_ends_by_itself(tmp_path, what):
     model = ensure_demo_model(tmp_path / "model")
@@ -74,16 +74,16 @@ def test_a_program_ends_by_itself(tmp_path, what):
             if lines[-1] == "the end":
                 break
         ended_s = time.monotonic()
-        status = program.wait(timeout=20)
+        status = program.wait(timeout=60)
         said, complained = "\n".join(lines), program.stderr.read()
         assert status == 0, f"{status} after {time.monotonic() - ended_s:.1f} s:\n{said}\n{complained}"
         (pids,) = re.findall(r"others: ([\d ]+)", said)
-        wait_until_gone([int(pid) for pid in pids.split()], 1.0)
+        wait_until_gone([int(pid) for pid in pids.split()], 30.0)
         assert "terminate called" not in complained and "Traceback" not in complained, complained
         if what == "a rank dies":
             assert "['error: rank 1 of 2" in said and "again: rank 1 of 2" in said and "SIGKILL" in said
             for seconds in re.findall(r"after ([\d.]+) s", said):
-                assert float(seconds) < 6, said
+                assert float(seconds) < 0.75 * TIMEOUT_S, said
     finally:
         program.kill()
         program.wait()

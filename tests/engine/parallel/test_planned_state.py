@@ -110,7 +110,7 @@ def test_borders_shares_and_damage(tiny_model, tmp_path, never_evicted, size, me
         with parallel_engine(tiny_model("llama"), size, **SETTINGS) as engine:
             client = open_client(engine, store=state.store, method=method, keep="none")
             conversations = ask_at_borders(client)
-            assert client.service.drain_saves(20)
+            assert client.service.drain_saves(60)
             metrics = client.service.metrics()
             counted = [metrics, *client.service.shared.counted()]
             client.service.close()
@@ -147,19 +147,19 @@ def test_what_was_saved_before_a_rank_was_killed_in_a_restore_is_restored_at_the
         settings = {
             "method": method,
             "keep": "none",
-            "emulated_read_bytes_per_s": 50e3,
+            "emulated_read_bytes_per_s": 20e3,
         }  # there is time to be killed in
         client = open_client(engine, store=state.store, **settings)
         first = client.ask(prompt, 8)
-        assert client.service.drain_saves(20)
+        assert client.service.drain_saves(60)
         results = client.send([*prompt, 5], 100)
-        stop_s = time.monotonic() + 20
+        stop_s = time.monotonic() + 60
         while not client.service.metrics()["requests_restoring"]:
             assert time.monotonic() < stop_s and results.empty(), "there was no restore to be killed in"
             time.sleep(0.005)
         os.kill(engine.followers.pids[rank - 1], signal.SIGKILL)
         client.service.lose(_lost_of(engine))
-        assert f"rank {rank} of {size}" in str(results.get(timeout=30).error)
+        assert f"rank {rank} of {size}" in str(results.get(timeout=60).error)
         client.service.close()
     state.close()
     state = open_state(str(tmp_path), 1 << 30, 0)
@@ -173,14 +173,13 @@ def test_what_was_saved_before_a_rank_was_killed_in_a_restore_is_restored_at_the
     assert state.notes == []
 
 
-@pytest.mark.timeout(120)
 def test_a_rank_lost_as_a_restore_starts_is_the_engines_end_and_no_failed_restore(tiny_model, tmp_path, caplog):
     prompt = list(range(3, 3 + 64 * 2))
     state = open_state(str(tmp_path), 1 << 30, 0)
     with parallel_engine(tiny_model("llama"), 2, **SETTINGS) as engine:
         client = open_client(engine, store=state.store, method="hidden", keep="none")
         client.ask(prompt, 8)
-        assert client.service.drain_saves(20)
+        assert client.service.drain_saves(60)
         reserve = engine.reserve
 
         def reserve_late(uid: int, num_tokens: int) -> None:
@@ -189,7 +188,7 @@ def test_a_rank_lost_as_a_restore_starts_is_the_engines_end_and_no_failed_restor
             reserve(uid, num_tokens)
 
         engine.reserve = reserve_late
-        result = client.send([*prompt, 5], 8).get(timeout=30)
+        result = client.send([*prompt, 5], 8).get(timeout=60)
         assert "rank 1 of 2" in str(result.error) and not client.service.is_alive
         assert client.service.metrics().get("restore_errors_total", 0) == 0
         assert not [record for record in caplog.records if record.exc_info]
@@ -198,7 +197,7 @@ def test_a_rank_lost_as_a_restore_starts_is_the_engines_end_and_no_failed_restor
 
 
 def _lost_of(engine) -> RankLostError:
-    stop_s = time.monotonic() + 20
+    stop_s = time.monotonic() + 60
     while engine.lost is None:
         assert time.monotonic() < stop_s, "nobody noticed"
         time.sleep(0.01)

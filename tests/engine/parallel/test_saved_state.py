@@ -18,7 +18,7 @@ SETTINGS = {"num_blocks": 200, "max_batch_tokens": 192}
 
 def _talk(client: Client, *, num_turns: int = 3, first_seed: int = 0):
     conversations = interleave(client, 4, num_turns, num_tokens=40, first_seed=first_seed)
-    assert client.service.drain_saves(20)
+    assert client.service.drain_saves(60)
     return conversations
 
 
@@ -65,7 +65,6 @@ def test_conversations_that_come_back_go_on_as_if_they_had_stayed(tiny_model, tm
     assert all(reads), reads
 
 
-@pytest.mark.timeout(120)
 def test_a_store_that_only_one_process_can_read_is_refused(tiny_model):
     with parallel_engine(tiny_model("llama"), 2, **SETTINGS) as engine:
         with pytest.raises(ConfigError, match="where only one process can read it"):
@@ -73,7 +72,6 @@ def test_a_store_that_only_one_process_can_read_is_refused(tiny_model):
         assert engine.lost is None
 
 
-@pytest.mark.timeout(300)
 def test_hidden_states_saved_at_one_n_are_restored_at_another(tiny_model, tmp_path, expected):
     path: Path = tiny_model("llama-gqa")
     histories = []
@@ -86,7 +84,7 @@ def test_hidden_states_saved_at_one_n_are_restored_at_another(tiny_model, tmp_pa
             for seed in range(3):
                 prompt = [3 + (7 * seed + at * at) % 900 for at in range(200)] + [5] * 3 * len(histories)
                 turns.append(client.ask(prompt, 8))
-            assert client.service.drain_saves(20)
+            assert client.service.drain_saves(60)
             client.service.close()
             return turns
 

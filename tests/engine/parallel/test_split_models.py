@@ -62,7 +62,7 @@ def split(request, tiny_model, tmp_path_factory):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(240)
+        process.join(500)
         assert process.exitcode == 0
     return torch.load(out)
 
