@@ -37,12 +37,10 @@ def scratch(directory: Path, num_bytes: int) -> Iterator[Path]:
             make_private_dir(directory)
         sweep(directory)
         check_room(directory, num_bytes)
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
+        folder, lock = _new_folder(directory)
     except OSError as error:
         raise ConfigError(f"{directory} cannot be used ({error})") from error
-    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         with _ended_by_sigterm():
             yield folder
     finally:
@@ -70,24 +68,47 @@ def check_room(directory: Path, num_bytes: int) -> None:
 
 def leftovers(directory: Path) -> list[Path]:
     """Scratch folders in a directory whose owners are gone."""
-    return [folder for folder in sorted(directory.glob(PREFIX + "*")) if folder.is_dir() and not _is_owned(folder)]
+    found = []
+    for folder in sorted(directory.glob(PREFIX + "*")):
+        lock = _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if lock is not None:
+            os.close(lock)
+            found.append(folder)
+    return found
 
 
 def sweep(directory: Path) -> None:
     """Remove `leftovers`."""
     for folder in leftovers(directory):
-        shutil.rmtree(folder, ignore_errors=True)
+        lock = _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is not None:  # held until it is gone: one that was made a moment ago may be about to be locked
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
-def _is_owned(folder: Path) -> bool:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _new_folder(directory: Path) -> tuple[Path, int]:
+    """And the lock on it, which keeps others from sweeping it away. Who sweeps may come before that."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
+        lock = _locked(folder, fcntl.LOCK_EX)
+        if lock is not None:
+            return folder, lock
+
+
+def _locked(folder: Path, operation: int) -> int | None:
+    """A folder's file descriptor, locked; None when it is not there (any more) or is locked by another."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(fd, operation)
+        if folder.exists():
+            return fd
     except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+        pass
+    os.close(fd)
+    return None
 
 
 @contextmanager

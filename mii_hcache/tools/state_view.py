@@ -92,7 +92,7 @@ def look_at(directory: Path) -> StateView:
         view.rows = read_rows(view)
         _look_at_transcripts(view)
         _look_at_segments(view)
-        view.database_bytes = sum(512 * path.stat().st_blocks for path in databases_in(directory))
+        view.database_bytes = sum(_disk_bytes(path) for path in databases_in(directory))
     except OSError as error:
         raise ConfigError(f"{directory} cannot be read ({error}); be the user that the server runs as") from error
     view.notes += [
@@ -105,6 +105,14 @@ def look_at(directory: Path) -> StateView:
 def databases_in(directory: Path) -> list[Path]:
     """The databases of a state directory with their logs, set-aside ones included."""
     return sorted(path for pattern in _OURS[:2] for path in directory.glob(pattern))
+
+
+def _disk_bytes(path: Path) -> int:
+    """Nothing for a log that its server has put away a moment ago."""
+    try:
+        return 512 * path.stat().st_blocks
+    except FileNotFoundError:
+        return 0
 
 
 def owner_of(directory: Path) -> str | None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
+import re
 import signal
-import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from mii_hcache.core.geometry import SPAN_TOKENS
+from mii_hcache.core.identity import next_span_id, pack_tokens
+from mii_hcache.tools.state_view import look_at
+from tests.end_to_end.forked import ForkedServer
 
 WORDS = [
     "water",
@@ -39,31 +46,31 @@ WORDS = [
 ]
 
 
-def free_port() -> int:
-    """A port that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class Server:
     """`python -m mii_hcache.serve` with the demo model. Freed blocks are poisoned with NaN."""
 
-    def __init__(self, root: Path, *arguments: str, name: str = "state") -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log_path = root / f"{name}-{self.port}.log"
-        self._log = self.log_path.open("w")
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mii_hcache.serve", "--port", str(self.port)),
-                *("--state-dir", str(root / name), *arguments),
-            ],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MII_HCACHE_POISON_BLOCKS": "1"},
-        )
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+    _numbers = itertools.count()
+
+    def __init__(self, root: Path, *arguments: str, name: str = "state", is_forked: bool = True) -> None:
+        """`is_forked`: started by `forked.ForkedServer`, else as users do."""
+        self.state_dir = root / name
+        self.log_path = root / f"{name}-{next(self._numbers)}.log"
+        self.http = httpx.Client(timeout=120)
+        self.process: ForkedServer | subprocess.Popen[bytes]
+        given = ["--port", "0", "--state-dir", str(self.state_dir), *arguments]
+        own = {"OMP_NUM_THREADS": "1", "MII_HCACHE_POISON_BLOCKS": "1"}
+        self.log_path.touch()
+        if is_forked:
+            self.process = ForkedServer(given, self.log_path, own)
+            return
+        command = [sys.executable, "-m", "mii_hcache.serve", *given]
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **own})
+
+    @property
+    def url(self) -> str:
+        """Where it listens: the port is its own choice."""
+        return str(self.http.base_url).rstrip("/")
 
     def wait_until_ready(self) -> Server:
         """Returns once `/health` says ok; fails with the log when the process ends before."""
@@ -71,45 +78,41 @@ class Server:
         while time.monotonic() < deadline_s:
             if self.process.poll() is not None:
                 raise AssertionError(f"the server ended ({self.process.returncode}):\n{self.log_path.read_text()}")
-            with contextlib.suppress(httpx.TransportError):
+            if found := re.search(r"address  (http://\S+)\s", self.log_path.read_text()):
+                self.http.base_url = found[1]
                 if self.http.get("/health").status_code == 200:
                     return self
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise AssertionError(f"not ready in time:\n{self.log_path.read_text()}")
 
     def stop(self) -> int:
-        """SIGTERM; the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout=60)
-        self._close()
+        """SIGTERM; the exit code. For when nobody reads from it any more."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=120)
+        self.http.close()
         return code
 
     def kill(self) -> None:
         """SIGKILL."""
-        if self.process.poll() is None:
-            self.process.kill()
+        self.process.kill()
         self.process.wait()
-        self._close()
-
-    def _close(self) -> None:
         self.http.close()
-        self._log.close()
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of `/metrics` without labels."""
-        values = {}
-        for line in self.http.get("/metrics").text.splitlines():
-            if line and not line.startswith("#") and "{" not in line:
-                name, _, value = line.partition(" ")
-                values[name] = float(value)
-        return values
+        """As `values_of`."""
+        return values_of(self.http.get("/metrics").text)
+
+
+def values_of(metrics: str) -> dict[str, float]:
+    """Numbers of `/metrics` that have no labels, by their names without our prefix."""
+    pairs = (line.split(" ", 1) for line in metrics.splitlines() if not line.startswith("#") and "{" not in line)
+    return {name.removeprefix("mii_hcache_"): float(value) for name, value in pairs}
 
 
 @contextlib.contextmanager
-def serving(root: Path, *arguments: str, name: str = "state") -> Iterator[Server]:
+def serving(root: Path, *arguments: str, name: str = "state", is_forked: bool = True) -> Iterator[Server]:
     """A server that is stopped at the end, and must then exit with 0."""
-    server = Server(root, *arguments, name=name)
+    server = Server(root, *arguments, name=name, is_forked=is_forked)
     try:
         yield server.wait_until_ready()
         assert server.stop() == 0, server.log_path.read_text()
@@ -119,9 +122,9 @@ def serving(root: Path, *arguments: str, name: str = "state") -> Iterator[Server
 
 
 @contextlib.contextmanager
-def doomed(root: Path, *arguments: str) -> Iterator[Server]:
+def doomed(root: Path, *arguments: str, is_forked: bool = True) -> Iterator[Server]:
     """A server that is killed at the end, or before."""
-    server = Server(root, *arguments)
+    server = Server(root, *arguments, is_forked=is_forked)
     try:
         yield server.wait_until_ready()
     finally:
@@ -144,15 +147,72 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": said}]
         return {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
 
-    def turn(self, server: Server, max_tokens: int = 50) -> dict[str, Any]:
+    def turn(self, server: Server, max_tokens: int = 50, **more: Any) -> dict[str, Any]:
         """Ask, and make the answer history. Raises httpx.HTTPError when the server goes away."""
-        body = self.next_body(max_tokens)
+        body = {**self.next_body(max_tokens), **more}
         response = server.http.post("/v1/chat/completions", json=body)
         response.raise_for_status()
         answer = response.json()
         self.messages = [*body["messages"], {"role": "assistant", "content": text_of(answer)}]
         self.answers.append(answer)
         return answer
+
+
+_BUSY = ("requests_running", "requests_waiting", "requests_restoring", "spans_pending")
+
+
+def wait_until(condition: Callable[[], object], what: str, most_s: float = 60.0) -> None:
+    """The bound is for what hangs: a busy machine may take long."""
+    deadline_s = time.monotonic() + most_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"in vain: {what}"
+        time.sleep(0.01)
+
+
+def at_rest(server: Server) -> dict[str, float]:
+    """Metrics, once nothing is going on."""
+    metrics: dict[str, float] = {}
+
+    def is_at_rest() -> bool:
+        metrics.update(server.metrics())
+        return not any(metrics[name] for name in _BUSY)
+
+    wait_until(is_at_rest, "the server is at rest")
+    return metrics
+
+
+def num_spans_on_disk(server: Server) -> int:
+    """Those that the catalog names: they outlive a `kill -9`."""
+    catalog = f"file:{server.state_dir}/catalog.sqlite?mode=ro"
+    with contextlib.closing(sqlite3.connect(catalog, uri=True, timeout=60)) as connection:
+        ((num_spans,),) = connection.execute("SELECT count(*) FROM span")
+    return int(num_spans)
+
+
+def wait_until_durable(server: Server) -> None:
+    """Until everything that was accepted for saving is on disk. For when nothing runs."""
+    wait_until(lambda: num_spans_on_disk(server) == at_rest(server)["store_spans"] > 0, "what was saved is durable")
+
+
+class OnDisk:
+    """What a server left in its state directory, as a stranger reads it; the server has ended."""
+
+    def __init__(self, state_dir: Path) -> None:
+        records = [row.record for row in look_at(state_dir).rows]
+        self._span_ids = {record.span_id for record in records}
+        self._firsts = {record.token_ids: record.span_id for record in records if record.parent_id is None}
+
+    def num_tokens(self, token_ids: Sequence[int]) -> int:
+        """Leading tokens that are saved."""
+        spans = [pack_tokens(token_ids[at : at + SPAN_TOKENS]) for at in range(0, len(token_ids), SPAN_TOKENS)]
+        if len(token_ids) % SPAN_TOKENS:
+            spans.pop()
+        span_id, num_saved = self._firsts.get(spans[0]) if spans else None, 0
+        for packed in spans[1:]:
+            if span_id not in self._span_ids:
+                break
+            num_saved, span_id = num_saved + SPAN_TOKENS, next_span_id(span_id, packed)
+        return num_saved + SPAN_TOKENS * (span_id in self._span_ids)
 
 
 def text_of(answer: dict[str, Any]) -> str:

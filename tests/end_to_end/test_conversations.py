@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
-import time
 
 import pytest
 
-from tests.end_to_end.server_kit import Chat, Server, doomed, interleave, restorable, serving, text_of
+from tests.end_to_end.server_kit import Chat, Server, doomed, interleave, restorable, serving, text_of, wait_until
 
 NUM_CHATS, NUM_TURNS = 5, 3
 HIDDEN = ("--method", "hidden")
@@ -22,7 +22,7 @@ def never_evicted(tmp_path_factory):
     with serving(root, "--method", "recompute", "--keep", "lru") as server:
         chats = [Chat(seed) for seed in range(NUM_CHATS)]
         interleave(server, chats, NUM_TURNS)
-        assert server.metrics()["mii_hcache_resident_tokens_total"] > 0
+        assert server.metrics()["resident_tokens_total"] > 0
     return [[text_of(answer) for answer in chat.answers] for chat in chats]
 
 
@@ -120,13 +120,13 @@ def test_term_finishes_running_answers_and_flushes(tmp_path):
                     last.update(event)
                     pieces.extend(choice["delta"].get("content") or "" for choice in event["choices"])
 
-    with doomed(tmp_path, *HIDDEN, "--keep", "none") as server:
+    with doomed(tmp_path, *HIDDEN, "--keep", "none", is_forked=False) as server:
         reader = threading.Thread(target=read, args=(server,))
         reader.start()
-        while len(pieces) < 5:
-            time.sleep(0.005)
-        assert server.stop() == 0
+        wait_until(lambda: len(pieces) >= 5 or not reader.is_alive(), "an answer has begun")
+        server.process.send_signal(signal.SIGTERM)
         reader.join()
+        assert server.process.wait(timeout=120) == 0
     assert last["hcache"]["prefill_tokens"] > 0, "the stream ended with its last chunk"
     with serving(tmp_path, *HIDDEN, "--keep", "none") as server:
         chat.messages = [*body["messages"], {"role": "assistant", "content": "".join(pieces)}]
@@ -138,9 +138,9 @@ def test_term_finishes_running_answers_and_flushes(tmp_path):
 
 def test_one_server_a_state_directory(tmp_path):
     with serving(tmp_path) as server:
-        second = Server(tmp_path)
+        second = Server(tmp_path, is_forked=False)
         try:
-            assert second.process.wait(timeout=60) == 2
+            assert second.process.wait(timeout=120) == 2
         finally:
             second.kill()
         log = second.log_path.read_text()

@@ -28,7 +28,7 @@ def server(tmp_path_factory):
     with serving(root, "--max-context", str(MAX_CONTEXT_TOKENS), "--kv-blocks", "64", "--keep", "none") as server:
         yield server
         metrics = server.metrics()
-        assert metrics["mii_hcache_requests_length_total"] > 0
+        assert metrics["requests_length_total"] > 0
         assert not [name for name in metrics if "error" in name and metrics[name]]
 
 
@@ -77,6 +77,8 @@ def _make_sensible(body: dict[str, Any]) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         if isinstance(body.get(name), int):
             body[name] %= 50
+    if len(body.get("messages", ())) > 1 and body.get("max_tokens") is None:
+        body["max_tokens"] = 5  # else answers fill the context, which takes long
     if "prompt" in body:
         body["prompt"] = _in_vocabulary(body["prompt"])
     for name, needed in (("stream_options", "stream"), ("top_logprobs", "logprobs"), ("min_tokens", "ignore_eos")):
@@ -134,7 +136,8 @@ def test_any_prompt_is_answered(server, prompt, body, echo):
 @seed(0)
 @settings(max_examples=60, **FIXED)
 def test_any_chat_is_answered(server, messages, body):
-    _ask(server, "/v1/chat/completions", {**body, "messages": messages})
+    few = {"max_tokens": 5} if len(messages) > 1 else {}  # else answers fill the context, which takes long
+    _ask(server, "/v1/chat/completions", {**few, **body, "messages": messages})
 
 
 def _ask(server: Server, path: str, body: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Many clients at once, some of whom leave in the middle: no error, and nothing is left behind.
 
-`MII_HCACHE_SOAK_S` is how long each part lasts; 60 is the full run. `pytest -rP` shows the figures.
+A crowd goes home when it has seen enough, however long that takes here. `MII_HCACHE_SOAK_S` is how long it stays at
+least; 60 is the full run. `pytest -rP` shows the figures.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.end_to_end.server_kit import WORDS, Chat, Server, serving, text_of
+from tests.end_to_end.server_kit import WORDS, Chat, Server, at_rest, serving, text_of, values_of, wait_until
 
-SOAK_S = float(os.environ.get("MII_HCACHE_SOAK_S", "15"))
-WARM_UP_S = max(5.0, SOAK_S / 6)
-NUM_CLIENTS = 32
-NUM_BLOCKS, BLOCK_SIZE = 180, 16
+SOAK_S = float(os.environ.get("MII_HCACHE_SOAK_S", "0"))
+MOST_S = 300.0
+"""Longest that a crowd may need to see enough."""
+NUM_CLIENTS = 16
+NUM_BLOCKS, BLOCK_SIZE = 70, 16
 POOL_TOKENS = NUM_BLOCKS * BLOCK_SIZE
 """A quarter of what all clients would like to hold: running answers are preempted."""
 MAX_GROWTH_BYTES = 48 << 20
@@ -38,6 +40,17 @@ thread left behind by a request, a restore or a client that went away would be d
 class Crowd:
     """What the clients of a soak have seen."""
 
+    least_s: float
+    """How long it stays at least,"""
+    least_finished: int
+    """for so many whole answers,"""
+    least_left: int
+    """so many that somebody left in the middle,"""
+    happened: tuple[str, ...]
+    """and until these counters have grown."""
+    growing: set[str] = field(default_factory=set)
+    """Those that have."""
+    begin_s: float = field(default_factory=time.perf_counter)
     num_finished: int = 0
     num_left: int = 0
     num_restored: int = 0
@@ -45,6 +58,14 @@ class Crowd:
     gaps_s: list[float] = field(default_factory=list)
     """Between a stream's pieces of text."""
     ttfts_s: list[float] = field(default_factory=list)
+
+    @property
+    def has_seen_enough(self) -> bool:
+        """Whether everybody goes home after this answer."""
+        has_seen = self.num_finished >= self.least_finished and self.num_left >= self.least_left and self.num_restored
+        passed_s = time.perf_counter() - self.begin_s
+        is_over = has_seen and passed_s >= self.least_s and self.growing >= set(self.happened)
+        return is_over or bool(self.errors) or passed_s > MOST_S + self.least_s
 
 
 async def _answer(http: httpx.AsyncClient, body: dict[str, Any], crowd: Crowd, num_pieces: int | None) -> str:
@@ -82,31 +103,40 @@ async def _answer(http: httpx.AsyncClient, body: dict[str, Any], crowd: Crowd, n
     return text
 
 
-async def _talk(http: httpx.AsyncClient, seed: int, crowd: Crowd, deadline_s: float) -> None:
+async def _talk(http: httpx.AsyncClient, seed: int, crowd: Crowd) -> None:
     """One client: conversations of a few turns, one after the other."""
     chance = random.Random(seed)
     while True:
         messages: list[dict[str, str]] = []
-        for _ in range(chance.randrange(2, 6)):
-            if time.perf_counter() > deadline_s or crowd.errors:
+        for _ in range(chance.randrange(2, 5)):
+            if crowd.has_seen_enough:
                 return
             messages.append({"role": "user", "content": " ".join(chance.choices(WORDS, k=chance.randrange(3, 30)))})
-            body = {"messages": messages, "max_tokens": chance.randrange(20, 300), "stream": True, "ignore_eos": True}
-            leaves = chance.random() < 0.25
-            text = await _answer(http, body, crowd, chance.randrange(0, 60) if leaves else None)
+            body = {"messages": messages, "max_tokens": chance.randrange(40, 160), "stream": True, "ignore_eos": True}
+            leaves = chance.random() < 0.35
+            text = await _answer(http, body, crowd, chance.randrange(0, 40) if leaves else None)
             messages.append({"role": "assistant", "content": text})
 
 
-def _soak(server: Server, seconds: float, first_seed: int) -> Crowd:
-    async def everybody() -> Crowd:
-        crowd = Crowd()
+async def _watch(http: httpx.AsyncClient, crowd: Crowd) -> None:
+    """Which counters have grown since the crowd came."""
+    before: dict[str, float] = {}
+    while not crowd.has_seen_enough:
+        found = values_of((await http.get("/metrics")).text)
+        before = before or found
+        crowd.growing |= {name for name, value in found.items() if value > before.get(name, 0.0)}
+        await asyncio.sleep(0.1)
+
+
+def _soak(server: Server, crowd: Crowd, first_seed: int) -> Crowd:
+    async def everybody() -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
-            deadline_s = time.perf_counter() + seconds
-            await asyncio.gather(*(_talk(http, first_seed + idx, crowd, deadline_s) for idx in range(NUM_CLIENTS)))
-        return crowd
+            talks = [_talk(http, first_seed + idx, crowd) for idx in range(NUM_CLIENTS)]
+            await asyncio.gather(_watch(http, crowd), *talks)
 
-    return asyncio.run(everybody())
+    asyncio.run(everybody())
+    return crowd
 
 
 @dataclass(frozen=True)
@@ -132,22 +162,10 @@ class Footprint:
         return cls(int(status["Threads"]), len(sockets), int(status["VmRSS"].split()[0]) << 10)
 
 
-def _at_rest(server: Server) -> dict[str, float]:
-    """Metrics, once nothing is going on."""
-    deadline_s = time.monotonic() + 30
-    busy = ("requests_running", "requests_waiting", "requests_restoring", "spans_pending")
-    while True:
-        metrics = {name.removeprefix("mii_hcache_"): value for name, value in server.metrics().items()}
-        if not any(metrics[name] for name in busy):
-            return metrics
-        assert time.monotonic() < deadline_s, {name: metrics[name] for name in busy}
-        time.sleep(0.1)
-
-
 def _ask_for_all_blocks(server: Server) -> None:
     """A prompt that fills the pool to the last block. One that is lost would keep it waiting for ever."""
     body = {"prompt": [5 + idx % 1000 for idx in range(POOL_TOKENS - 1)], "max_tokens": 1, "cache_salt": "all"}
-    reply = server.http.post("/v1/completions", json=body, timeout=60)
+    reply = server.http.post("/v1/completions", json=body, timeout=120)
     assert reply.status_code == 200, reply.text
 
 
@@ -155,7 +173,10 @@ def _percentile(values: list[float], percent: int) -> float:
     return statistics.quantiles(values, n=100)[percent - 1]
 
 
-@pytest.mark.timeout(120 + 3 * SOAK_S)
+HAPPENED = ("restores_total", "requests_cancelled_total")
+
+
+@pytest.mark.timeout(900 + 3 * SOAK_S)
 @pytest.mark.parametrize(("keep", "num_ranks"), [("none", 1), ("lru", 1), ("none", 2)])
 def test_a_crowd_leaves_nothing_behind(tmp_path, keep, num_ranks):
     sizes = (
@@ -170,23 +191,27 @@ def test_a_crowd_leaves_nothing_behind(tmp_path, keep, num_ranks):
         "--state-capacity",
         "96MiB",
     )
+    happened = HAPPENED if num_ranks > 1 else (*HAPPENED, "preemptions_total")
     with serving(tmp_path, "--keep", keep, *sizes) as server:
         question = Chat(seed=1).next_body(40)
         before = server.http.post("/v1/chat/completions", json=question).json()
-        warm_up = _soak(server, WARM_UP_S, first_seed=1000)
+        # ranks share the cores
+        few = Crowd(least_s=SOAK_S / 6, least_finished=16 // num_ranks, least_left=5 // num_ranks, happened=happened)
+        warm_up = _soak(server, few, first_seed=1000)
         _ask_for_all_blocks(server)
-        _at_rest(server)
+        at_rest(server)
         first = Footprint.of(server)
 
-        crowd = _soak(server, SOAK_S, first_seed=0)
+        many = Crowd(least_s=SOAK_S, least_finished=40 // num_ranks, least_left=14 // num_ranks, happened=happened)
+        crowd = _soak(server, many, first_seed=0)
         _ask_for_all_blocks(server)
-        metrics = _at_rest(server)
+        metrics = at_rest(server)
         last = Footprint.of(server)
         after = server.http.post("/v1/chat/completions", json=question).json()
         log = server.log_path.read_text()
 
     print(
-        f"keep {keep}, ranks {num_ranks}, {SOAK_S:g} s: {crowd.num_finished} answers ({crowd.num_restored} restored), "
+        f"keep {keep}, ranks {num_ranks}: {crowd.num_finished} answers ({crowd.num_restored} restored), "
         f"{crowd.num_left} left in the middle, {len(crowd.gaps_s)} pieces; "
         f"{metrics.get('preemptions_total', 0):.0f} preemptions, "
         f"{metrics['restores_total']:.0f} restores of {metrics['restored_tokens_total']:.0f} tokens; between pieces "
@@ -196,11 +221,8 @@ def test_a_crowd_leaves_nothing_behind(tmp_path, keep, num_ranks):
     )
     assert warm_up.errors == crowd.errors == []
     assert "Traceback" not in log and "ERROR" not in log and "WARNING" not in log, log
-    few = NUM_CLIENTS // 4 // num_ranks  # ranks share the cores
-    assert crowd.num_finished > 2 * few and crowd.num_left > few and crowd.num_restored > 0
-    happened = ["restores_total", "requests_cancelled_total"]
-    for name in happened if num_ranks > 1 else [*happened, "preemptions_total"]:
-        assert metrics.get(name, 0) > 0, name
+    assert crowd.num_finished >= crowd.least_finished and crowd.num_left >= crowd.least_left
+    assert crowd.num_restored > 0 and crowd.growing >= set(happened)
     if keep == "none":
         assert metrics["blocks_free"] == metrics["blocks"] == NUM_BLOCKS and metrics["resident_contexts"] == 0
     assert last.num_threads - first.num_threads <= MAX_NEW_THREADS
@@ -222,29 +244,47 @@ def test_a_restore_holds_up_a_running_stream_by_its_slice(tmp_path):
         for history in histories:
             _complete(server, history, 1)
         _complete(server, _history(99)[:64], 50)
-        _at_rest(server)
+        at_rest(server)
         stream = _Running(server)
-        stream.wait_for(40)
-        alone_s = statistics.median(stream.gaps(0.0, time.perf_counter()))
-        meanwhile, restore_s = [], []
+        told = []
         for history in histories:
+            alone_s = statistics.median(stream.next_gaps(20))
             begin_s = time.perf_counter()
             hcache = _complete(server, [*history, 7, 8, 9], 1)
             assert hcache["restored_tokens"] >= HISTORY_TOKENS - 64
-            restore_s.append(hcache["restore_ms"] / 1e3)
-            meanwhile.append(stream.gaps(begin_s, time.perf_counter()))
+            meanwhile_s = stream.gaps(begin_s, time.perf_counter())
+            told.append(_Held(alone_s, hcache["restore_ms"] / 1e3, meanwhile_s))
         stream.stop()
-    gaps_s = list(itertools.chain(*meanwhile))
-    print(
-        f"between tokens {1e3 * alone_s:.1f} ms alone; while {NUM_RESTORES} restores of {HISTORY_TOKENS} tokens took "
-        f"{1e3 * statistics.median(restore_s):.0f} ms each, at slices of {1e3 * SLICE_S:g} ms: median "
-        f"{1e3 * statistics.median(gaps_s):.1f} ms, max {1e3 * max(gaps_s):.1f} ms, {len(gaps_s)} tokens"
-    )
-    # A restore that did not let others in between would leave room for one or two tokens.
-    bound_s = 2 * (alone_s + SLICE_S)
-    assert statistics.median(restore_s) > 4 * bound_s, "the histories are too short to tell"
-    assert statistics.median(gaps_s) < bound_s
-    assert len(gaps_s) > sum(restore_s) / bound_s
+    for held in told:
+        print(
+            f"between tokens {1e3 * held.alone_s:.1f} ms alone; while a restore of {HISTORY_TOKENS} tokens took "
+            f"{1e3 * held.restore_s:.0f} ms at slices of {1e3 * SLICE_S:g} ms: {len(held.gaps_s)} tokens, "
+            f"{held.pace:.2f} times as far apart as one alone and a slice"
+        )
+    # A restore that did not let others in between would leave room for one or two tokens. Others may be at work on this
+    # machine: the restore that they left most alone counts.
+    long_enough = [held for held in told if held.restore_s > 8 * (held.alone_s + SLICE_S)]
+    assert long_enough, "the histories are too short to tell"
+    assert min(held.pace for held in long_enough) < 2
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A running stream during a restore."""
+
+    alone_s: float
+    """Between its tokens just before."""
+    restore_s: float
+    gaps_s: list[float]
+    """Between its tokens meanwhile."""
+
+    @property
+    def pace(self) -> float:
+        """How far apart tokens were, in median and on average, in times of one alone and a slice."""
+        if not self.gaps_s:
+            return float("inf")
+        apart_s = max(statistics.median(self.gaps_s), self.restore_s / len(self.gaps_s))
+        return apart_s / (self.alone_s + SLICE_S)
 
 
 def _history(idx: int) -> list[int]:
@@ -269,12 +309,11 @@ class _Running:
         self._thread = threading.Thread(target=self._read, args=(server.url, body), daemon=True)
         self._thread.start()
 
-    def wait_for(self, num_pieces: int) -> None:
-        """Until so many have come."""
-        deadline_s = time.monotonic() + 60
-        while len(self._times_s) < num_pieces:
-            assert self._thread.is_alive() and time.monotonic() < deadline_s
-            time.sleep(0.01)
+    def next_gaps(self, num_gaps: int) -> list[float]:
+        """Between pieces that come from now on."""
+        start = len(self._times_s)
+        wait_until(lambda: len(self._times_s) > start + num_gaps or not self._thread.is_alive(), "the stream goes on")
+        return [b - a for a, b in itertools.pairwise(self._times_s[start:])]
 
     def gaps(self, start_s: float, stop_s: float) -> list[float]:
         """Between pieces that came in a time."""

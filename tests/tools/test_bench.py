@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from mii_hcache.tools import device_passes
 from mii_hcache.tools import scratch as scratch_module
 from mii_hcache.tools.cost import Cost, Median
 from mii_hcache.tools.device_passes import Files, make_files
-from mii_hcache.tools.scratch import leftovers, scratch
+from mii_hcache.tools.scratch import leftovers, scratch, sweep
 from tests.storage.storage_kit import holds, make_record, put
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +161,36 @@ def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path):
         assert not dead.exists() and folder.stat().st_mode & 0o777 == 0o700
         assert leftovers(tmp_path) == [], "its owner lives"
     assert not list(tmp_path.iterdir())
+
+
+def test_who_sweeps_while_another_begins_takes_no_folder_that_is_used(tmp_path, monkeypatch):
+    """Two at once in one directory: the folder is made, and swept away before it is locked."""
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_be_swept(**where: Any) -> str:
+        made.append(make(**where))
+        if len(made) == 1:
+            sweep(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(scratch_module.tempfile, "mkdtemp", make_and_be_swept)
+    with scratch(tmp_path, 1) as folder:
+        sweep(tmp_path)
+        assert folder.is_dir() and [str(folder)] == made[1:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_nobodys_trouble(tmp_path, monkeypatch):
+    (tmp_path / (scratch_module.PREFIX + "short-lived")).mkdir()
+    look = os.open
+
+    def go_and_look(path: Path, flags: int) -> int:
+        if "short-lived" in str(path) and path.exists():
+            path.rmdir()
+        return look(path, flags)
+
+    monkeypatch.setattr(scratch_module.os, "open", go_and_look)
+    assert leftovers(tmp_path) == []
 
 
 def test_a_file_is_no_directory(tmp_path):

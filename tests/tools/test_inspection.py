@@ -17,6 +17,7 @@ import pytest
 from mii_hcache.__main__ import main
 from mii_hcache.engine import compat
 from mii_hcache.storage.open import OpenedState, open_state
+from mii_hcache.tools import state_view
 from tests.engine_kit import VOCAB, open_client, poisoned_engine
 from tests.storage.storage_kit import MIXED, make_record, put
 
@@ -271,6 +272,22 @@ def test_a_log_that_a_crash_left_is_read_too(state_dir, inspect):
     status, report = inspect(crashed, "--verify")
     assert (status, report["owner"], report["num_spans"]) == (0, None, 9)
     assert fingerprints(crashed) == before
+
+
+def test_a_log_that_its_server_puts_away_meanwhile_is_missed_by_nobody(state_dir, inspect, monkeypatch):
+    """A server that stops just now closes its databases, and their logs are gone."""
+    found = state_view.databases_in
+
+    def find_and_put_away(directory: Path) -> list[Path]:
+        (directory / "catalog.sqlite-wal").touch()
+        paths = found(directory)
+        (directory / "catalog.sqlite-wal").unlink()
+        assert any(path.name.endswith("-wal") for path in paths)
+        return paths
+
+    monkeypatch.setattr(state_view, "databases_in", find_and_put_away)
+    status, report = inspect(state_dir)
+    assert (status, report["num_spans"]) == (0, 11)
 
 
 def test_as_a_process(filled):

@@ -28,7 +28,7 @@ def check(tiny_model, tmp_path, capsys) -> Check:
 
     def run(*options: str, family: str = "llama", history: str = "128") -> tuple[int, dict[str, Any]]:
         place = ["--model", str(tiny_model(family)), "--state-dir", str(tmp_path)]
-        status = main(["selfcheck", *place, "--history", history, "--seconds", "100", "--json", *options])
+        status = main(["selfcheck", *place, "--history", history, "--seconds", "1000", "--json", *options])
         assert not list(tmp_path.iterdir()), "it left something behind"
         return status, json.loads(capsys.readouterr().out)
 

@@ -1,0 +1,60 @@
+"""Servers that are forked from a process which has imported all: seconds of imports are paid once, not for every start.
+
+What a server does is what it does in earnest; only how it is started is not. Light itself: what is imported beforehand
+is in `imported.py`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.end_to_end.imported"])
+
+
+class ForkedServer:
+    """In the place of `subprocess.Popen`: `python -m mii_hcache.serve ...`."""
+
+    def __init__(self, arguments: Sequence[str], log_path: Path, env: Mapping[str, str]) -> None:
+        self._process = _context.Process(target=_serve, args=(list(arguments), str(log_path), dict(env)), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        multiprocessing.connection.wait([self._process.sentinel], timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired("a forked server", timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _serve(arguments: list[str], log_path: str, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for standard in (1, 2):
+        os.dup2(log, standard)
+    os.close(log)
+    from mii_hcache.serve.__main__ import _leave, main
+
+    _leave(main(arguments))
