@@ -72,7 +72,7 @@ def test_the_way_over_a_device_changes_no_bit(tiny_model, family, dtype, plan, s
                     store.delete(sorted(store.spans)[:1])  # healed from the blocks, right before these are freed
                 for uid in uids:
                     for saver in savers:
-                        assert saver.heal(uid)
+                        assert saver.heal(uid, GIVE_UP_S)
                         saver.close(uid)
                     engine.evict(uid)
     finally:
