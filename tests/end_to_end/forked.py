@@ -14,6 +14,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+CAN_FORK = not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")))
+"""A process whose imports have looked at a GPU cannot be forked into one that uses it."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.end_to_end.imported"])
 

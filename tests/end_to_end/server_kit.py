@@ -23,7 +23,7 @@ import httpx
 from mii_hcache.core.geometry import SPAN_TOKENS
 from mii_hcache.core.identity import next_span_id, pack_tokens
 from mii_hcache.tools.state_view import look_at
-from tests.end_to_end.forked import ForkedServer
+from tests.end_to_end.forked import CAN_FORK, ForkedServer
 
 WORDS = [
     "water",
@@ -52,7 +52,7 @@ class Server:
     _numbers = itertools.count()
 
     def __init__(self, root: Path, *arguments: str, name: str = "state", is_forked: bool = True) -> None:
-        """`is_forked`: started by `forked.ForkedServer`, else as users do."""
+        """`is_forked`: started by `forked.ForkedServer` where that can be, else as users do."""
         self.state_dir = root / name
         self.log_path = root / f"{name}-{next(self._numbers)}.log"
         self.http = httpx.Client(timeout=120)
@@ -60,7 +60,7 @@ class Server:
         given = ["--port", "0", "--state-dir", str(self.state_dir), *arguments]
         own = {"OMP_NUM_THREADS": "1", "MII_HCACHE_POISON_BLOCKS": "1"}
         self.log_path.touch()
-        if is_forked:
+        if is_forked and CAN_FORK:
             self.process = ForkedServer(given, self.log_path, own)
             return
         command = [sys.executable, "-m", "mii_hcache.serve", *given]

@@ -35,6 +35,7 @@ from mii_hcache.core.geometry import ChunkKind, ModelGeometry
 from mii_hcache.core.plans import uniform_storage
 from mii_hcache.engine.ragged_engine import SequenceBlocks
 
+pytestmark = pytest.mark.timeout(900)  # the whole benchmark runs in the first of them
 SMALL = replace(
     scales.TINY,
     gate_dtypes=("bfloat16",),
