@@ -24,6 +24,7 @@ import atexit
 import importlib
 import logging
 import os
+import threading
 import types
 import warnings
 from collections.abc import Sequence
@@ -163,13 +164,19 @@ def _init_single_process_group() -> None:
 
 
 _installed = False
+_installing = threading.Lock()
 
 
 def install() -> None:
-    """Apply the table above, once per process. Raises HCacheError naming what upstream lacks."""
+    """Apply the table above, once per process. Any thread. Raises HCacheError naming what upstream lacks."""
     global _installed
-    if _installed:
-        return
+    with _installing:
+        if not _installed:
+            _install()
+            _installed = True
+
+
+def _install() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,4 +197,3 @@ def install() -> None:
 
     inference_logger(level=logging.WARNING)
     _init_single_process_group()
-    _installed = True
