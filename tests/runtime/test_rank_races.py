@@ -18,7 +18,7 @@ from tests.runtime.device_kit import waits_in
 from tests.runtime.kit import path, wait_until
 from tests.runtime.rank_devices import AllBlocks, RankDevices, buffers_of
 from tests.runtime.ranks_kit import Ranks, spans_in
-from tests.runtime.test_sharded import MHA, PLANS, save
+from tests.runtime.sharded_kit import MHA, PLANS, save
 
 LENGTHS = (1, 3, 4, 7, 9)
 """Of the histories, in spans."""

@@ -11,7 +11,7 @@ from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.state_dir import StateDir
 from tests.runtime.kit import wait_until
 from tests.runtime.ranks_kit import LeadBlocks, Ranks
-from tests.runtime.test_sharded import MHA
+from tests.runtime.sharded_kit import MHA
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
