@@ -70,7 +70,10 @@ def leftovers(directory: Path) -> list[Path]:
     """Scratch folders in a directory whose owners are gone."""
     found = []
     for folder in sorted(directory.glob(PREFIX + "*")):
-        lock = _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            lock = _locked(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except PermissionError:  # another user's, in a directory that several share
+            continue
         if lock is not None:
             os.close(lock)
             found.append(folder)

@@ -210,17 +210,23 @@ def test_the_first_directory_may_be_missing_too(tmp_path):
     state.close()
 
 
-def test_a_directory_that_hangs_at_the_start_is_waited_for_in_the_background(tmp_path, monkeypatch):
-    a, b = tmp_path / "a", tmp_path / "b"
-    records = fill(a, b)
+def hanging(path: Path, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A directory does not answer until the event is set."""
     answers = threading.Event()
 
     def hangs(directory: Path) -> SetFile | None:
-        assert directory != b or answers.wait(60)
+        assert directory != path or answers.wait(60)
         return read_set_file(directory)
 
     monkeypatch.setattr(stripe_set, "LOOK_S", 0.1)
     monkeypatch.setattr(stripe_set, "read_set_file", hangs)
+    return answers
+
+
+def test_a_directory_that_hangs_at_the_start_is_waited_for_in_the_background(tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    records = fill(a, b)
+    answers = hanging(b, monkeypatch)
     store = open_striped(StripeSet.of([b, a]), CAPACITY, io=IO, opening_s=0.2, first_look_s=0.01)
     assert [path.why_missing is None for path in store.paths] == [True, False]
     assert any(f"{b} is missing" in note for note in store.notes)
@@ -235,11 +241,7 @@ def test_a_directory_that_opens_while_the_store_is_being_made_is_told_of_pins(tm
     """Too late to be asked, too early to be told by who looked for it."""
     a, b = tmp_path / "a", tmp_path / "b"
     records = fill(a, b)
-    answers = threading.Event()
-
-    def hangs(directory: Path) -> SetFile | None:
-        assert directory != b or answers.wait(60)
-        return read_set_file(directory)
+    answers = hanging(b, monkeypatch)
 
     class MadeMeanwhile(StripedStore):
         def __init__(self, paths: Sequence[StripePath]) -> None:
@@ -247,8 +249,6 @@ def test_a_directory_that_opens_while_the_store_is_being_made_is_told_of_pins(tm
             answers.set()
             wait_until(lambda: not any(thread.name == "hcache-look" for thread in threading.enumerate()))
 
-    monkeypatch.setattr(stripe_set, "LOOK_S", 0.1)
-    monkeypatch.setattr(stripe_set, "read_set_file", hangs)
     monkeypatch.setattr("mii_hcache.storage.open_striped.StripedStore", MadeMeanwhile)
     store = open_striped(StripeSet.of([b, a]), CAPACITY, io=IO, opening_s=0.2, first_look_s=0.01)
     assert len(store.stores) == 2

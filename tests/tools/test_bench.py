@@ -163,6 +163,23 @@ def test_what_a_killed_process_left_goes_with_the_next_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    theirs, left = (tmp_path / (scratch_module.PREFIX + name) for name in ("theirs", "left"))
+    theirs.mkdir()
+    left.mkdir()
+    look = os.open
+
+    def deny(path: Path, *arguments: Any, **settings: Any) -> int:
+        if path == theirs:
+            raise PermissionError("Permission denied")
+        return look(path, *arguments, **settings)
+
+    monkeypatch.setattr(scratch_module.os, "open", deny)
+    assert leftovers(tmp_path) == [left]
+    sweep(tmp_path)
+    assert theirs.exists() and not left.exists()
+
+
 def test_who_sweeps_while_another_begins_takes_no_folder_that_is_used(tmp_path, monkeypatch):
     """Two at once in one directory: the folder is made, and swept away before it is locked."""
     make, made = tempfile.mkdtemp, []
