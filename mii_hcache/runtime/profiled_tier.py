@@ -55,7 +55,7 @@ class ProfiledSpans:
     def _put(self, kind: ChunkKind) -> list[SpanRecord]:
         layout = SpanLayout.uniform(self._geometry, kind)
         joined = memoryview(bytearray(os.urandom(layout.num_bytes)))
-        records = []
+        records: list[SpanRecord] = []
         for span_idx in range(max(1, min(self._max_spans, self._io_bytes // layout.num_bytes))):
             record = SpanRecord(
                 span_id=SpanId(os.urandom(32)),
@@ -63,6 +63,7 @@ class ProfiledSpans:
                 span_idx=span_idx,
                 token_ids=pack_tokens([0] * SPAN_TOKENS),
                 layout=layout,
+                root_id=records[0].span_id if records else None,  # in turn on all disks, as a context is
             )
             if self._tier.store.put(record, [chunk.cut(joined) for chunk in layout.chunks]):
                 records.append(record)

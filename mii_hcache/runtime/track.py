@@ -88,6 +88,7 @@ class SequenceTrack:
             span_idx=span_idx,
             token_ids=self.packed_tokens(span_idx),
             layout=layout,
+            root_id=self.span_ids[0],
         )
 
     def extend(self, token_ids: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mii_hcache.core.geometry import ChunkKind
 from mii_hcache.core.identity import SpanId
@@ -23,6 +23,8 @@ class SpanRecord:
     """The span's token ids, packed (`core.identity.pack_tokens`); compared on every hit."""
     layout: SpanLayout
     """Which layers are stored, and as what: chunk `i` is `layout.chunks[i]`."""
+    root_id: SpanId | None = field(default=None, compare=False)
+    """The chain's first span, for who puts this one; None where nobody knows, as after it was read from a disk."""
 
     @property
     def num_bytes(self) -> int:

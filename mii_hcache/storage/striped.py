@@ -14,7 +14,7 @@ from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.lanes import Lanes
 from mii_hcache.storage.records import ChunkRead, ReadOutcome, SpanRecord
 from mii_hcache.storage.stripe_path import StripePath
-from mii_hcache.storage.turns import Turns
+from mii_hcache.storage.turns import turns_of
 
 _MAX_DELETED = 1 << 20
 """Spans deleted while a path was missing that are remembered until it is back."""
@@ -33,7 +33,7 @@ class StripedStore(ChunkStore):
 
     Every path has an equal share of the capacity and evicts by itself: a context's spans may go a little out of order
     between paths, which costs their use and nothing else. A path that fails a put, or is full of what is pinned, hands
-    it to the next one. `delete` reaches a missing path when it is back, if that is in this process's life.
+    it on to another one. `delete` reaches a missing path when it is back, if that is in this process's life.
     """
 
     name = "file"
@@ -46,7 +46,6 @@ class StripedStore(ChunkStore):
         """Spans that are being put: two writers of one must not choose two paths."""
         self._placed = threading.Condition()
         """Guards `_placing` and what follows."""
-        self._turns = Turns(len(self.paths))
         self._num_refusals = 0
         """Puts that one path dropped and another one took, or dropped as well: not to be counted again."""
         self._num_dropped = 0
@@ -263,16 +262,10 @@ class StripedStore(ChunkStore):
 
     def _turn_of(self, record: SpanRecord, writer: Writer | None = None) -> Iterator[FileStore]:
         """The store whose turn it is, then the others; those that are missing are passed over."""
-        for idx in self._turns.of(record, writer, self._path_of):
+        for idx in turns_of(record, len(self.paths), writer):
             store = self.paths[idx].store
             if store is not None:
-                self._turns.take(record, idx)
                 yield store
-
-    def _path_of(self, span_id: SpanId) -> int | None:
-        """Where a span lies: also while that path is away."""
-        stores = enumerate(path.store for path in self.paths)
-        return next((idx for idx, store in stores if store is not None and store.knows(span_id)), None)
 
     def _count(self, *, num_refusals: int = 0, num_dropped: int = 0) -> None:
         with self._placed:

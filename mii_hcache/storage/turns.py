@@ -1,78 +1,43 @@
-"""On which path of a striped store a span is put. Policy: nothing on disk says so, and reads look everywhere."""
+"""On which path of a striped store a span is put. Policy: nothing on disk says so, and reads look everywhere.
+
+It follows from the span alone: spans are put by several threads and overtake each other, and a path may be missing when
+one comes. What comes after it lies where it would lie anyway.
+"""
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 
-from mii_hcache.core.identity import SpanId
 from mii_hcache.storage.directions import Writer
 from mii_hcache.storage.records import SpanRecord
 
-_MAX_TURNS = 65_536
-"""Spans whose turn is remembered for the sake of the next ones of their contexts."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    path_idx: int
-    phase: int
-    """Where in the cycles of its writers the context began."""
-
-
-class Turns:
-    """Whose turn it is. Any thread; does not block.
+def turns_of(record: SpanRecord, num_paths: int, writer: Writer | None = None) -> list[int]:
+    """All paths, the one whose turn it is first, then those that the span is handed on to.
 
     Consecutive spans of a context lie on consecutive paths, and where the first one lies is drawn from its id, so that
-    short contexts spread, too. Spans that have a `Writer` lie on its own paths, those of `cycle_of`, in turn.
+    short contexts spread, too. Spans that have a `Writer` lie on its own paths, those of `cycle_of`, in turn. What a
+    path hands on is spread over the others.
     """
-
-    def __init__(self, num_paths: int) -> None:
-        self._num_paths = num_paths
-        self._lock = threading.Lock()
-        """Guards what follows."""
-        self._turns: OrderedDict[SpanId, _Turn] = OrderedDict()
-
-    def of(self, record: SpanRecord, writer: Writer | None, path_of: Callable[[SpanId], int | None]) -> list[int]:
-        """All paths, the one whose turn it is first, then those that the span is handed on to. `path_of`: on which path
-        a span lies that nobody remembers, None: on none."""
-        parent, drawn = self._parent_of(record), _drawn(record)
-        if writer is None:
-            before = None if parent is None else parent.path_idx
-            if before is None and record.parent_id is not None:
-                before = path_of(record.parent_id)
-            firsts = [(drawn if before is None else before + 1) % self._num_paths]
-        else:
-            cycle = cycle_of(writer, self._num_paths)
-            phase = drawn if parent is None else parent.phase
-            start = (record.span_idx // writer.num_writers + phase) % len(cycle)
-            firsts = [*cycle[start:], *cycle[:start]]
-        others = [(firsts[0] + step) % self._num_paths for step in range(self._num_paths)]
-        return list(dict.fromkeys([*firsts, *others]))
-
-    def take(self, record: SpanRecord, path_idx: int) -> None:
-        """The span is put there now."""
-        parent = self._parent_of(record)
-        turn = _Turn(path_idx, _drawn(record) if parent is None else parent.phase)
-        with self._lock:
-            self._turns[record.span_id] = turn
-            self._turns.move_to_end(record.span_id)
-            if len(self._turns) > _MAX_TURNS:
-                self._turns.popitem(last=False)
-
-    def _parent_of(self, record: SpanRecord) -> _Turn | None:
-        if record.parent_id is None:
-            return None
-        with self._lock:
-            return self._turns.get(record.parent_id)
+    own = range(num_paths) if writer is None else cycle_of(writer, num_paths)
+    step = record.span_idx if writer is None else record.span_idx // writer.num_writers
+    num_cycles, start = divmod(_drawn(record) + step, len(own))
+    first, *rest = _rotated(own, start)
+    others = [idx for idx in range(num_paths) if idx not in own]
+    return list(dict.fromkeys([first, *_rotated(rest, num_cycles), *_rotated(others, num_cycles)]))
 
 
 def _drawn(record: SpanRecord) -> int:
-    return int.from_bytes(record.span_id[:8], "little")
+    """Where the context begins; of a span whose context nobody knows, a place of its own."""
+    root_id = record.span_id if record.root_id is None else record.root_id
+    return int.from_bytes(root_id[:8], "little")
+
+
+def _rotated(paths: Sequence[int], steps: int) -> list[int]:
+    start = steps % len(paths) if paths else 0
+    return [*paths[start:], *paths[:start]]
 
 
 @lru_cache(maxsize=1024)

@@ -34,15 +34,17 @@ class Spans:
         layout = SpanLayout.shared((ChunkKind.HIDDEN,) * NUM_LAYERS, chunk_bytes, chunk_bytes)
         num_spans = max(1, num_bytes // layout.num_bytes)
         self.num_bytes = num_spans * layout.num_bytes
+        span_ids = [hashlib.blake2b(b"%d" % idx, digest_size=32, salt=salt).digest() for idx in range(num_spans)]
         self.records: Sequence[SpanRecord] = [
             SpanRecord(
-                span_id=hashlib.blake2b(b"%d" % idx, digest_size=32, salt=salt).digest(),
+                span_id=span_id,
                 parent_id=None,
-                span_idx=0,
+                span_idx=idx,
                 token_ids=bytes(256),
                 layout=layout,
+                root_id=span_ids[0],  # in turn on all disks, as a context is
             )
-            for idx in range(num_spans)
+            for idx, span_id in enumerate(span_ids)
         ]
         num_chunks = max(num_spans, NUM_LAYERS)
         self.window = aligned(num_chunks * chunk_bytes, 3)

@@ -37,8 +37,8 @@ def test_each_rank_has_directories_of_its_own(tmp_path, make_ranks, num_ranks, n
     """Of hidden states: by the bytes that each rank moved in each directory. All directories hold as much."""
     store, ranks = striped(tmp_path, "abcd"[:num_paths]), make_ranks(MHA, num_ranks)
     histories = [path(branch, 0, 64 * 24 + 5) for branch in range(4)]
-    # room for all: nothing is dropped and healed; and no span overtakes another, or the next ones begin a new cycle
-    save(ranks, store, PLANS["hidden"], histories, ring_batches=8, num_threads=1)
+    # room for all: nothing is dropped and healed
+    save(ranks, store, PLANS["hidden"], histories, ring_batches=8)
     written = moved_in(ranks, totals_of(store, "put_bytes"))
     for tokens in histories:
         records = spans_in(store, tokens)
@@ -75,7 +75,7 @@ def test_where_ranks_put_their_spans_any_other_number_finds_them(tmp_path, make_
 def test_k_and_v_of_all_ranks_lie_together_in_turn(tmp_path, make_ranks):
     store, ranks = striped(tmp_path, "ab"), make_ranks(MHA, 2)
     tokens = path(1, 0, 64 * 12)
-    save(ranks, store, PLANS["kv"], [tokens], save_wait=1e6, num_threads=1)  # none overtakes another
+    save(ranks, store, PLANS["kv"], [tokens], save_wait=1e6)
     assert [one.store.stats().num_spans for one in store.paths] == [6, 6]
     assert set(ranks.moved) == {(1, "a"), (1, "b")}
     check_saved(store, tokens, MHA)

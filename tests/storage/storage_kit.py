@@ -67,6 +67,7 @@ def make_record(
     name: object,
     *,
     parent: object = None,
+    root: object = None,
     span_idx: int = 0,
     kind: ChunkKind = ChunkKind.HIDDEN,
     num_chunks: int = NUM_CHUNKS,
@@ -80,6 +81,7 @@ def make_record(
         span_idx=span_idx,
         token_ids=hashlib.blake2b(str(name).encode()).digest() * 4,
         layout=layout or SpanLayout.shared((None,) + (kind,) * num_chunks, chunk_bytes, chunk_bytes),
+        root_id=None if root is None else make_id(root),
     )
 
 

@@ -128,7 +128,7 @@ def test_directions_end_at_the_first_span_that_is_not_there(shared_kit, other):
 
 def test_a_span_that_two_processes_wrote_reads_back_also_after_a_restart(shared_kit, other):
     store = shared_kit.open()
-    records = [shared_kit.record(name, parent=name - 1 if name else None, span_idx=name) for name in range(4)]
+    records = [shared_kit.record(name, parent=name - 1 if name else None, root=0, span_idx=name) for name in range(4)]
     own = SlotFiles(open_io(IO)[0])
     for record in records:
         draft, chunks = share(store, record), make_chunks(record)

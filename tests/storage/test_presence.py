@@ -85,7 +85,10 @@ def one_of_two(striped, monkeypatch) -> Iterator[DeadDisk]:
 
 
 def chain(num_spans: int) -> list[SpanRecord]:
-    return [make_record(f"a{idx}", parent=f"a{idx - 1}" if idx else None, span_idx=idx) for idx in range(num_spans)]
+    return [
+        make_record(f"a{idx}", parent=f"a{idx - 1}" if idx else None, root="a0", span_idx=idx)
+        for idx in range(num_spans)
+    ]
 
 
 def filled(store, num_spans: int = 8) -> list[SpanRecord]:

@@ -58,7 +58,7 @@ def opening(tmp_path) -> Iterator[Open]:
 
 def chain(name: str, num_spans: int) -> list[SpanRecord]:
     return [
-        make_record(f"{name}{idx}", parent=f"{name}{idx - 1}" if idx else None, span_idx=idx)
+        make_record(f"{name}{idx}", parent=f"{name}{idx - 1}" if idx else None, span_idx=idx, root=f"{name}0")
         for idx in range(num_spans)
     ]
 
@@ -70,11 +70,21 @@ def holders(store: StripedStore, records: list[SpanRecord]) -> list[list[int]]:
 def test_consecutive_spans_lie_on_consecutive_devices(opening):
     store = opening()
     records = chain("a", 12)
-    for record in records:
+    for record in random.Random(1).sample(records, 12):  # as threads put them, which overtake each other
         assert put(store, record)
     places = holders(store, records)
     assert places == [[(places[0][0] + idx) % 3] for idx in range(12)]
     assert all(holds(store, record) for record in records)
+
+
+def test_after_a_restart_a_context_goes_on_where_it_was(opening):
+    records = chain("a", 12)
+    for start, stop in ((0, 5), (5, 12)):
+        store = opening()
+        for record in records[start:stop]:
+            assert put(store, record)
+    places = holders(store, records)
+    assert places == [[(places[0][0] + idx) % 3] for idx in range(12)]
 
 
 def test_short_contexts_spread(opening):

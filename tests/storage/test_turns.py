@@ -11,27 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mii_hcache.storage.directions import Writer
-from mii_hcache.storage.turns import Turns, cycle_of
+from mii_hcache.storage.records import SpanRecord
+from mii_hcache.storage.turns import cycle_of, turns_of
 from tests.storage.storage_kit import make_record
-
-NOWHERE = lambda span_id: None  # noqa: E731
 
 
 def writers_of(num_writers: int) -> list[Writer]:
     return [Writer(idx=idx, num_writers=num_writers) for idx in range(num_writers)]
 
 
+def context(name: object, num_spans: int) -> list[SpanRecord]:
+    return [
+        make_record(f"{name}/{idx}", parent=f"{name}/{idx - 1}" if idx else None, root=f"{name}/0", span_idx=idx)
+        for idx in range(num_spans)
+    ]
+
+
 def contexts(num_writers: int, num_paths: int, lengths) -> Counter[tuple[int, int]]:
     """How many spans of each writer lie on each path."""
-    turns, found = Turns(num_paths), Counter()
+    found = Counter()
     for name, num_spans in enumerate(lengths):
-        for idx in range(num_spans):
-            parent = f"{name}/{idx - 1}" if idx else None
-            record = make_record(f"{name}/{idx}", parent=parent, span_idx=idx)
-            writer = Writer(idx=idx % num_writers, num_writers=num_writers)
-            order = turns.of(record, writer, NOWHERE)
+        for record in context(name, num_spans):
+            writer = Writer(idx=record.span_idx % num_writers, num_writers=num_writers)
+            order = turns_of(record, num_paths, writer)
             assert sorted(order) == list(range(num_paths)), "handed on to every other path"
-            turns.take(record, order[0])
             found[writer.idx, order[0]] += 1
     return found
 
@@ -77,25 +80,25 @@ def test_a_context_is_spread_evenly_and_short_ones_are_too():
     assert {path for _, path in found} == {0, 2, 4} and min(found.values()) > 70
 
 
-def test_a_context_goes_on_where_it_was_also_after_it_was_handed_on():
-    turns = Turns(4)
-    chosen = []
-    for idx in range(12):
-        record = make_record(idx, parent=idx - 1 if idx else None, span_idx=idx)
-        order = turns.of(record, Writer(idx=idx % 2, num_writers=2), NOWHERE)
-        assert {order[0], order[1]} == ({0, 2} if idx % 2 == 0 else {1, 3}), "its own first"
-        turns.take(record, order[0])
-        if idx == 5:  # full: the next one takes it
-            turns.take(record, order[1])
-        chosen.append(order[0])
+def test_a_writer_s_own_paths_come_first():
+    orders = [turns_of(record, 4, Writer(idx=record.span_idx % 2, num_writers=2)) for record in context("a", 12)]
+    assert [{*order[:2]} for order in orders] == [{0, 2}, {1, 3}] * 6
+    chosen = [order[0] for order in orders]
     assert chosen == chosen[:4] * 3
 
 
-def test_spans_of_all_writers_follow_each_other_wherever_that_was():
-    turns = Turns(3)
-    first, second = make_record("a"), make_record("b", parent="a", span_idx=1)
-    start = turns.of(first, None, NOWHERE)
-    assert start == [(start[0] + step) % 3 for step in range(3)]
-    assert turns.of(second, None, lambda span_id: 1) == [2, 0, 1], "nobody remembers it, but it lies there"
-    turns.take(first, 2)
-    assert turns.of(second, None, lambda span_id: 1) == [0, 1, 2]
+def test_spans_of_no_writer_follow_each_other():
+    chosen = [turns_of(record, 3)[0] for record in context("a", 12)]
+    assert chosen == [(chosen[0] + idx) % 3 for idx in range(12)]
+
+
+@pytest.mark.parametrize("writer", [None, Writer(idx=0, num_writers=1)])
+def test_what_a_missing_path_hands_on_is_spread_over_the_others(writer):
+    orders = [turns_of(record, 4, writer) for record in context("a", 48)]
+    taken = Counter(next(idx for idx in order if idx != 2) for order in orders)
+    assert taken == {0: 16, 1: 16, 3: 16}
+
+
+def test_a_span_of_an_unknown_context_has_a_place_of_its_own():
+    records = [make_record(idx, parent=idx - 1, span_idx=idx) for idx in range(1, 301)]
+    assert min(Counter(turns_of(record, 3)[0] for record in records).values()) > 70
