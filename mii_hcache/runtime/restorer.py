@@ -134,10 +134,10 @@ class Restorer:
     def stop(self) -> None:
         """End the reader threads; no restore may be running. Returns also while reads hang; memory that these go to is
         not taken back from the store."""
-        self._readers.close(STOP_S)
+        have_ended = self._readers.close(STOP_S)
         self._held.stop()
-        if not self.buffers.wait_until_unused(STOP_S):
-            _log.warning("%d reads hang: their memory is left to them", self.buffers.num_in_use)
+        if not have_ended or not self.buffers.wait_until_unused(STOP_S):
+            _log.warning("reads hang: the memory that reads go to (%d in use) is left", self.buffers.num_in_use)
             return
         while self._lent:
             self.store.take_back(self._lent.pop())

@@ -17,6 +17,9 @@ _log = logging.getLogger(__name__)
 FIRST_LOOK_S = 1.0
 LAST_LOOK_S = 30.0
 """Pauses between looks for a directory that is missing: the first, and the longest."""
+CLOSE_S = 2.0
+"""How long closing waits for a look that is opening the directory: recovering a catalog takes moments, but a disk may
+hang for ever."""
 OpenPath = Callable[[], "tuple[StateDir, FileStore]"]
 """Opens the directory. Raises OSError, HCacheError."""
 
@@ -52,15 +55,18 @@ class StripePath:
         """Guards `store` with `_closing`."""
         self._closing = threading.Event()
         self._looked = threading.Event()
-        threading.Thread(target=self._look, name="hcache-look", daemon=True).start()
+        self._looking = threading.Thread(target=self._look, name="hcache-look", daemon=True)
+        self._looking.start()
 
     def wait_for_look(self, timeout_s: float) -> None:
         """Wait until the first look has ended, well or not."""
         self._looked.wait(timeout_s)
 
     def close(self) -> None:
-        """Close the store, if it is there; a directory whose disk hangs stays locked. Blocks, bounded. Idempotent."""
+        """Close the store, if it is there or about to be; a directory whose disk hangs stays locked. Blocks, bounded.
+        Idempotent."""
         self._closing.set()
+        self._looking.join(CLOSE_S)
         with self._lock:
             store, state_dir = self.store, self._state_dir
         if store is not None and state_dir is not None:

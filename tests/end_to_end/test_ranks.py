@@ -175,6 +175,8 @@ def test_no_rank_outlives_rank_0(tmp_path):
     try:
         server.wait_until_ready()
         others = _others(server, 2)
+        meeting = Path(Path(f"/proc/{others[0]}/cmdline").read_bytes().split(b"\0")[5].decode())
+        assert meeting.is_dir()
         talker = threading.Thread(target=_stream, args=(server, Chat(5).next_body(400), []))
         talker.start()
         _wait_until_taken(server, talker)
@@ -183,6 +185,7 @@ def test_no_rank_outlives_rank_0(tmp_path):
         wait_until_gone(others, END_S)
         talker.join(END_S)
         assert not talker.is_alive()
+        assert meeting.name.startswith("mii-hcache-ranks-") and not meeting.exists(), "nothing is left behind"
     finally:
         server.kill()
 

@@ -15,6 +15,7 @@ from mii_hcache.runtime.pieces import HOST
 from mii_hcache.runtime.restore import Restore, RestoreOutcome
 from mii_hcache.runtime.restorer import Restorer
 from mii_hcache.runtime.stats import Counters
+from mii_hcache.storage.records import ReadOutcome
 from tests.runtime.kit import (
     GIVE_UP_S,
     FakeBlocks,
@@ -452,3 +453,23 @@ def test_a_store_knows_the_memory_that_it_reads_into(bench):
     assert all(any(address in memory for memory in lent) for address in bench.store.read_into)
     bench.restorer.stop()
     assert not bench.store.lent, "kept from being freed"
+
+
+def test_a_read_that_has_begun_keeps_all_memory_lent(bench, monkeypatch):
+    """It has none yet, and may take some a moment later."""
+    monkeypatch.setattr("mii_hcache.runtime.restorer.STOP_S", 0.05)
+    _run(bench.start([KV] * 5)[0])
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def late() -> ReadOutcome:
+        begun.set()
+        assert goes_on.wait(GIVE_UP_S)
+        return ReadOutcome(num_ok=0)
+
+    outcome = bench.restorer.submit_read(late)
+    assert begun.wait(GIVE_UP_S)
+    num_lent = len(bench.store.lent)
+    bench.restorer.stop()
+    assert len(bench.store.lent) == num_lent > 0
+    goes_on.set()
+    assert outcome.result(GIVE_UP_S).num_ok == 0

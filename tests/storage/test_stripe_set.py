@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage import stripe_set
+from mii_hcache.storage.file import FileStore
 from mii_hcache.storage.open import OpenedState, open_state
 from mii_hcache.storage.open_striped import open_striped
+from mii_hcache.storage.state_dir import StateDir
 from mii_hcache.storage.stripe_path import StripePath
 from mii_hcache.storage.stripe_set import SET_FILE, Member, SetFile, StripeSet, mount_point, read_set_file
 from mii_hcache.storage.striped import StripedStore
@@ -255,6 +257,26 @@ def test_a_directory_that_opens_while_the_store_is_being_made_is_told_of_pins(tm
     store.pin([record.span_id for record in records])
     assert [len(one._index._order._pins) for one in store.stores] == [len(records)] * 2
     store.close()
+
+
+def test_closing_waits_for_a_directory_that_is_being_opened(tmp_path):
+    """Or the next one to open it finds it in use."""
+    begun, goes_on = threading.Event(), threading.Event()
+    opened: list[FileStore] = []
+
+    def open_path() -> tuple[StateDir, FileStore]:
+        begun.set()
+        assert goes_on.wait(60)
+        state_dir = StateDir(tmp_path / "a")
+        opened.append(FileStore(state_dir, CAPACITY, io=IO))
+        return state_dir, opened[0]
+
+    path = StripePath(tmp_path / "a", open_path)
+    assert begun.wait(60)
+    threading.Timer(0.1, goes_on.set).start()
+    path.close()
+    assert path.store is None and opened[0].has_ended
+    StateDir(tmp_path / "a").close()
 
 
 def test_deleted_while_its_disk_was_missing_is_deleted_when_it_is_back(tmp_path):

@@ -5,6 +5,6 @@ import sys
 from mii_hcache.engine.parallel.rank_process import main
 
 if __name__ == "__main__":
-    if len(sys.argv) != 6:
+    if len(sys.argv) != 7:
         sys.exit("this is one rank of several, which a server with --tensor-parallel starts")
     sys.exit(main(sys.argv[1:]))

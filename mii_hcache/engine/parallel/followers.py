@@ -109,9 +109,9 @@ class Followers:
     def _start(self, rank: int) -> FollowerProcess:
         pairs = [socket.socketpair() for _ in range(3)]
         try:
-            theirs = [str(pair[1].fileno()) for pair in pairs]
+            arguments = [rank, self.size, self.meeting, *(pair[1].fileno() for pair in pairs)]
             process = subprocess.Popen(
-                [sys.executable, "-m", "mii_hcache.engine.parallel", str(rank), str(self.size), *theirs],
+                [sys.executable, "-m", "mii_hcache.engine.parallel", *map(str, arguments)],
                 pass_fds=[pair[1].fileno() for pair in pairs],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 BEAT_S = 1.0
 EXIT_ORPHANED = 3
@@ -16,8 +18,10 @@ EXIT_ORPHANED = 3
 class Life:
     """The line to rank 0 on which a follower says how it is, and by whose end it learns that rank 0 is gone."""
 
-    def __init__(self, link: Connection) -> None:
+    def __init__(self, link: Connection, meeting: Path) -> None:
+        """`meeting`: where the ranks met; rank 0's to remove, as long as it is there."""
         self._link = link
+        self._meeting = meeting
         self._lock = threading.Lock()
         self._parent = os.getppid()
         threading.Thread(target=self._beat, name="hcache-life", daemon=True).start()
@@ -28,7 +32,12 @@ class Life:
             with self._lock:
                 self._link.send((kind, words))
         except OSError:
-            os._exit(EXIT_ORPHANED)
+            self.end_orphaned()
+
+    def end_orphaned(self) -> NoReturn:
+        """Rank 0 is gone: end the process, and leave nothing behind. Any thread."""
+        shutil.rmtree(self._meeting, ignore_errors=True)
+        os._exit(EXIT_ORPHANED)
 
     def _beat(self) -> None:
         """Nobody says anything on this line but its end."""
@@ -37,9 +46,9 @@ class Life:
                 if self._link.poll(BEAT_S):
                     self._link.recv_bytes()
             except (EOFError, OSError):
-                os._exit(EXIT_ORPHANED)
+                self.end_orphaned()
             if os.getppid() != self._parent:  # a child of rank 0's may have inherited the other end
-                os._exit(EXIT_ORPHANED)
+                self.end_orphaned()
             self.say("beat", None)
 
 

@@ -61,7 +61,7 @@ def open_parallel_engine(
         progress(f"starting {size} ranks", 0, 0)
         local_path = _local(model_path)
         followers.wait_for("imported", lambda num_there: progress(f"starting {size} ranks", 1 + num_there, size))
-        followers.send_settings({"meeting": str(followers.meeting), "engine": {**settings, "model_path": local_path}})
+        followers.send_settings({"engine": {**settings, "model_path": local_path}})
         group = _meet(followers, size)
         followers.wake_with(group.abort)
         progress(f"loading the model on {size} ranks", 0, 0)

@@ -12,24 +12,25 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from mii_hcache.engine.parallel.life import EXIT_ORPHANED, Life, Relay  # the rest takes seconds: see `_run`
+from mii_hcache.engine.parallel.life import Life, Relay  # the rest takes seconds: see `_run`
 
 EXIT_FAILED = 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`rank size commands io life`: numbers, the last three of inherited sockets."""
+    """`rank size meeting commands io life`: where the ranks meet; the others are numbers, the last three of inherited
+    sockets."""
     # they mean the server: rank 0 ends the others in order
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    rank, size, *sockets = (int(argument) for argument in arguments)
-    commands, io, life_link = (Connection(number) for number in sockets)
-    life = Life(life_link)
+    rank, size, meeting = int(arguments[0]), int(arguments[1]), Path(arguments[2])
+    commands, io, life_link = (Connection(int(number)) for number in arguments[3:])
+    life = Life(life_link, meeting)
     logging.getLogger().addHandler(Relay(life))
     try:
-        _run(rank, size, commands, io, life)
+        _run(rank, size, meeting, commands, io, life)
     except EOFError:
-        os._exit(EXIT_ORPHANED)
+        life.end_orphaned()
     except BaseException as error:
         traceback.print_exc()
         sys.stdout.flush()
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)  # threads of gloo and torch have nothing left to do, and no order to end in
 
 
-def _run(rank: int, size: int, commands: Connection, io: Connection, life: Life) -> None:
+def _run(rank: int, size: int, meeting: Path, commands: Connection, io: Connection, life: Life) -> None:
     from mii_hcache.config import quiet_libraries
 
     quiet_libraries()
@@ -60,7 +61,7 @@ def _run(rank: int, size: int, commands: Connection, io: Connection, life: Life)
     compat.install()
     life.say("state", "imported")
     settings = commands.recv()
-    group = RankGroup.join(Path(settings["meeting"]), rank, size, device)
+    group = RankGroup.join(meeting, rank, size, device)
     life.say("state", "met")
     follower = Follower(build_engine(**settings["engine"], group=group), group, io)
     life.say("state", "ready")

@@ -37,11 +37,11 @@ class ForkedRank:
         assert list(command[:3]) == [sys.executable, "-m", "mii_hcache.engine.parallel"]
         assert settings.pop("stdout") == subprocess.PIPE and settings.pop("stderr") == subprocess.STDOUT
         assert settings == {"stdin": subprocess.DEVNULL, "start_new_session": True}
-        assert [int(fd) for fd in command[5:]] == list(pass_fds)
+        assert [int(fd) for fd in command[6:]] == list(pass_fds)
         ours, theirs = os.pipe()
         try:
             handed = [_Handed(fd) for fd in (*pass_fds, theirs)]
-            self._process = context.Process(target=_be_rank, args=(list(command[3:5]), handed), daemon=True)
+            self._process = context.Process(target=_be_rank, args=(list(command[3:6]), handed), daemon=True)
             self._process.start()
         finally:
             os.close(theirs)
@@ -80,10 +80,10 @@ def _take(handed: Any) -> int:
     return int(handed.detach())
 
 
-def _be_rank(numbers: list[str], handed: list[int]) -> None:
+def _be_rank(own: list[str], handed: list[int]) -> None:
     *sockets, output = handed
     os.setsid()
     for standard in (1, 2):
         os.dup2(output, standard)
     os.close(output)
-    os._exit(rank_process.main([*numbers, *(str(fd) for fd in sockets)]))
+    os._exit(rank_process.main([*own, *(str(fd) for fd in sockets)]))

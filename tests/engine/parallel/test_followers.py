@@ -26,8 +26,8 @@ from tests.engine.parallel.ranks_kit import is_running, wait_until_gone
 PREAMBLE = """
 import os, sys, time
 from multiprocessing.connection import Connection
-rank, size, *lines = map(int, sys.argv[1:])
-commands, io, life = map(Connection, lines)
+rank, size = map(int, sys.argv[1:3])
+commands, io, life = (Connection(int(number)) for number in sys.argv[4:])
 life.send(("state", "ready"))
 """
 UNTIL_THE_END = """
