@@ -50,6 +50,7 @@ def _serve(options: Options) -> int:
     from mii_hcache.serve.loading import Loading
     from mii_hcache.serve.logs import set_up_logging
     from mii_hcache.serve.loss import Loss
+    from mii_hcache.storage.state_dir import refuse_busy
 
     set_up_logging(verbose=options.verbose, as_json=options.log_json)
     with bind(options.host, options.port) as sock:
@@ -58,6 +59,8 @@ def _serve(options: Options) -> int:
                 f"--host {options.host} lets other machines in, and there is no key: set MII_HCACHE_API_KEY or give "
                 "--api-key-file, or say --allow-no-key if everybody who can reach this machine may use it"
             )
+        for directory in options.config.state_dirs:  # opening it would tell, too, but only when all is imported
+            refuse_busy(Path(directory))
         loading, loss = Loading(as_json=options.log_json), Loss(lambda words: _complain(options, words), EXIT_LOST)
         _tell(options, f"mii_hcache {__version__}: loading {options.config.model or 'the demo model'}")
         try:

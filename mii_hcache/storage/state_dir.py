@@ -151,6 +151,31 @@ def store_uuid_in(path: Path) -> bytes | None:
     return raw if len(raw) == UUID_BYTES else None
 
 
+def owner_of(path: Path) -> str | None:
+    """Process id of whoever owns a state directory now, `unknown` if it cannot be read, None for nobody. Owners are not
+    disturbed; a server that starts in the very microsecond of the question is refused, and can be started again."""
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(fd)
+    finally:
+        os.close(fd)
+    return None
+
+
+def refuse_busy(path: Path) -> None:
+    """Raise StateDirBusyError while a process owns the directory, which `StateDir` does, too, but later. What else may
+    be wrong with it is not looked at."""
+    with contextlib.suppress(OSError):
+        owner = owner_of(path)
+        if owner is not None:
+            raise _busy(path, owner)
+
+
 def new_store_uuid() -> bytes:
     """An identity that no other store has."""
     return uuid.uuid4().bytes
@@ -199,16 +224,20 @@ def _lock(path: Path) -> int:
     except BlockingIOError:
         owner = _owner(fd)
         os.close(fd)
-        raise StateDirBusyError(
-            f"state directory {path} is in use by process {owner}; stop that server, or give this one a state_dir of "
-            "its own"
-        ) from None
+        raise _busy(path, owner) from None
     except BaseException:
         os.close(fd)
         raise
     os.ftruncate(fd, 0)
     os.pwrite(fd, str(os.getpid()).encode(), 0)
     return fd
+
+
+def _busy(path: Path, owner: str) -> StateDirBusyError:
+    return StateDirBusyError(
+        f"state directory {path} is in use by process {owner}; stop that server, or give this one a directory of its "
+        "own"
+    )
 
 
 def _owner(fd: int) -> str:

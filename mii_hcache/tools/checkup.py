@@ -10,10 +10,10 @@ from typing import Any
 
 from mii_hcache.errors import ConfigError, StateDirBusyError
 from mii_hcache.storage.catalog import Catalog, salvage
-from mii_hcache.storage.state_dir import NAMESPACE_FILE, StateDir, store_uuid_in
+from mii_hcache.storage.state_dir import NAMESPACE_FILE, StateDir, owner_of, store_uuid_in
 from mii_hcache.storage.survey import OURS
 from mii_hcache.storage.transcripts import Transcripts
-from mii_hcache.tools.state_view import StateView, look_at, owner_of
+from mii_hcache.tools.state_view import StateView, look_at
 from mii_hcache.tools.table import size
 from mii_hcache.tools.verification import Verification, compare, verify
 

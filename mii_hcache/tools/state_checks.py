@@ -22,10 +22,9 @@ from mii_hcache.storage.format import BLOCK_BYTES, SegmentHeader
 from mii_hcache.storage.native import how_cufile_moves_bytes, why_no_cufile
 from mii_hcache.storage.open_io import choose_io
 from mii_hcache.storage.segment import SegmentFile
-from mii_hcache.storage.state_dir import PROFILE_FILE
+from mii_hcache.storage.state_dir import PROFILE_FILE, owner_of
 from mii_hcache.storage.stripe_set import StripeSet, device_of
 from mii_hcache.tools.findings import Check, Finding, off, ok, problem
-from mii_hcache.tools.state_view import owner_of
 from mii_hcache.tools.table import size
 
 

@@ -7,9 +7,7 @@ opened by the code that a server opens the originals with, so what it would refu
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
 import shutil
 import sqlite3
@@ -23,7 +21,7 @@ from urllib.parse import quote
 from mii_hcache.errors import ConfigError
 from mii_hcache.storage.catalog import Catalog, SpanRow
 from mii_hcache.storage.format import BLOCK_BYTES, FORMAT_VERSION, SegmentHeader
-from mii_hcache.storage.state_dir import NAMESPACE_FILE, store_uuid_in
+from mii_hcache.storage.state_dir import NAMESPACE_FILE, owner_of, store_uuid_in
 from mii_hcache.storage.survey import DAMAGED, FOREIGN, OLD, UNFINISHED, FoundFile, survey
 from mii_hcache.storage.transcripts import Transcripts
 
@@ -113,23 +111,6 @@ def _disk_bytes(path: Path) -> int:
         return 512 * path.stat().st_blocks
     except FileNotFoundError:
         return 0
-
-
-def owner_of(directory: Path) -> str | None:
-    """Process id of whoever owns a state directory now, None for nobody. Owners are not disturbed; a server that starts
-    in the very microsecond of the question is refused, and can be started again."""
-    try:
-        fd = os.open(directory / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        text = os.pread(fd, 32, 0).decode(errors="replace")
-        return text if text.isdecimal() else "unknown"
-    finally:
-        os.close(fd)
-    return None
 
 
 def read_rows(view: StateView) -> list[SpanRow]:

@@ -14,7 +14,8 @@ from mii_hcache.storage.catalog import SpanRow
 from mii_hcache.storage.format import SlotHeader
 from mii_hcache.storage.segment import SegmentFile
 from mii_hcache.storage.slots import Place
-from mii_hcache.tools.state_view import StateView, owner_of, read_rows
+from mii_hcache.storage.state_dir import owner_of
+from mii_hcache.tools.state_view import StateView, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

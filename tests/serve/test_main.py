@@ -21,6 +21,7 @@ from serve_kit import wait_until
 
 from mii_hcache.config import default_state_dirs
 from mii_hcache.serve.listening import Server
+from mii_hcache.storage.state_dir import StateDir
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE.parents[1]
@@ -104,6 +105,19 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded():
         "choose another --port or --host"
     )
     assert "loading" not in done.stdout
+
+
+def test_a_state_directory_in_use_is_said_before_the_model_is_loaded(tmp_path):
+    owned = StateDir(tmp_path / "owned")
+    done = _command("--port", "0", "--state-dir", str(tmp_path / "free"), "--state-dir", str(owned.path))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        f"mii_hcache.serve: state directory {owned.path} is in use by process {os.getpid()}; stop that server, or give "
+        "this one a directory of its own"
+    )
+    assert "loading" not in done.stdout and not (tmp_path / "free").exists()
+    owned.close()
 
 
 @pytest.mark.parametrize(
