@@ -30,6 +30,10 @@ with suppress(ImportError):  # where only the GPU's tests run
     hypothesis.settings.register_profile("busy", deadline=None)  # a machine that is busy for a moment is no failure
     hypothesis.settings.load_profile("busy")
 
+from tests import chaos
+
+chaos.begin_if_asked()
+
 LONG = ("tests/native/test_csrc.py", "tests/engine/parallel/", "tests/end_to_end/", "tests/kernels/")
 """What takes minutes."""
 

@@ -22,7 +22,9 @@ import transformers.models.opt.modeling_opt  # noqa: F401
 
 from mii_hcache.engine import compat, families, modules, ragged_engine  # noqa: F401
 from mii_hcache.engine.parallel import follower, rank_process, state  # noqa: F401
+from tests import chaos
 
+chaos.begin_if_asked()
 compat.missing_names()  # imports all that `compat.install` does; that itself starts threads, and forks have none
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__])
