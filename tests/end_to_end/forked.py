@@ -7,12 +7,11 @@ is in `imported.py`.
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tests.forked_process import ForkedProcess
 
 CAN_FORK = not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")))
 """A process whose imports have looked at a GPU cannot be forked into one that uses it."""
@@ -20,35 +19,11 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.end_to_end.imported"])
 
 
-class ForkedServer:
-    """In the place of `subprocess.Popen`: `python -m mii_hcache.serve ...`."""
+class ForkedServer(ForkedProcess):
+    """`python -m mii_hcache.serve ...`."""
 
     def __init__(self, arguments: Sequence[str], log_path: Path, env: Mapping[str, str]) -> None:
-        self._process = _context.Process(target=_serve, args=(list(arguments), str(log_path), dict(env)), daemon=True)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        multiprocessing.connection.wait([self._process.sentinel], timeout)
-        code = self.poll()
-        if code is None:
-            raise subprocess.TimeoutExpired("a forked server", timeout or 0.0)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        super().__init__(_context.Process(target=_serve, args=(list(arguments), str(log_path), dict(env)), daemon=True))
 
 
 def _serve(arguments: list[str], log_path: str, env: dict[str, str]) -> None:

@@ -7,12 +7,9 @@ as users do. Imported by the fork server before all else: what is imported here 
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -23,6 +20,7 @@ import transformers.models.opt.modeling_opt  # noqa: F401
 from mii_hcache.engine import compat, families, modules, ragged_engine  # noqa: F401
 from mii_hcache.engine.parallel import follower, rank_process, state  # noqa: F401
 from tests import chaos
+from tests.forked_process import ForkedProcess
 
 chaos.begin_if_asked()
 compat.missing_names()  # imports all that `compat.install` does; that itself starts threads, and forks have none
@@ -30,8 +28,8 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([__name__])
 
 
-class ForkedRank:
-    """In the place of `subprocess.Popen`, as `Followers` uses it: `python -m mii_hcache.engine.parallel ...`."""
+class ForkedRank(ForkedProcess):
+    """As `Followers` uses `subprocess.Popen`: `python -m mii_hcache.engine.parallel ...`."""
 
     def __init__(
         self, command: Sequence[str], *, pass_fds: Sequence[int], env: dict[str, str], **settings: Any
@@ -43,29 +41,10 @@ class ForkedRank:
         ours, theirs = os.pipe()
         try:
             handed = [_Handed(fd) for fd in (*pass_fds, theirs)]
-            self._process = context.Process(target=_be_rank, args=(list(command[3:6]), handed), daemon=True)
-            self._process.start()
+            super().__init__(context.Process(target=_be_rank, args=(list(command[3:6]), handed), daemon=True))
         finally:
             os.close(theirs)
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
         self.stdout = open(ours, "rb")  # noqa: SIM115 whoever reads it closes it
-        self._lock = threading.Lock()
-
-    def poll(self) -> int | None:
-        with self._lock:
-            return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        multiprocessing.connection.wait([self._process.sentinel], timeout)
-        code = self.poll()
-        if code is None:
-            raise subprocess.TimeoutExpired("a forked rank", timeout or 0.0)
-        return code
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
 
 
 class _Handed:
