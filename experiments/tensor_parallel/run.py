@@ -2,9 +2,10 @@
 
     python -m experiments.tensor_parallel.run --out experiments/tensor_parallel/results.jsonl
 
-A history is computed once and saved; then it and a few new tokens are asked for, over and over. Every rank reads its
-share of the same files no faster than `--mb-per-s`: N ranks are as N disks. All ranks share this machine's cores, so
-what they compute does not get faster as it would on GPUs of their own; with reads as slow as here that hardly shows.
+A history is computed once and saved; then it and a few new tokens are asked for, over and over. There are as many
+directories as ranks, and no rank reads its share faster than `--mb-per-s`: N ranks are as N disks. All ranks share this
+machine's cores, so what they compute does not get faster as it would on GPUs of their own; with reads as slow as here
+that hardly shows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NEW_TOKENS = 16
 def measure(num_ranks: int, method: str, history: list[int], rate: float, repeats: int, folder: Path) -> dict[str, Any]:
     """Median restore time and time to first token, the bytes that each rank read for one restore, and the tokens."""
     config = HCacheConfig(
-        state_dir=str(folder / "state"),
+        state_dir=[str(folder / f"disk{idx}") for idx in range(num_ranks)],
         method=method,
         keep="none",
         dram_capacity_bytes=1 << 20,  # the least: one rank has it, several do without
