@@ -270,6 +270,8 @@ class Followers:
             logging.getLogger(name).log(level, "rank %d: %s", member.rank, words)
         elif kind == "failed":
             member.failure = said
+            with contextlib.suppress(ProcessLookupError):
+                member.process.kill()  # it waits for that, or for the end of this process
 
     def _bury(self, member: FollowerProcess) -> None:
         """Its end of the line is closed."""

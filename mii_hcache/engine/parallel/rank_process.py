@@ -3,10 +3,12 @@ to stop or rank 0 is gone."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -15,6 +17,9 @@ from pathlib import Path
 from mii_hcache.engine.parallel.life import Life, Relay  # the rest takes seconds: see `_run`
 
 EXIT_FAILED = 1
+LAST_S = 1.0
+"""Rank 0 ends a rank that says that it failed. If it failed because rank 0 is gone, its line ends within so long: a
+process's lines do not all end at once."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,9 +37,11 @@ def main(arguments: Sequence[str]) -> int:
     except EOFError:
         life.end_orphaned()
     except BaseException as error:
-        traceback.print_exc()
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            traceback.print_exc()
+            sys.stdout.flush()
         life.say("failed", f"{type(error).__name__}: {error}")
+        time.sleep(LAST_S)
         os._exit(EXIT_FAILED)
     sys.stdout.flush()
     os._exit(0)  # threads of gloo and torch have nothing left to do, and no order to end in

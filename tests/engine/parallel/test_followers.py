@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,9 +21,12 @@ import pytest
 from mii_hcache.engine.parallel import followers, opening
 from mii_hcache.engine.parallel.followers import Followers
 from mii_hcache.engine.parallel.group import RankGroup
+from mii_hcache.engine.parallel.life import EXIT_ORPHANED
+from mii_hcache.engine.parallel.rank_process import EXIT_FAILED
 from mii_hcache.errors import RankLostError
 from tests.engine.parallel.ranks_kit import is_running, wait_until_gone
 
+ROOT = Path(__file__).resolve().parents[3]
 PREAMBLE = """
 import os, sys, time
 from multiprocessing.connection import Connection
@@ -109,6 +113,41 @@ def test_what_failed_here_is_told_by_the_rank_that_is_behind_it(monkeypatch, pro
         threading.Timer(0.3, listens.set).start()
         told = str(others.lose("rank 0 failed: connection reset", RankLostError("connection reset")))
     assert "rank 1 of 2" in told and ("out of memory" in told or "SIGKILL" in told)
+
+
+def test_a_rank_that_failed_is_not_waited_for():
+    with ranks(2, "life.send(('failed', 'out of memory')); time.sleep(600)") as others:
+        told = lost_of(others)
+        wait_until_gone(others.pids, 30)
+    assert told.endswith("failed: out of memory")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_rank_that_failed_because_rank_0_is_gone_leaves_nothing_behind(tmp_path, is_there):
+    """Lines do not all end at once: it may fail before it can know why."""
+    program = (
+        "import sys; from mii_hcache.engine.parallel import rank_process\n"
+        "def fail(*args): raise ConnectionError('reset by peer')\n"
+        "rank_process._run = fail; rank_process.main(sys.argv[1:])"
+    )
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    pairs = [multiprocessing.Pipe() for _ in range(3)]
+    theirs = [pair[1].fileno() for pair in pairs]
+    command = [sys.executable, "-c", program, "1", "2", str(meeting), *map(str, theirs)]
+    process = subprocess.Popen(command, pass_fds=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    assert process.stdout is not None
+    process.stdout.close()
+    for pair in pairs:
+        pair[1].close()
+    life = pairs[2][0]
+    while (said := life.recv())[0] == "beat":
+        pass
+    assert said == ("failed", "ConnectionError: reset by peer")
+    if not is_there:
+        life.close()
+    assert process.wait(30) == (EXIT_FAILED if is_there else EXIT_ORPHANED)
+    assert meeting.exists() == is_there
 
 
 def test_an_error_that_no_rank_is_behind_is_told_as_it_is(monkeypatch):
