@@ -4,8 +4,8 @@
 
 The number is the chance of a pause of up to `LONGEST_S` whenever a thread calls a function or returns from one: between
 the release of one lock and the next, between a look and what is done about it. 0.0005 slows most tests two to five
-times; 0.002 finds more, in a few of them. Tests pass with it whatever the number: one that does not hangs on an order
-that nobody has promised.
+times; 0.002 finds more, in a few of them. Tests are to pass with it: one that does not hangs on an order that nobody
+has promised.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
+from mii_hcache.engine.parallel.life import MEETING_FILE
 from mii_hcache.errors import RankLostError
 
 TIMEOUT_S = 20.0
@@ -62,7 +63,7 @@ class RankGroup:
         may be used beside this one, from other threads or streams. Raises RankLostError."""
         if size == 1:
             return cls(None, rank, size)
-        meeting = torch_dist.FileStore(str(directory / "meeting"), size)
+        meeting = torch_dist.FileStore(str(directory / MEETING_FILE), size)
         meeting.set_timeout(timedelta(seconds=timeout_s))
         try:
             _await_all(meeting, name, rank, size, timeout_s, check)  # what backends do cannot be interrupted

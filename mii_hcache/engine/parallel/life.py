@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import shutil
 import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 BEAT_S = 1.0
 EXIT_ORPHANED = 3
 """Rank 0 is gone."""
+MEETING_FILE = "meeting"
+"""All that there is in the folder where the ranks meet."""
 
 
 class Life:
@@ -36,7 +38,9 @@ class Life:
 
     def end_orphaned(self) -> NoReturn:
         """Rank 0 is gone: end the process, and leave nothing behind. Any thread."""
-        shutil.rmtree(self._meeting, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another rank was first; or it is no such folder, and then it stays
+            (self._meeting / MEETING_FILE).unlink(missing_ok=True)
+            self._meeting.rmdir()
         os._exit(EXIT_ORPHANED)
 
     def _beat(self) -> None:

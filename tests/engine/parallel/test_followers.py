@@ -21,7 +21,7 @@ import pytest
 from mii_hcache.engine.parallel import followers, opening
 from mii_hcache.engine.parallel.followers import Followers
 from mii_hcache.engine.parallel.group import RankGroup
-from mii_hcache.engine.parallel.life import EXIT_ORPHANED
+from mii_hcache.engine.parallel.life import EXIT_ORPHANED, MEETING_FILE
 from mii_hcache.engine.parallel.rank_process import EXIT_FAILED
 from mii_hcache.errors import RankLostError
 from tests.engine.parallel.ranks_kit import is_running, wait_until_gone
@@ -122,16 +122,19 @@ def test_a_rank_that_failed_is_not_waited_for():
     assert told.endswith("failed: out of memory")
 
 
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_rank_that_failed_because_rank_0_is_gone_leaves_nothing_behind(tmp_path, is_there):
+@pytest.mark.parametrize(("is_there", "holds_more"), [(True, False), (False, False), (False, True)])
+def test_a_rank_that_failed_because_rank_0_is_gone_leaves_nothing_behind(tmp_path, is_there, holds_more):
     """Lines do not all end at once: it may fail before it can know why."""
     program = (
         "import sys; from mii_hcache.engine.parallel import rank_process\n"
         "def fail(*args): raise ConnectionError('reset by peer')\n"
         "rank_process._run = fail; rank_process.main(sys.argv[1:])"
     )
-    meeting = tmp_path / "meeting"
+    meeting = tmp_path / "ranks"
     meeting.mkdir()
+    (meeting / MEETING_FILE).touch()
+    if holds_more:  # somebody started it by hand, with a folder of his
+        (meeting / "letter").touch()
     pairs = [multiprocessing.Pipe() for _ in range(3)]
     theirs = [pair[1].fileno() for pair in pairs]
     command = [sys.executable, "-c", program, "1", "2", str(meeting), *map(str, theirs)]
@@ -147,7 +150,8 @@ def test_a_rank_that_failed_because_rank_0_is_gone_leaves_nothing_behind(tmp_pat
     if not is_there:
         life.close()
     assert process.wait(30) == (EXIT_FAILED if is_there else EXIT_ORPHANED)
-    assert meeting.exists() == is_there
+    assert meeting.exists() == (is_there or holds_more)
+    assert (meeting / "letter").exists() == holds_more
 
 
 def test_an_error_that_no_rank_is_behind_is_told_as_it_is(monkeypatch):
